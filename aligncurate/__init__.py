@@ -1,0 +1,55 @@
+"""AlignCurate: score image-text pairs with CLIP, give them alignment levels, curate and export them.
+
+The functions here do what the commands of the same name do::
+
+    import aligncurate
+
+    aligncurate.score(["pairs/{00000..00099}.tar"], "scored", model="tiny")
+    aligncurate.bucket("scored", "levelled", levels=8)
+    frame = aligncurate.open_dataset("levelled").scan()  # a polars LazyFrame
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aligncurate.bucketing import bucket
+    from aligncurate.dataset import Dataset, open_dataset
+    from aligncurate.export import export
+    from aligncurate.report import inspect
+    from aligncurate.scoring import ingest, score
+    from aligncurate.selection import filter
+    from aligncurate.sources import open_source
+
+# Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
+_HOMES = {
+    "Dataset": "dataset",
+    "bucket": "bucketing",
+    "export": "export",
+    "filter": "selection",
+    "ingest": "scoring",
+    "inspect": "report",
+    "open_dataset": "dataset",
+    "open_source": "sources",
+    "score": "scoring",
+}
+
+__all__ = [
+    "Dataset",
+    "bucket",
+    "export",
+    "filter",
+    "ingest",
+    "inspect",
+    "open_dataset",
+    "open_source",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'aligncurate' has no attribute {name!r}")
+    return getattr(import_module(f"aligncurate.{_HOMES[name]}"), name)

@@ -1,0 +1,136 @@
+"""The verb `bucket`: find thresholds for a dataset's scores, or take frozen ones, and label every pair."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+
+from aligncurate.dataset import THRESHOLDS, Dataset, write_json
+from aligncurate.derive import derive
+from aligncurate.errors import UserError
+from aligncurate.levels import Floats, Method, Thresholds, find_thresholds
+from aligncurate.pairs import COLUMNS
+from aligncurate.progress import notice
+
+MAX_LEVELS = 127  # levels are stored in eight bits
+
+_CHUNK = 1 << 20  # scores counted at once; counting is wasteful on small arrays
+
+
+def bucket(
+    dataset: str | Path | Dataset,
+    out: str | Path,
+    *,
+    levels: int | None = None,
+    method: Method = "quantile",
+    thresholds: str | Path | None = None,
+    score_column: str = "score",
+    quiet: bool = False,
+) -> Dataset:
+    """Give every scored pair its alignment level, 1..N, N best.
+
+    Args:
+        dataset: what to label.
+        out: folder of the new dataset; `thresholds.json` in it can be applied to other data.
+        levels: N, by default 8 as in the AlignGPT paper.
+        method: `quantile` for levels of equal size, `uniform` for levels of equal width.
+        thresholds: a `thresholds.json`; then `levels` and `method` are its own.
+        score_column: `score`, or that of a further encoder.
+
+    Raises UserError when there are no scores, or the options do not fit together.
+    """
+    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    check_score_column(opened, score_column)
+    if thresholds is not None:
+        found = _frozen(Path(thresholds), opened, score_column, levels, quiet=quiet)
+    else:
+        found = _fit(opened, score_column, 8 if levels is None else levels, method)
+    options = {"levels": found.levels, "method": found.method, "score_column": score_column}
+    options["thresholds"] = "frozen" if thresholds is not None else "fitted"
+    head = opened.derived("bucket", options, thresholds=found.to_json())
+
+    def label(_: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            place = table.schema.get_field_index("level")
+            yield table.set_column(place, table.schema.field(place), _levels(table[score_column], found))
+
+    labelled = derive(opened, out, head, label, quiet=quiet)
+    write_json(labelled.path / THRESHOLDS, found.to_json())
+    return labelled
+
+
+def check_score_column(dataset: Dataset, name: str) -> None:
+    """Raises UserError unless `name` is a column of scores."""
+    names = [f.name for f in dataset.schema if pa.types.is_float32(f.type)]
+    if name not in names:
+        raise UserError(f"{dataset.path}: no column {name} with scores; it has {', '.join(names) or 'none'}.")
+
+
+def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
+    """All scores of a column without the nulls, in arrays of about a million."""
+    waiting: list[Floats] = []
+    size = 0
+    for index in range(len(dataset.parts)):
+        scores = dataset.read(index, [column])[column].drop_null().to_numpy()
+        waiting.append(scores)
+        size += len(scores)
+        if size >= _CHUNK:
+            yield np.concatenate(waiting)
+            waiting, size = [], 0
+    if size:
+        yield np.concatenate(waiting)
+
+
+def _fit(dataset: Dataset, score_column: str, levels: int, method: Method) -> Thresholds:
+    if not 2 <= levels <= MAX_LEVELS:
+        raise UserError(f"--levels {levels}: use a number from 2 to {MAX_LEVELS}.")
+    if method not in get_args(Method):
+        raise UserError(f"--method {method}: use quantile or uniform.")
+    if not any(len(scores) for scores in iter_scores(dataset, score_column)):
+        raise UserError(
+            f"{dataset.path}: no pair has a {score_column}, so there is nothing to bucket; run `aligncurate score` "
+            "on it, or see with `aligncurate inspect` why its rows failed."
+        )
+    values, count, low, high = find_thresholds(lambda: iter_scores(dataset, score_column), levels, method)
+    numbers = tuple(float(v) for v in values)
+    return Thresholds(method, numbers, score_column, count, low, high, _encoder(dataset))
+
+
+def _frozen(file: Path, dataset: Dataset, score_column: str, levels: int | None, *, quiet: bool) -> Thresholds:
+    if file.is_dir():
+        file = file / THRESHOLDS
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--thresholds {file}: there is no such file.") from None
+    except ValueError as error:
+        raise UserError(f"--thresholds {file}: not a JSON file ({error}).") from None
+    found = Thresholds.from_json(data, f"--thresholds {file}")
+    if levels is not None and levels != found.levels:
+        raise UserError(f"--thresholds {file}: they make {found.levels} levels, not {levels}; leave --levels out.")
+    if found.score_column != score_column:
+        raise UserError(f"--thresholds {file}: they are for column {found.score_column}, not {score_column}.")
+    mine, theirs = _encoder(dataset), found.encoder
+    if mine is not None and theirs is not None and mine != theirs:
+        notice(
+            f"the thresholds come from scores of encoder {theirs.get('model')}, these from {mine.get('model')}: "
+            "their scales differ, and so will the levels' sizes.",
+            quiet=quiet,
+        )
+    return found
+
+
+def _encoder(dataset: Dataset) -> dict[str, Any] | None:
+    encoder = dataset.manifest.get("encoder")
+    return {k: encoder[k] for k in ("model", "pretrained", "weights_sha256")} if encoder else None
+
+
+def _levels(scores: pa.ChunkedArray, thresholds: Thresholds) -> pa.Array:
+    """Levels of a column of scores, null where the score is."""
+    values = scores.combine_chunks()
+    missing = np.asarray(values.is_null())
+    numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
+    return pa.array(thresholds.assign(numbers), COLUMNS["level"], mask=missing)

@@ -1,0 +1,268 @@
+"""Image-text encoders: any open_clip model, and the small one that ships with the package."""
+
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from aligncurate.errors import UserError
+from aligncurate.images import Preprocess, preprocess_of
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MODEL, DEFAULT_PRETRAINED = "ViT-L-14-quickgelu", "openai"
+"""The AlignGPT paper does not name its scorer; this is the one that its nearest ancestor, NoC, uses."""
+
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parent / "models"
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+# Beyond these a caption lies outside every encoder's context: a word is at least one token, and no token of
+# CLIP's vocabulary is longer than 32 bytes. Byte-pair encoding one endless word takes time with its square.
+MAX_WORD_CHARACTERS = 5_000
+MAX_WORDS = 1_000
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded image-text model, ready to embed.
+
+    Attributes:
+        model: the open_clip model, in evaluation mode on `device`.
+        tokenizer: texts to int64 ids [B, context].
+        preprocess: what images must go through.
+        identity: what the manifest says of the encoder; equal identities give equal scores.
+    """
+
+    model: Any
+    tokenizer: Any
+    preprocess: Preprocess
+    device: "torch.device"
+    dtype: "torch.dtype"
+    identity: dict[str, Any]
+
+    def tokenize(self, texts: list[str]) -> "torch.Tensor":
+        """Token ids, int64 [len(texts), context], cut at the context as open_clip cuts them."""
+        ids: torch.Tensor = self.tokenizer([bounded(text) for text in texts])
+        return ids
+
+    def embed(self, pixels: "torch.Tensor", tokens: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Unit embeddings of images [B, 3, H, W] and texts [B, context], each float32 [B, D] on the CPU."""
+        import torch
+
+        with torch.inference_mode():
+            image = self.model.encode_image(pixels.to(self.device, self.dtype))
+            text = self.model.encode_text(tokens.to(self.device))
+            unit = torch.nn.functional.normalize
+            return unit(image.float(), dim=-1).cpu(), unit(text.float(), dim=-1).cpu()
+
+
+def bounded(text: str) -> str:
+    """`text` without what lies beyond any encoder's context: endless words are cut, then the whole."""
+    if len(text) <= MAX_WORD_CHARACTERS:
+        return text
+    return " ".join(word[:MAX_WORD_CHARACTERS] for word in text.split(maxsplit=MAX_WORDS)[:MAX_WORDS])
+
+
+def load(
+    model: str | None = None,
+    pretrained: str | None = None,
+    model_config: str | Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    *,
+    random_weights: bool = False,
+) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        model: `tiny`, an open_clip architecture, or `hf-hub:organisation/name`.
+        pretrained: an open_clip tag, or a file of weights.
+        model_config: an open_clip JSON config; its file name is the model's name.
+        device: `auto`, `cpu`, `cuda` or `cuda:i`.
+        precision: `auto` is bf16 on a GPU that has it, fp32 elsewhere.
+        random_weights: take an architecture without weights (for benchmarks).
+
+    Raises UserError for names, files and devices that are not there.
+    """
+    place, kind = _device(device), precision
+    if kind == "auto":
+        kind = "bf16" if place.type == "cuda" and place_has_bf16(place) else "fp32"
+    model, pretrained, config = _names(model, pretrained, model_config)
+    if not random_weights:
+        _check_weights(model, pretrained)
+
+    import open_clip
+    import torch
+
+    if config is not None:
+        open_clip.add_model_config(str(config))
+    if not model.startswith("hf-hub:") and model not in open_clip.list_models():
+        raise UserError(f"--model {model}: there is no such model{_closest(model)}; `aligncurate models` lists them.")
+    try:
+        # open_clip narrates every step of loading, and warns of choices that are deliberate here.
+        with warnings.catch_warnings(), _quiet_logging():
+            warnings.simplefilter("ignore")
+            net, _, transform = open_clip.create_model_and_transforms(
+                model, pretrained=pretrained, precision=kind, device=place
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {model} --pretrained {pretrained}: the weights could not be loaded ({first}); "
+            "check the name, the network, or give a local weights file."
+        ) from None
+    net.eval()
+    settings = open_clip.get_model_preprocess_cfg(net)
+    weights = None if random_weights and pretrained is None else _weights_file(model, pretrained)
+    identity = {
+        "model": model,
+        "pretrained": _public_name(pretrained),
+        "weights_sha256": _sha256(weights) if weights else None,
+        "config": open_clip.get_model_config(model) if not model.startswith("hf-hub:") else None,
+        "tokenizer": type(tokenizer).__name__,
+        "context_length": int(tokenizer.context_length),
+        "preprocess": {k: settings[k] for k in ("size", "mean", "std", "interpolation", "resize_mode")},
+        "precision": kind,
+        "device": place.type,
+    }
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    return Encoder(net, tokenizer, preprocess_of(transform, settings), place, dtype, identity)
+
+
+def _names(model: str | None, pretrained: str | None, config: str | Path | None) -> tuple[str, str | None, Path | None]:
+    """Model name, weights and config file after the defaults."""
+    if config is not None:
+        file = Path(config)
+        if not file.is_file():
+            raise UserError(f"--model-config {file}: there is no such file.")
+        if model is not None and model != file.stem:
+            raise UserError(f"--model {model}: with --model-config the model is called {file.stem}; leave --model out.")
+        return file.stem, pretrained, file
+    if model is None:
+        return DEFAULT_MODEL, pretrained or DEFAULT_PRETRAINED, None
+    if model == TINY:
+        return TINY, pretrained or str(TINY_FOLDER / "tiny.safetensors"), TINY_FOLDER / "tiny.json"
+    return model, pretrained, None
+
+
+def _check_weights(model: str, pretrained: str | None) -> None:
+    if model.startswith("hf-hub:") or (pretrained and Path(pretrained).is_file()):
+        return
+    if pretrained and ("/" in pretrained or pretrained.endswith((".bin", ".pt", ".pth", ".safetensors"))):
+        raise UserError(f"--pretrained {pretrained}: there is no such weights file.")
+    from open_clip.pretrained import list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(model)
+    if pretrained and pretrained.lower().replace("-", "_") in {t.lower().replace("-", "_") for t in tags}:
+        return
+    offer = f"it has {', '.join(tags)}" if tags else "give a local weights file"
+    what = (
+        f"--pretrained {pretrained}: model {model} has no such weights"
+        if pretrained
+        else (f"--model {model}: say which weights with --pretrained")
+    )
+    raise UserError(f"{what}; {offer}.")
+
+
+def _closest(model: str) -> str:
+    from difflib import get_close_matches
+
+    import open_clip
+
+    close = get_close_matches(model, [*open_clip.list_models(), TINY], n=1)
+    return f"; did you mean {close[0]}" if close else ""
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there is no such GPU here ({torch.cuda.device_count()} found).")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.")
+    return device
+
+
+def place_has_bf16(device: "torch.device") -> bool:
+    """Whether a CUDA device computes in bf16 natively (Ampere and newer)."""
+    import torch
+
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _weights_file(model: str, pretrained: str | None) -> Path:
+    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+
+    if model.startswith("hf-hub:"):
+        return Path(download_pretrained_from_hf(model.removeprefix("hf-hub:")))
+    if pretrained is not None and Path(pretrained).is_file():
+        return Path(pretrained)
+    return Path(download_pretrained(get_pretrained_cfg(model, pretrained)))  # in the cache by now
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _public_name(pretrained: str | None) -> str | None:
+    """A tag as it is, a file by its name: the same weights elsewhere are the same encoder."""
+    if pretrained is not None and Path(pretrained).is_file():
+        return os.path.basename(pretrained)
+    return pretrained
+
+
+@contextmanager
+def _quiet_logging() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@cache
+def known_models() -> list[dict[str, Any]]:
+    """What `--model` accepts: name, input size in pixels, embedding width and weights of each."""
+    import open_clip
+    from open_clip.pretrained import list_pretrained_tags_by_model
+
+    found = [
+        {
+            "model": TINY,
+            "weights": ["built in"],
+            **_shape(open_clip_config(TINY_FOLDER / "tiny.json")),
+        }
+    ]
+    for name in open_clip.list_models():
+        tags = list_pretrained_tags_by_model(name)
+        if tags and name != TINY:
+            found.append({"model": name, "weights": tags, **_shape(open_clip.get_model_config(name))})
+    return found
+
+
+def open_clip_config(file: Path) -> dict[str, Any]:
+    """An open_clip JSON config as a dictionary."""
+    import json
+
+    return dict(json.loads(file.read_text("utf-8")))
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    return {"image_size": config["vision_cfg"].get("image_size", 224), "width": config["embed_dim"]}

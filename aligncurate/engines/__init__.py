@@ -1,0 +1,1 @@
+"""Engines run a function over shards: `local` on this machine."""

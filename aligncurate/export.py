@@ -1,0 +1,377 @@
+"""The verb `export`: webdataset shards, LLaVA JSON with the official AlignGPT field, DataComp uid lists."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import webdataset
+
+from aligncurate import storage
+from aligncurate.dataset import Dataset, atomic_file, lock, write_json
+from aligncurate.engines import local
+from aligncurate.errors import UserError
+from aligncurate.images import EXTENSIONS, extension
+from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
+from aligncurate.progress import Meter, meter
+from aligncurate.sources.pointers import POINTER_COLUMNS, has_image, read_image
+
+Format = Literal["webdataset", "llava-json", "datacomp-uids"]
+
+RECORD = "export.json"
+FAILURES = "failed.jsonl"
+_PER_FOLDER = 10_000  # images in one folder of a LLaVA export
+_NO_KEY = re.compile(r"[^0-9A-Za-z_\-/]")  # webdataset splits names at dots; other characters trouble file systems
+
+
+@dataclass
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: the folder.
+        rows: pairs written.
+        skipped: rows of the dataset that could not be scored, which are not exported.
+        failed: rows whose image could not be read any more; listed in `failed.jsonl`.
+        files: what was written, relative to `path`.
+    """
+
+    path: Path
+    rows: int = 0
+    skipped: int = 0
+    failed: list[dict[str, str]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    bytes: int = 0
+
+
+def export(
+    dataset: str | Path | Dataset,
+    out: str | Path,
+    *,
+    format: Format = "webdataset",
+    shard_size: int = 10_000,
+    per_level: bool = False,
+    quiet: bool = False,
+) -> Exported:
+    """Write a dataset's good rows (`ok` and `text_only`) in a form that other tools read.
+
+    Args:
+        dataset: what to export.
+        out: a new folder; an interrupted export is finished.
+        format: `webdataset` writes tars with the images' original bytes, `.txt` and `.json`, and an
+            img2dataset-style Parquet beside each; `llava-json` writes images and `annotations.json` with
+            `conversations` and AlignGPT's `similarity` (level - 1); `datacomp-uids` writes `uids.npy`.
+        shard_size: pairs per tar.
+        per_level: a folder of tars for each level.
+        quiet: show no progress.
+
+    Raises UserError when the folder holds something else, or the options do not fit together.
+    """
+    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    if format not in get_args(Format):
+        raise UserError(f"--format {format}: use one of {', '.join(get_args(Format))}.")
+    if shard_size < 1:
+        raise UserError(f"--shard-size {shard_size}: use a number of at least 1.")
+    if per_level and format != "webdataset":
+        raise UserError(f"--per-level goes with --format webdataset, not {format}.")
+    if per_level and not opened.manifest.get("thresholds"):
+        raise UserError(f"{opened.path}: --per-level needs levels; run `aligncurate bucket` first.")
+    done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - _exportable(opened))
+    record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
+    with ExitStack() as stack:
+        _take(done.path, record, stack)
+        shown = stack.enter_context(meter("export", _exportable(opened), quiet=quiet))
+        if format == "webdataset":
+            _webdataset(opened, done, shard_size, per_level, shown)
+        elif format == "llava-json":
+            _llava(opened, done, shown)
+        else:
+            _datacomp(opened, done, shown)
+        _note_failures(done)
+        write_json(done.path / RECORD, {**record, "complete": True, "rows": done.rows, "failed": len(done.failed)})
+    return done
+
+
+def _note_failures(done: Exported) -> None:
+    """List the rows whose image is gone, or clear the list of an earlier try."""
+    file = done.path / FAILURES
+    if not done.failed:
+        file.unlink(missing_ok=True)
+        return
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.failed), "utf-8")
+
+
+def _take(target: Path, record: dict[str, Any], stack: ExitStack) -> None:
+    """Check and lock the output folder, as DatasetWriter does for datasets."""
+    file = target / RECORD
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: --out must be a folder, but this is a file.")
+    if file.is_file():
+        before = json.loads(file.read_text("utf-8"))
+        if any(before.get(k) != v for k, v in record.items()):
+            raise UserError(f"{target}: another export is here; name a new folder, or delete this one.")
+    elif target.is_dir() and any(not p.name.startswith(".") for p in target.iterdir()):
+        raise UserError(f"{target}: the output folder holds other files; name a new folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(lock(target))
+    for leftover in target.rglob(".tmp-*"):
+        leftover.unlink(missing_ok=True)
+    if not file.is_file():
+        write_json(file, {**record, "complete": False})
+
+
+def _exportable(dataset: Dataset) -> int:
+    return sum(part.statuses.get(status, 0) for part in dataset.parts for status in FINE)
+
+
+def _good(table: pa.Table) -> pa.Table:
+    return table.filter(pc.is_in(table["status"], pa.array(sorted(FINE))))
+
+
+def _rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Good rows of the whole dataset, in order."""
+    for index in range(len(dataset.parts)):
+        for table in dataset.groups(index, columns):
+            for batch in _good(table).to_batches(500):
+                yield from batch.to_pylist()
+
+
+# webdataset
+
+
+@dataclass
+class _Tar:
+    """One tar to write: pieces of parts, as (part, first good row of it, how many)."""
+
+    name: str
+    level: int | None
+    pieces: list[tuple[int, int, int]] = field(default_factory=list)
+    rows: int = 0
+
+
+def _webdataset(dataset: Dataset, done: Exported, shard_size: int, per_level: bool, shown: Meter) -> None:
+    tars = _plan(dataset, shard_size, per_level)
+    for tar in tars:
+        (done.path / tar.name).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(tar: _Tar, check: Callable[[], None]) -> dict[str, Any]:
+        beside = done.path / f"{tar.name}.parquet"
+        if not beside.is_file():  # written last, so it is the mark that the tar is whole
+            _write_tar(dataset, tar, per_level, done.path, check)
+        metadata = pq.read_metadata(beside)
+        note: dict[str, Any] = json.loads(metadata.metadata[b"aligncurate.export"])
+        shown.add(tar.rows, metadata.num_rows, len(note["failed"]))
+        return {"tar": tar, "rows": metadata.num_rows, **note}
+
+    # In memory at once are the rows of one tar per thread, without their images.
+    results = [outcome.result for outcome in local.run(write, tars, threads=min(4, os.cpu_count() or 1))]
+    for result in sorted((r for r in results if r is not None), key=lambda r: str(r["tar"].name)):
+        done.rows += result["rows"]
+        done.bytes += result["bytes"]
+        done.failed += result["failed"]
+        done.files.append(f"{result['tar'].name}.tar")
+
+
+def _plan(dataset: Dataset, shard_size: int, per_level: bool) -> list[_Tar]:
+    """Which rows go into which tar; depends on the dataset and options alone."""
+    filling: dict[int | None, _Tar] = {}
+    numbers: dict[int | None, int] = {}
+    tars: list[_Tar] = []
+    for part in range(len(dataset.parts)):
+        levels = _good(dataset.read(part, ["status", "level"]))["level"]
+        counts: dict[int | None, int] = {None: len(levels)}
+        if per_level:
+            counts = {item["values"]: item["counts"] for item in levels.value_counts().to_pylist()}
+        for level in sorted(counts, key=lambda v: -1 if v is None else v):
+            start, left = 0, counts[level]
+            while left:
+                tar = filling.get(level)
+                if tar is None or tar.rows == shard_size:
+                    number = numbers.get(level, 0)
+                    numbers[level] = number + 1
+                    folder = f"level-{level}/" if level is not None else ("no-level/" if per_level else "")
+                    tar = filling[level] = _Tar(f"{folder}{number:05d}", level)
+                    tars.append(tar)
+                take = min(left, shard_size - tar.rows)
+                tar.pieces.append((part, start, take))
+                tar.rows += take
+                start, left = start + take, left - take
+    return tars
+
+
+def _tar_rows(dataset: Dataset, tar: _Tar, per_level: bool) -> Iterator[dict[str, Any]]:
+    for part, start, count in tar.pieces:
+        seen = 0
+        for table in dataset.groups(part):
+            good = _good(table)
+            if per_level:
+                same = pc.is_null(good["level"]) if tar.level is None else pc.equal(good["level"], tar.level)
+                good = good.filter(same)
+            low, high = max(start - seen, 0), min(start + count - seen, good.num_rows)
+            seen += good.num_rows
+            if low < high:
+                for batch in good.slice(low, high - low).to_batches(500):
+                    yield from batch.to_pylist()
+
+
+def _write_tar(dataset: Dataset, tar: _Tar, per_level: bool, target: Path, check: Callable[[], None]) -> None:
+    written: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    names: set[str] = set()
+    size = 0
+    with (
+        atomic_file(target / f"{tar.name}.tar") as temporary,
+        temporary.open("wb") as file,
+        # Times and owners are fixed, so that the same dataset always gives the same bytes.
+        webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as sink,
+    ):
+        for row in _tar_rows(dataset, tar, per_level):
+            check()
+            try:
+                data = read_image(row) if has_image(row) else None
+            except OSError as error:
+                failed.append({"key": row["key"], "error": str(error)})
+                continue
+            size += len(data or b"")
+            row.pop("image", None)
+            sink.write(_sample(row, data, _free(_safe(row["key"]), names)))
+            written.append(row)
+    schema = pa.schema([f for f in dataset.schema if f.name != "image"])
+    note = json.dumps({"failed": failed, "bytes": size}).encode()
+    table = pa.Table.from_pylist(written, schema.with_metadata({b"aligncurate.export": note}))
+    with atomic_file(target / f"{tar.name}.parquet") as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _sample(row: dict[str, Any], data: bytes | None, key: str) -> dict[str, Any]:
+    """A webdataset sample: image, `.txt` for captions, everything else in `.json`."""
+    sample: dict[str, Any] = {"__key__": key}
+    if data is not None:
+        sample[_ending(row, data)] = data
+    if row["caption"] is not None:
+        sample["txt"] = row["caption"].encode()
+    hidden = {*POINTER_COLUMNS, IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}
+    kept = {k: v for k, v in row.items() if k not in hidden and v is not None and k != "error"}
+    kept["sha256"] = row["sha256"].hex() if row["sha256"] else None
+    sample["json"] = json.dumps(kept, ensure_ascii=False, default=_plain).encode()
+    return sample
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what JSON has no type for: bytes as hex, the rest as text."""
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _ending(row: dict[str, Any], data: bytes) -> str:
+    """The image's own file ending, or the usual one for its bytes."""
+    ending = storage.basename(row["image_path"] or "").rpartition(".")[2].lower()
+    return ending if ending in EXTENSIONS else (extension(data) or "jpg")
+
+
+def _safe(key: str) -> str:
+    """A key as a file name: webdataset reads a name up to its first dot. The `.json` keeps the key as it is."""
+    return _NO_KEY.sub("_", key).strip("/") or "pair"
+
+
+def _free(key: str, taken: set[str]) -> str:
+    """`key`, or the first of key-2, key-3, … that is not taken; takes it."""
+    free, number = key, 1
+    while free in taken:
+        number += 1
+        free = f"{key}-{number}"
+    taken.add(free)
+    return free
+
+
+# LLaVA
+
+
+def _llava(dataset: Dataset, done: Exported, shown: Meter) -> None:
+    names: set[str] = set()
+    images: dict[bytes, str] = {}  # an image that several rows share is written once
+    with atomic_file(done.path / "annotations.json") as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for row in _rows(dataset):
+            try:
+                new = has_image(row) and row["sha256"] not in images
+                data = read_image(row) if new else None
+            except OSError as error:
+                done.failed.append({"key": row["key"], "error": str(error)})
+                shown.add(1, 0, 1)
+                continue
+            if data is not None:
+                images[row["sha256"]] = _llava_image(row, data, done, names, len(images))
+            name = images[row["sha256"]] if has_image(row) else None
+            file.write(",\n" if done.rows else "\n")
+            file.write(json.dumps(_llava_row(row, name), ensure_ascii=False))
+            done.rows += 1
+            shown.add(1, 1, 0)
+        file.write("\n]\n")
+    done.files.append("annotations.json")
+
+
+def _llava_image(row: dict[str, Any], data: bytes, done: Exported, names: set[str], number: int) -> str:
+    """Write an image; its path relative to the export's folder."""
+    folder = f"images/{number // _PER_FOLDER:05d}"
+    stem = _safe(row["key"]).replace("/", "_")
+    name = f"{_free(f'{folder}/{stem}', names)}.{_ending(row, data)}"
+    path = done.path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.stat().st_size != len(data):
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
+    done.bytes += len(data)
+    return name
+
+
+def _llava_row(row: dict[str, Any], image: str | None) -> dict[str, Any]:
+    """An entry of the official AlignGPT annotation file. Its `similarity` counts levels from 0."""
+    entry: dict[str, Any] = {"id": row["key"]}
+    if image is not None:
+        entry["image"] = image
+    roles = {"user": "human", "assistant": "gpt"}
+    turns = row["conversations"]
+    if turns is None:
+        turns = [{"role": "user", "text": "<image>"}, {"role": "assistant", "text": row["caption"]}]
+    entry["conversations"] = [{"from": roles.get(t["role"], t["role"]), "value": t["text"]} for t in turns]
+    if row["level"] is not None:
+        entry["similarity"] = row["level"] - 1
+    return entry
+
+
+# DataComp
+
+
+def _datacomp(dataset: Dataset, done: Exported, shown: Meter) -> None:
+    columns = ["status", "sha256", "caption", *(["uid"] if "uid" in dataset.schema.names else [])]
+    halves: list[tuple[int, int]] = []
+    for row in _rows(dataset, columns):
+        if row["status"] != Status.OK:
+            continue
+        uid = datacomp_uid(row)
+        halves.append((int(uid[:16], 16), int(uid[16:], 16)))
+        shown.add(1, 1, 0)
+    uids = np.array(halves, np.dtype("u8,u8"))
+    uids.sort()
+    with atomic_file(done.path / "uids.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, uids)
+    done.rows = len(uids)
+    done.files.append("uids.npy")
+
+
+def datacomp_uid(row: dict[str, Any]) -> str:
+    """The row's uid, 32 hex digits: its own, or the first half of sha256(image sha256 + caption)."""
+    own = row.get("uid")
+    if isinstance(own, str) and re.fullmatch(r"[0-9a-fA-F]{32}", own):
+        return own.lower()
+    return hashlib.sha256(row["sha256"] + (row["caption"] or "").encode()).hexdigest()[:32]

@@ -1,0 +1,244 @@
+"""The pair record and its Parquet schema: the only place that names columns."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+
+class Status(StrEnum):
+    """What became of a pair. Every input row keeps one; rows that cannot be scored stay in the dataset."""
+
+    OK = "ok"
+    TEXT_ONLY = "text_only"  # a conversation without an image: nothing to score, but good training data
+    MISSING_IMAGE = "missing_image"
+    MISSING_CAPTION = "missing_caption"
+    INVALID_CAPTION = "invalid_caption"  # the caption's bytes are not UTF-8
+    MULTI_IMAGE = "multi_image"  # more than one image in the row: not supported yet
+    UNSAFE_PATH = "unsafe_path"  # an image path that leaves the image root
+    DUPLICATE_KEY = "duplicate_key"  # the same sample key twice in one tar
+    DECODE_ERROR = "decode_error"
+    TOO_LARGE = "too_large"
+    READ_ERROR = "read_error"
+
+
+FINE = frozenset({Status.OK, Status.TEXT_ONLY})
+"""Statuses of rows with which nothing is wrong; all others count as failed."""
+
+IMAGE_STATUSES = frozenset({Status.OK, Status.MISSING_IMAGE, Status.DECODE_ERROR, Status.TOO_LARGE, Status.READ_ERROR})
+"""Statuses that depend on reading the image, so that reading it again may give another one."""
+
+TURNS = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())]))
+
+COLUMNS: dict[str, pa.DataType] = {
+    "key": pa.string(),
+    "source": pa.string(),
+    "image_path": pa.string(),
+    "image_offset": pa.int64(),
+    "image_length": pa.int64(),
+    "row": pa.int64(),
+    "image": pa.binary(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "sha256": pa.binary(32),
+    "caption": pa.string(),
+    "conversations": TURNS,
+    "score": pa.float32(),
+    "level": pa.int8(),
+    "status": pa.string(),
+    "error": pa.string(),
+}
+"""The contract's columns, in the order in which parts hold them. `image` is there only when embedded."""
+
+EXTRA = "extra"
+"""Column for input fields that fit no other column, as a JSON object; nothing of the input is dropped."""
+
+IMAGE_EMBEDDING, TEXT_EMBEDDING = "image_embedding", "text_embedding"
+
+_DESCRIPTIONS = {
+    "key": "name of the pair, unique within its shard",
+    "source": "URI of the shard or file that the pair came from",
+    "image_path": "the image's file; for tars the member's name; for Parquet with image bytes the column",
+    "image_offset": "where the image's bytes begin inside `source` (tars)",
+    "image_length": "how many bytes the image has inside `source` (tars)",
+    "row": "row number inside `source` (Parquet, tables, annotations)",
+    "image": "the image's original bytes (with --embed-images)",
+    "width": "pixels, after EXIF rotation",
+    "height": "pixels, after EXIF rotation",
+    "sha256": "of the image's original bytes",
+    "caption": "the text of a pair; null for conversations",
+    "conversations": "turns of role `user` or `assistant` and their text (instruction data)",
+    "score": "cosine of the unit embeddings of image and text, -1..1",
+    "level": "alignment level, 1..N, N best; null where there is no score",
+    "status": "ok, or why the pair could not be scored",
+    "error": "one sentence on what was wrong",
+}
+
+
+def describe_columns() -> list[tuple[str, str, str]]:
+    """(name, type, meaning) of each contract column, in order."""
+    return [(name, _type_name(kind), _DESCRIPTIONS[name]) for name, kind in COLUMNS.items()]
+
+
+def _type_name(kind: pa.DataType) -> str:
+    return "list<struct<role, text>>" if kind == TURNS else str(kind)
+
+
+@dataclass(slots=True)
+class Pair:
+    """One image-text pair on its way through a verb.
+
+    `load` returns the image's original bytes (raises OSError when they cannot be read); it is None where
+    the row has no image. The other fields are the columns of the same names.
+    """
+
+    key: str
+    source: str
+    caption: str | None = None
+    conversations: list[dict[str, str]] | None = None
+    load: Callable[[], bytes] | None = None
+    image_path: str | None = None
+    image_offset: int | None = None
+    image_length: int | None = None
+    row: int | None = None
+    image: bytes | None = None
+    width: int | None = None
+    height: int | None = None
+    sha256: bytes | None = None
+    score: float | None = None
+    level: int | None = None
+    status: Status = Status.OK
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def fail(self, status: Status, error: str) -> None:
+        """Mark the pair as not usable; the first failure stays, since it is the cause."""
+        if self.status is Status.OK:
+            self.status, self.error = status, error
+
+
+def schema(extras: Mapping[str, pa.DataType], *, embed_images: bool = False, embedding: int = 0) -> pa.Schema:
+    """Schema of the parts of one dataset.
+
+    Args:
+        extras: input columns that ride along, by name.
+        embed_images: keep the `image` column.
+        embedding: width of the embedding columns, 0 for none.
+    """
+    fields = [pa.field(n, t) for n, t in COLUMNS.items() if n != "image" or embed_images]
+    fields += [pa.field(n, t) for n, t in extras.items()]
+    if embedding:
+        kind = pa.list_(pa.float16(), embedding)
+        fields += [pa.field(IMAGE_EMBEDDING, kind), pa.field(TEXT_EMBEDDING, kind)]
+    return pa.schema(fields)
+
+
+def to_table(pairs: Sequence[Pair], schema: pa.Schema) -> pa.Table:
+    """Pairs as a table of `schema`. Input fields that fit no column go, as JSON, into the `extra` column."""
+    arrays = []
+    extras = [p.extra for p in pairs]
+    if EXTRA in schema.names:
+        extras = [_fit(extra, schema) for extra in extras]
+    for column in schema:
+        if column.name in COLUMNS:
+            values: Iterable[Any] = (getattr(p, column.name) for p in pairs)
+        else:
+            values = (extra.get(column.name) for extra in extras)
+        arrays.append(pa.array(list(values), column.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _fit(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    fitting, rest = {}, {}
+    if isinstance(extra.get(EXTRA), str):  # a pair that was ours before
+        extra = {**extra, **_parsed(extra[EXTRA])}
+        del extra[EXTRA]
+    for name, value in extra.items():
+        if name in schema.names and fits(value, schema.field(name).type):
+            fitting[name] = value
+        elif value is not None:
+            rest[name] = value
+    if rest:
+        fitting[EXTRA] = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str)
+    return fitting
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"extra_text": text}
+
+
+def as_score(value: Any) -> float | None:
+    """An input's own score, when it is a finite number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
+
+
+def as_level(value: Any) -> int | None:
+    """An input's own level, when it is one."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 127 else None
+
+
+def fits(value: Any, kind: pa.DataType) -> bool:
+    """Whether a JSON value can be stored as `kind` unchanged."""
+    if value is None:
+        return True
+    if pa.types.is_string(kind):
+        return isinstance(value, str)
+    if pa.types.is_boolean(kind):
+        return isinstance(value, bool)
+    if pa.types.is_int64(kind):
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if pa.types.is_float64(kind):
+        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
+    if pa.types.is_list(kind):
+        return isinstance(value, list) and all(fits(v, kind.value_type) for v in value)
+    return False
+
+
+def infer_extras(rows: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
+    """Column types for loosely typed input fields, from some of their rows.
+
+    Strings, booleans, integers, floats and flat lists of these become columns; anything else, and anything
+    that later turns out not to fit, is kept in the `extra` column.
+    """
+    found: dict[str, pa.DataType] = {}
+    mixed: set[str] = set()
+    for row in rows:
+        for name, value in row.items():
+            kind = _kind(value)
+            if kind is None:
+                if value is not None and value != []:
+                    mixed.add(name)
+                continue
+            before = found.setdefault(name, kind)
+            if before != kind:
+                if {before, kind} == {pa.int64(), pa.float64()}:
+                    found[name] = pa.float64()
+                else:
+                    mixed.add(name)
+    columns = {n: t for n, t in found.items() if n not in mixed and n not in COLUMNS and n != EXTRA}
+    return columns | {EXTRA: pa.string()}
+
+
+def _kind(value: Any) -> pa.DataType | None:
+    if isinstance(value, bool):
+        return pa.bool_()
+    if isinstance(value, int):
+        return pa.int64()
+    if isinstance(value, float):
+        return pa.float64()
+    if isinstance(value, str):
+        return pa.string()
+    if isinstance(value, list) and value:
+        inner = {_kind(v) for v in value}
+        if len(inner) == 1 and (only := inner.pop()) is not None and not pa.types.is_list(only):
+            return pa.list_(only)
+    return None

@@ -1,0 +1,146 @@
+"""How a long verb shows that it is alive: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_LINE_EVERY = 10.0  # seconds between plain lines
+
+console = Console(stderr=True, highlight=False)
+"""Where progress and notices go; results go to standard output."""
+
+
+class Meter:
+    """Counts rows and shows them.
+
+    Args:
+        verb: what is being done.
+        total: rows in all; None where that is not known beforehand.
+        unit: what is counted.
+    """
+
+    def __init__(self, verb: str, total: int | None, unit: str = "pairs") -> None:
+        self.verb, self.total, self.unit = verb, total, unit
+        self.done = self.ok = self.failed = self.skipped = 0
+        self.started = time.monotonic()
+        self._lock = Lock()
+
+    def skip(self, rows: int) -> None:
+        """Rows that an earlier run committed."""
+        with self._lock:
+            self.skipped += rows
+
+    def add(self, rows: int, ok: int, failed: int) -> None:
+        """Rows that are done now."""
+        with self._lock:
+            self.done += rows
+            self.ok += ok
+            self.failed += failed
+            self._show()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Rows per second since the start."""
+        return self.done / self.seconds if self.seconds > 0 else 0.0
+
+    def _show(self) -> None:
+        """Nothing: the quiet meter only counts."""
+
+    def close(self) -> None:
+        """End of the show."""
+
+    def text(self) -> str:
+        """The state in words."""
+        share = f" of {self.total:,}" if self.total is not None else ""
+        left = ""
+        if self.total is not None and self.done and self.total > self.done + self.skipped:
+            rest = (self.total - self.done - self.skipped) / max(self.rate, 1e-9)
+            left = f", {duration(rest)} left"
+        failed = f", {self.failed:,} failed" if self.failed else ""
+        return f"{self.done + self.skipped:,}{share} {self.unit}, {self.rate:,.0f}/s{failed}{left}"
+
+
+class _Lines(Meter):
+    """Plain lines, now and then."""
+
+    def __init__(self, verb: str, total: int | None, unit: str) -> None:
+        super().__init__(verb, total, unit)
+        self._last = self.started
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= _LINE_EVERY:
+            self._last = now
+            print(f"{self.verb}: {self.text()}", file=sys.stderr, flush=True)
+
+
+class _Bar(Meter):
+    """A rich progress bar."""
+
+    def __init__(self, verb: str, total: int | None, unit: str) -> None:
+        super().__init__(verb, total, unit)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=28, complete_style="cyan", finished_style="cyan"),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(verb, total=total, text="")
+        self._progress.start()
+
+    def _show(self) -> None:
+        failed = f"  [red]{self.failed:,} failed[/]" if self.failed else ""
+        share = f" of {self.total:,}" if self.total is not None else ""
+        text = f"{self.done + self.skipped:,}{share} {self.unit}  {self.rate:,.0f}/s  [green]{self.ok:,} ok[/]{failed}"
+        self._progress.update(self._task, completed=self.done + self.skipped, text=text)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def meter(verb: str, total: int | None, *, quiet: bool = False, unit: str = "pairs") -> Iterator[Meter]:
+    """A meter fit for where the output goes: bar, lines, or nothing when `quiet`."""
+    kind: Any = Meter if quiet else (_Bar if console.is_terminal else _Lines)
+    shown: Meter = kind(verb, total, unit)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def notice(text: str, *, quiet: bool = False) -> None:
+    """One sentence the user should read."""
+    if not quiet:
+        console.print(f"[yellow]note:[/] {text}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds % 60:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,163 @@
+"""Annotation files: LLaVA-style JSON and JSONL, other row-wise JSON, and COCO captions."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from aligncurate import storage
+from aligncurate.errors import UserError
+from aligncurate.pairs import EXTRA, Pair, infer_extras
+from aligncurate.sources.base import Shard, Source, cut, merge_extras
+from aligncurate.sources.images import ImageRoot, find_root
+from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names
+
+_PEEK = 1_000  # rows of a JSONL file that decide the types of its extra columns
+_COCO_FOLDERS = ("images", "train2017", "val2017", "../images", "../train2017", "../val2017", "../train2014",
+                 "../val2014")  # fmt: skip
+
+
+class AnnotationSource(Source):
+    """Rows of JSON and JSONL files, in order: captions, conversations, or COCO's captions.
+
+    Args: as for ParquetSource.
+    """
+
+    kind = "annotations"
+
+    def __init__(
+        self,
+        uris: list[str],
+        rows_per_shard: int,
+        caption_column: str | None = None,
+        image_column: str | None = None,
+        image_root: str | None = None,
+    ) -> None:
+        self.shards = []
+        self._files: dict[str, _File] = {}
+        self._fields: dict[str, Fields] = {}
+        self._roots: dict[str, ImageRoot] = {}
+        extras = []
+        for uri in uris:
+            file = _open(uri, rows_per_shard)
+            if not file.rows:
+                raise UserError(f"{uri}: no rows at all.")
+            head = [row for row in file.peek() if isinstance(row, dict)]
+            names = dict.fromkeys(name for row in head for name in row)
+            fields = find_fields(uri, names, caption_column, image_column)
+            self._files[uri], self._fields[uri] = file, fields
+            self.shards += cut(uri, file.rows, rows_per_shard, len(self.shards))
+            extras.append(infer_extras({k: v for k, v in r.items() if k not in fields.used} for r in head))
+            base, some = storage.parent(uri), image_names(head[:20], fields)
+            self._roots[uri] = ImageRoot(image_root or find_root(base, some, _COCO_FOLDERS))
+        self.extras = merge_extras(extras)
+
+    def count(self, shard: Shard) -> int:
+        assert shard.stop is not None
+        return shard.stop - shard.start
+
+    def read(self, shard: Shard) -> Iterator[Pair]:
+        assert shard.stop is not None
+        stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
+        reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
+        for number, row in enumerate(self._files[shard.uri].read(shard.start, stop), shard.start):
+            if isinstance(row, dict):
+                yield reader.pair({k: v for k, v in row.items() if k != EXTRA}, number)
+            else:
+                yield reader.broken(number, f"row {number} is not a JSON object: {row}")
+
+
+class _File:
+    """Rows that are held in memory."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+        self.rows = len(items)
+
+    def peek(self) -> list[Any]:
+        """The rows that decide the types of the extra columns."""
+        return self._items
+
+    def read(self, start: int, stop: int) -> Iterator[Any]:
+        """Rows start..stop-1: dictionaries, or a sentence for what is none."""
+        for item in self._items[start:stop]:
+            yield item if isinstance(item, dict) else f"it is a {type(item).__name__}"
+
+
+class _Lines(_File):
+    """Rows of a JSONL file, found by the offset of every shard's first line."""
+
+    def __init__(self, uri: str, per_shard: int) -> None:
+        self._uri, self._per_shard = uri, per_shard
+        self._offsets = []
+        self.rows = 0
+        with storage.open_file(uri) as file:
+            offset = 0
+            for line in file:
+                if line.strip():
+                    if self.rows % per_shard == 0:
+                        self._offsets.append(offset)
+                    self.rows += 1
+                offset += len(line)
+
+    def peek(self) -> list[Any]:
+        return list(self.read(0, min(self.rows, _PEEK)))
+
+    def read(self, start: int, stop: int) -> Iterator[Any]:
+        with storage.open_file(self._uri) as file:
+            file.seek(self._offsets[start // self._per_shard])
+            number = start - start % self._per_shard
+            for line in file:
+                if not line.strip():
+                    continue
+                if number >= stop:
+                    return
+                if number >= start:
+                    yield _parse(line)
+                number += 1
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        found = json.loads(line.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        return str(error)
+    return found if isinstance(found, dict) else f"it is a {type(found).__name__}"
+
+
+def _open(uri: str, per_shard: int) -> _File:
+    if uri.endswith((".jsonl", ".ndjson")):
+        file = _Lines(uri, per_shard)
+        first = next(file.read(0, 1), None)
+        if isinstance(first, str) and not any(isinstance(row, dict) for row in file.peek()):
+            raise UserError(f"{uri}: not a JSONL file ({first}).")
+        return file
+    try:
+        found = json.loads(storage.read(uri).decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise UserError(f"{uri}: not a JSON file ({error}).") from None
+    if isinstance(found, dict) and isinstance(found.get("annotations"), list) and "images" in found:
+        return _File(_coco(uri, found))
+    if isinstance(found, dict):
+        lists = [v for v in found.values() if isinstance(v, list)]
+        found = lists[0] if len(lists) == 1 else found
+    if not isinstance(found, list):
+        raise UserError(f"{uri}: neither a list of rows nor COCO captions.")
+    if found and not any(isinstance(row, dict) for row in found):
+        raise UserError(f"{uri}: a list, but its items are no objects with an image and a caption.")
+    return _File(found)
+
+
+def _coco(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per caption, with its image's fields; the key is `<image name>-<caption id>`."""
+    images = {image["id"]: image for image in data["images"] if isinstance(image, dict) and "id" in image}
+    rows = []
+    for note in data["annotations"]:
+        if not isinstance(note, dict) or "caption" not in note:
+            raise UserError(f"{uri}: a COCO file without captions; give its captions_*.json.")
+        image = images.get(note.get("image_id"), {})
+        name = image.get("file_name")
+        stem = str(name).rpartition(".")[0].rpartition("/")[2] if name else str(note.get("image_id"))
+        ride = {k: v for k, v in image.items() if k not in ("id", "width", "height", "file_name")}
+        key = f"{stem}-{note['id']}" if "id" in note else None
+        rows.append({"key": key, "image": name, "caption": note["caption"], "image_id": note.get("image_id"), **ride})
+    return rows

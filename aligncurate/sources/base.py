@@ -1,0 +1,118 @@
+"""What every source offers: an ordered list of shards, and the pairs of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from aligncurate.pairs import EXTRA, Pair
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: becomes the output part of the same number.
+
+    Attributes:
+        index: position among all shards of the run, from 0.
+        uri: the file that holds it.
+        start, stop: its rows inside the file; `stop` None means up to the end.
+        limit: read no more than this many pairs (`--limit`).
+        origin: which of several sources it belongs to.
+    """
+
+    index: int
+    uri: str
+    start: int = 0
+    stop: int | None = None
+    limit: int | None = None
+    origin: int = 0
+
+    def __str__(self) -> str:
+        return self.uri if self.stop is None else f"{self.uri} (rows {self.start:,} to {self.stop - 1:,})"
+
+
+class Source(ABC):
+    """Image-text data in one form.
+
+    Attributes:
+        kind: the form's name, as `--format` takes it.
+        shards: always in the same order.
+        extras: input columns that ride along, with their types.
+        notices: sentences that the user should read before the run.
+    """
+
+    kind: str
+    shards: list[Shard]
+    extras: dict[str, pa.DataType]
+    notices: Sequence[str] = ()
+
+    @abstractmethod
+    def read(self, shard: Shard) -> Iterator[Pair]:
+        """The pairs of `shard`, in order. Raises OSError or ShardError when its file cannot be read."""
+
+    @abstractmethod
+    def count(self, shard: Shard) -> int:
+        """How many pairs `shard` has, without reading images."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What the manifest says of the input."""
+        uris = list(dict.fromkeys(shard.uri for shard in self.shards))
+        return [{"kind": self.kind, "files": uris}]
+
+
+class Sources(Source):
+    """Several sources as one, in the given order."""
+
+    kind = "several"
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        pairs = [(i, shard) for i, source in enumerate(sources) for shard in source.shards]
+        self.shards = [replace(shard, index=n, origin=i) for n, (i, shard) in enumerate(pairs)]
+        self.extras = merge_extras([source.extras for source in sources])
+        self.notices = [notice for source in sources for notice in source.notices]
+
+    def read(self, shard: Shard) -> Iterator[Pair]:
+        return self._sources[shard.origin].read(shard)
+
+    def count(self, shard: Shard) -> int:
+        return self._sources[shard.origin].count(shard)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [line for source in self._sources for line in source.describe()]
+
+
+def merge_extras(found: Sequence[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:
+    """Extra columns of several inputs as one schema; a column whose types differ goes into `extra`."""
+    merged: dict[str, pa.DataType] = {}
+    clashing = set()
+    for extras in found:
+        for name, kind in extras.items():
+            if merged.setdefault(name, kind) != kind:
+                clashing.add(name)
+    merged = {n: t for n, t in merged.items() if n not in clashing and n != EXTRA}
+    if clashing or any(EXTRA in extras for extras in found):
+        merged[EXTRA] = pa.string()
+    return merged
+
+
+def limit_shards(source: Source, limit: int | None) -> list[Shard]:
+    """The shards of `source` up to its first `limit` pairs."""
+    if limit is None:
+        return source.shards
+    kept = []
+    for shard in source.shards:
+        if limit <= 0:
+            break
+        rows = source.count(shard)
+        kept.append(replace(shard, limit=limit) if rows > limit else shard)
+        limit -= rows
+    return kept
+
+
+def cut(uri: str, rows: int, per_shard: int, first: int = 0) -> list[Shard]:
+    """Shards of `per_shard` rows over a file of `rows` rows, numbered from `first`."""
+    starts = range(0, rows, per_shard)
+    return [Shard(first + i, uri, start, min(start + per_shard, rows)) for i, start in enumerate(starts)]

@@ -1,0 +1,146 @@
+"""Finds out what kind of data a URI names, and opens it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aligncurate import storage
+from aligncurate.dataset import MANIFEST, Dataset
+from aligncurate.errors import UserError
+from aligncurate.images import EXTENSIONS
+from aligncurate.sources.annotations import AnnotationSource
+from aligncurate.sources.base import Source, Sources
+from aligncurate.sources.curated import CuratedSource
+from aligncurate.sources.parquet import ParquetSource
+from aligncurate.sources.table import TableSource
+from aligncurate.sources.webdataset import WebDatasetSource
+
+_ENDINGS = {
+    "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
+    "parquet": (".parquet", ".pq"),
+    "annotations": (".json", ".jsonl", ".ndjson"),
+    "table": (".csv", ".tsv"),
+}
+# In a folder that holds several kinds the first of these is taken: tars are data, tables beside them notes.
+
+FORMATS = ("webdataset", "parquet", "annotations", "table", "dataset")
+"""What `--format` takes."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source; None finds out by looking.
+
+    Attributes:
+        format: one of FORMATS.
+        caption_column, image_column: names of columns or fields.
+        image_root: folder that image paths are relative to.
+        rows_per_shard: a single big file is cut after this many rows.
+    """
+
+    format: str | None = None
+    caption_column: str | None = None
+    image_column: str | None = None
+    image_root: str | None = None
+    rows_per_shard: int = 10_000
+
+
+def open_source(uris: str | Sequence[str], options: SourceOptions | None = None) -> Source:
+    """Open image-text data: tars, Parquet, JSON, JSONL, CSV or TSV files, folders of these, or our datasets.
+
+    Args:
+        uris: paths or fsspec URIs; braces and wildcards expand.
+
+    Raises UserError when something is not there, or is nothing that can be read.
+    """
+    options = options or SourceOptions()
+    if options.format is not None and options.format not in FORMATS:
+        raise UserError(f"--format {options.format}: use one of {', '.join(FORMATS)}.")
+    if options.rows_per_shard < 1:
+        raise UserError(f"--rows-per-shard {options.rows_per_shard}: use a number of at least 1.")
+    groups: list[tuple[str, list[str]]] = []
+    notices: list[str] = []
+    for uri in [uris] if isinstance(uris, str) else uris:
+        for kind, files in _find(uri, options.format, notices):
+            if groups and groups[-1][0] == kind and kind != "dataset":
+                groups[-1][1].extend(files)
+            else:
+                groups.append((kind, files))
+    if not groups:
+        raise UserError("no source was given.")
+    sources = [_open(kind, files, options) for kind, files in groups]
+    source = sources[0] if len(sources) == 1 else Sources(sources)
+    source.notices = [*notices, *source.notices]
+    return source
+
+
+def _find(uri: str, format: str | None, notices: list[str]) -> list[tuple[str, list[str]]]:
+    found = []
+    for path in storage.expand(uri):
+        if storage.is_folder(path):
+            found.append(_folder(path, format, notices))
+        else:
+            found.append((format or _kind_of(path), [path]))
+    return found
+
+
+def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, list[str]]:
+    files = storage.list_files(path)
+    names = {storage.basename(f) for f in files}
+    if format in (None, "dataset") and MANIFEST in names:
+        return "dataset", [path]
+    by_kind = {kind: [f for f in files if f.lower().endswith(ends)] for kind, ends in _ENDINGS.items()}
+    # What img2dataset leaves beside its tars and Parquet files is no data of its own.
+    by_kind["annotations"] = [f for f in by_kind["annotations"] if not f.endswith("_stats.json")]
+    chosen = format or next((kind for kind, members in by_kind.items() if members), None)
+    if chosen is None or not by_kind.get(chosen):
+        raise UserError(f"{path}: {_why_nothing(names, format)}")
+    stems = {storage.basename(f).partition(".")[0] for f in by_kind[chosen]}
+    ignored = [
+        storage.basename(f)
+        for kind, members in by_kind.items()
+        if kind != chosen
+        for f in members
+        if storage.basename(f).partition(".")[0] not in stems
+    ]
+    if ignored:
+        rest = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+        notices.append(
+            f"{path}: reading its {len(by_kind[chosen])} {chosen} files, not {', '.join(ignored[:3])}{rest}; "
+            "name a file to read it instead."
+        )
+    return chosen, by_kind[chosen]
+
+
+def _why_nothing(names: set[str], format: str | None) -> str:
+    if format is not None:
+        return f"the folder has no files for --format {format}."
+    if not names:
+        return "the folder is empty; give tars, Parquet, JSON, JSONL, CSV or TSV files."
+    if any(n.rpartition(".")[2].lower() in EXTENSIONS for n in names):
+        return "the folder has only images; give a table or JSON file that names them and their captions."
+    return "the folder has no tars, Parquet, JSON, JSONL, CSV or TSV files."
+
+
+def _kind_of(path: str) -> str:
+    for kind, endings in _ENDINGS.items():
+        if path.lower().endswith(endings):
+            return kind
+    raise UserError(f"{path}: what this is cannot be told from its name; say so with --format ({', '.join(FORMATS)}).")
+
+
+def _open(kind: str, files: list[str], options: SourceOptions) -> Source:
+    if kind == "dataset":
+        return CuratedSource(Dataset(files[0]))
+    if kind == "webdataset":
+        return WebDatasetSource(files, options.caption_column)
+    root = options.image_root
+    if root is not None:
+        root = storage.absolute(root)
+        if not storage.exists(root):
+            raise UserError(f"--image-root {root}: there is no such folder.")
+    classes: dict[str, type[ParquetSource] | type[AnnotationSource] | type[TableSource]] = {
+        "parquet": ParquetSource,
+        "annotations": AnnotationSource,
+        "table": TableSource,
+    }
+    return classes[kind](files, options.rows_per_shard, options.caption_column, options.image_column, root)

@@ -1,0 +1,157 @@
+"""Parquet files with image bytes (plain, or Hugging Face's {bytes, path}) or image paths."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aligncurate import storage
+from aligncurate.errors import UserError
+from aligncurate.pairs import Pair
+from aligncurate.sources.base import Shard, Source, cut, merge_extras
+from aligncurate.sources.images import ImageRoot, find_root
+from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names
+
+_BATCH = 256  # rows read at a time: image bytes of a whole row group may not fit in memory
+_BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
+
+
+class ParquetSource(Source):
+    """Rows of Parquet files, in order.
+
+    Args:
+        uris: the files.
+        rows_per_shard: each file is cut after this many rows.
+        caption_column, image_column: column names, where they are not the usual ones.
+        image_root: folder that image paths are relative to; by default that of the file, or one near it.
+    """
+
+    kind = "parquet"
+
+    def __init__(
+        self,
+        uris: list[str],
+        rows_per_shard: int,
+        caption_column: str | None = None,
+        image_column: str | None = None,
+        image_root: str | None = None,
+    ) -> None:
+        self.shards = []
+        self._fields: dict[str, Fields] = {}
+        self._roots: dict[str, ImageRoot] = {}
+        extras = []
+        for uri in uris:
+            file = _open(uri)
+            schema = file.schema_arrow
+            fields = find_fields(uri, schema.names, caption_column, image_column or _bytes_column(schema))
+            self._fields[uri] = fields
+            self.shards += cut(uri, file.metadata.num_rows, rows_per_shard, len(self.shards))
+            extras.append({f.name: f.type for f in schema if f.name not in fields.used})
+            self._roots[uri] = ImageRoot(image_root or self._near(uri, file, fields))
+        if not self.shards:
+            raise UserError(f"{', '.join(uris[:3])}: no rows at all.")
+        self.extras = merge_extras(extras)
+
+    def _near(self, uri: str, file: pq.ParquetFile, fields: Fields) -> str:
+        base = storage.parent(uri)
+        if fields.image is None or file.metadata.num_rows == 0 or _has_bytes(file.schema_arrow, fields.image):
+            return base
+        first = next(file.iter_batches(batch_size=8, columns=[fields.image])).to_pylist()
+        return find_root(base, image_names(first, fields))
+
+    def count(self, shard: Shard) -> int:
+        assert shard.stop is not None
+        return shard.stop - shard.start
+
+    def read(self, shard: Shard) -> Iterator[Pair]:
+        assert shard.stop is not None
+        stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
+        reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
+        for number, row in rows(_open(shard.uri), shard.start, stop):
+            yield reader.pair(row, number)
+
+
+def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, row) of rows start..stop-1, reading only the row groups that hold them."""
+    first = 0
+    groups = []
+    offset = None
+    for index in range(file.num_row_groups):
+        count = file.metadata.row_group(index).num_rows
+        if first < stop and first + count > start:
+            groups.append(index)
+            offset = first if offset is None else offset
+        first += count
+    if offset is None:
+        return
+    number = offset
+    for batch in file.iter_batches(batch_size=_BATCH, row_groups=groups):
+        if number + batch.num_rows > start:
+            low, high = max(0, start - number), min(batch.num_rows, stop - number)
+            for i, row in enumerate(_pylist(batch.slice(low, high - low))):
+                yield number + low + i, row
+        number += batch.num_rows
+        if number >= stop:
+            return
+
+
+def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows as dictionaries; strings that are not UTF-8 come as bytes, for their own row's status."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except UnicodeDecodeError:
+            raw = column.cast(pa.binary()).to_pylist()
+            columns[name] = [None if v is None else v.decode("utf-8", "surrogateescape") for v in raw]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _open(uri: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(storage.open_file(uri))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{uri}: this is not a Parquet file ({str(error).splitlines()[0]}).") from None
+
+
+def _bytes_column(schema: pa.Schema) -> str | None:
+    """A column that holds image bytes goes before one that holds paths."""
+    return next((n for n in _BYTES_FIRST if n in schema.names and _has_bytes(schema, n)), None)
+
+
+def _has_bytes(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    if pa.types.is_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+@lru_cache(maxsize=8)
+def _image_batch(uri: str, column: str, group: int) -> list[Any]:
+    return list(_open(uri).read_row_group(group, columns=[column])[column].to_pylist())
+
+
+def read_image(uri: str, column: str, row: int) -> bytes:
+    """The image bytes in `column` at `row` of a Parquet file. Raises OSError when they are not there."""
+    from aligncurate.sources.rows import _images
+
+    metadata = _metadata(uri)
+    first = 0
+    for group in range(metadata.num_row_groups):
+        count = metadata.row_group(group).num_rows
+        if row < first + count:
+            found = _images(_image_batch(uri, column, group)[row - first])
+            if len(found) == 1 and isinstance(found[0], bytes):
+                return found[0]
+            break
+        first += count
+    raise OSError(f"{uri} has no image bytes in column {column} at row {row}")
+
+
+@lru_cache(maxsize=64)
+def _metadata(uri: str) -> pq.FileMetaData:
+    return _open(uri).metadata

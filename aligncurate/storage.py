@@ -1,0 +1,168 @@
+"""Where bytes live: local files and any fsspec URI, read whole or by range."""
+
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from braceexpand import braceexpand
+
+from aligncurate.errors import UserError
+
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` needs fsspec (s3://, gs://, memory://, …) rather than the local file system."""
+    return bool(_SCHEME.match(uri))
+
+
+def absolute(uri: str) -> str:
+    """`uri` in the one form in which it is stored: local paths absolute and without `file://`."""
+    uri = uri.removeprefix("file://")
+    return uri if is_remote(uri) else os.path.abspath(Path(uri).expanduser())
+
+
+def join(folder: str, name: str) -> str:
+    """`name` below `folder`, for local and remote folders alike."""
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    return uri.rstrip("/").rpartition("/")[0] or "/"
+
+
+def basename(uri: str) -> str:
+    """The last part of `uri`."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    try:
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{uri}: {error}") from None
+
+
+def open_file(uri: str) -> BinaryIO:
+    """`uri` opened for reading bytes. Raises OSError."""
+    if not is_remote(uri):
+        return Path(uri).open("rb")
+    filesystem, path = _filesystem(uri)
+    return cast("BinaryIO", filesystem.open(path, "rb"))
+
+
+def size(uri: str) -> int:
+    """Bytes in `uri`. Raises OSError."""
+    if not is_remote(uri):
+        return Path(uri).stat().st_size
+    filesystem, path = _filesystem(uri)
+    return int(filesystem.size(path))
+
+
+def exists(uri: str) -> bool:
+    if not is_remote(uri):
+        return Path(uri).exists()
+    filesystem, path = _filesystem(uri)
+    return bool(filesystem.exists(path))
+
+
+def read(uri: str) -> bytes:
+    """All bytes of `uri`. Raises OSError."""
+    with open_file(uri) as file:
+        return file.read()
+
+
+def read_range(uri: str, offset: int, length: int) -> bytes:
+    """`length` bytes of `uri` from `offset`. Raises OSError, also when the file ends before."""
+    if is_remote(uri):
+        filesystem, path = _filesystem(uri)
+        data = cast("bytes", filesystem.cat_file(path, start=offset, end=offset + length))
+    else:
+        data = os.pread(_descriptor(uri).number, length, offset)
+    if len(data) != length:
+        raise OSError(f"{uri} ends after {len(data)} of the {length} bytes at offset {offset}")
+    return data
+
+
+class _Descriptor:
+    """A file descriptor that closes itself when the cache lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_lock = Lock()
+
+
+@lru_cache(maxsize=64)
+def _cached_descriptor(path: str, inode: int, modified: int) -> _Descriptor:
+    return _Descriptor(path)
+
+
+def _descriptor(path: str) -> _Descriptor:
+    # Keyed by inode and time, so that a file that was replaced is not read through its old descriptor.
+    stat = Path(path).stat()
+    with _lock:
+        return _cached_descriptor(path, stat.st_ino, stat.st_mtime_ns)
+
+
+def is_folder(uri: str) -> bool:
+    if not is_remote(uri):
+        return Path(uri).is_dir()
+    filesystem, path = _filesystem(uri)
+    return bool(filesystem.isdir(path))
+
+
+def list_files(folder: str) -> list[str]:
+    """The files directly in `folder`, sorted by name; hidden ones are left out."""
+    if not is_remote(folder):
+        names = sorted(p.name for p in Path(folder).iterdir() if p.is_file())
+    else:
+        filesystem, path = _filesystem(folder)
+        entries = filesystem.ls(path, detail=True)
+        names = sorted(basename(e["name"]) for e in entries if e["type"] == "file")
+    return [join(folder, name) for name in names if not name.startswith((".", "_"))]
+
+
+def expand(pattern: str) -> list[str]:
+    """The files or the one folder that `pattern` names.
+
+    Braces (`{00000..00099}.tar`) expand in order, `*` and `?` to sorted names. Raises UserError for what
+    is not there.
+    """
+    pattern = absolute(pattern)
+    if exists(pattern):
+        return [pattern]
+    found: list[str] = []
+    for uri in braceexpand(pattern):
+        if "*" in uri or "?" in uri:
+            filesystem, path = _filesystem(uri)
+            matches = sorted(filesystem.glob(path))
+            if not matches:
+                raise UserError(f"{uri}: no file matches this pattern.")
+            remote = is_remote(uri)
+            found += [filesystem.unstrip_protocol(m) if remote else m for m in matches]
+        elif exists(uri):
+            found.append(uri)
+        else:
+            raise UserError(f"{uri}: there is no such file or folder{_nearby(uri)}.")
+    return found
+
+
+def _nearby(uri: str) -> str:
+    """A hint at the file that was probably meant."""
+    from difflib import get_close_matches
+
+    if is_remote(uri) or not Path(parent(uri)).is_dir():
+        return ""
+    close = get_close_matches(basename(uri), os.listdir(parent(uri)), n=1)
+    return f"; did you mean {join(parent(uri), close[0])}" if close else ""
