@@ -290,7 +290,9 @@ def bucket(
         from aligncurate.report import show
 
         show(look(labelled, score_column=score_column))
-        _next(f"aligncurate filter {out} --levels 5-8 --out BEST, or aligncurate export {out} --out SHARDS")
+        count = labelled.manifest["thresholds"]["levels"]
+        best = f"{count // 2 + 1}-{count}"
+        _next(f"aligncurate filter {out} --levels {best} --out BEST, or aligncurate export {out} --out SHARDS")
 
 
 @verb
@@ -368,9 +370,9 @@ def export(
     if not quiet:
         files = f"{done.files[0]} … {done.files[-1]}" if len(done.files) > 1 else "".join(done.files) or "nothing"
         size = f", {done.bytes / 1e6:,.1f} MB of images" if done.bytes else ""
-        _stdout.print(f"exported [bold]{done.rows:,}[/] rows{size} to {escape(str(out))}: {files}")
+        _stdout.print(f"exported {_rows(done.rows)}{size} to {escape(str(out))}: {files}", soft_wrap=True)
         if done.skipped:
-            _stdout.print(f"[yellow]{done.skipped:,}[/] rows were left out: their status is not ok")
+            _stdout.print(f"[yellow]{done.skipped:,}[/] rows were left out: their status is neither ok nor text_only")
         if done.failed:
             _stdout.print(f"[red]{len(done.failed):,}[/] images could not be read any more; see {out / FAILURES}")
 
@@ -414,20 +416,21 @@ def _source_options(
 
 def _summarize(done: str, summary: "Summary", out: Path, following: str, quiet: bool) -> None:
     """Print how a run ended. Shards that could not be read make it a fault: exit code 1."""
+    from aligncurate.progress import duration
+
     for failure in summary.failures:
         _complain(failure.error)
     if not quiet:
         rate = f" ({summary.rows / summary.seconds:,.0f}/s)" if summary.rows and summary.seconds else ""
-        _stdout.print(
-            f"{done} [bold]{summary.rows:,}[/] rows in {_time(summary.seconds)}{rate} into {escape(str(out))}"
-        )
+        took = duration(summary.seconds)
+        _stdout.print(f"{done} {_rows(summary.rows)} in {took}{rate} into {escape(str(out))}", soft_wrap=True)
         if summary.resumed:
-            _stdout.print(f"{summary.resumed:,} parts were there from an earlier run")
+            _stdout.print(f"{summary.resumed:,} of its parts were there from an earlier run")
         if summary.dataset is not None:
             _print_statuses(summary.dataset)
             _next(following)
     if summary.failures:
-        _complain(f"{len(summary.failures)} shards are missing; the same command tries them again.")
+        _complain(f"{len(summary.failures)} of the shards could not be read; the same command tries them again.")
         raise typer.Exit(1)
 
 
@@ -449,10 +452,8 @@ def _next(command: str) -> None:
     _stdout.print(f"next: {command}", style="dim", soft_wrap=True, markup=False)
 
 
-def _time(seconds: float) -> str:
-    from aligncurate.progress import duration
-
-    return duration(seconds)
+def _rows(count: int) -> str:
+    return f"[bold]{count:,}[/] row{'s' if count != 1 else ''}"
 
 
 def main() -> None:

@@ -354,11 +354,11 @@ class PartWriter:
                 rows = sum(statuses.values())
                 digest = self._file.digest.hexdigest()
                 self.info = PartInfo(self.path.name, rows, self._file.count, digest, statuses, self.facts)
-            else:
+        finally:
+            if self.info is None:
                 self._file.abandon()
-        except BaseException:
-            self._file.abandon()
-            raise
+                with suppress(Exception):  # Arrow insists on writing a footer, which goes nowhere now
+                    self._writer.close()
 
 
 class _HashingFile:
@@ -372,6 +372,8 @@ class _HashingFile:
         self.closed = False
 
     def write(self, data: Any) -> int:
+        if self._file.closed:  # abandoned
+            return len(memoryview(data))
         self.digest.update(data)
         self.count += len(memoryview(data))
         return self._file.write(data)

@@ -1,7 +1,9 @@
 """Bytes to pixels: limits checked before decoding, then open_clip's own preprocessing or a faster one."""
 
 import io
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -90,6 +92,17 @@ class Preprocess:
             )
 
 
+@contextmanager
+def pillow_unheard() -> Iterator[None]:
+    """Keep Pillow's warnings from the user: on size, EXIF and palettes they say nothing that a row's status does not.
+
+    Warning filters belong to the whole process, so this goes around a run, not around each image.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def open_image(data: bytes) -> tuple[Image.Image, int, int]:
     """The image in `data`, not decoded yet, and its width and height after EXIF rotation.
 
@@ -99,14 +112,14 @@ def open_image(data: bytes) -> tuple[Image.Image, int, int]:
         raise ImageError(Status.DECODE_ERROR, "the image file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise ImageError(Status.TOO_LARGE, f"more than {MAX_PIXELS:,} pixels") from None
     except Exception:  # broken files make Pillow raise nearly anything; each is this row's error only
         raise ImageError(Status.DECODE_ERROR, _no_image(data)) from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(Status.TOO_LARGE, f"{width}x{height} pixels: more than {MAX_PIXELS:,} in all")
-    if _orientation(image) in _TURNED:
+    if _orientation(image) in _TURNED and image.format != "TIFF":  # of a TIFF Pillow gives the upright size
         width, height = height, width
     return image, width, height
 

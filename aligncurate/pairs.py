@@ -24,6 +24,7 @@ class Status(StrEnum):
     DECODE_ERROR = "decode_error"
     TOO_LARGE = "too_large"
     READ_ERROR = "read_error"
+    INVALID_ROW = "invalid_row"  # the row, its JSON or its conversation cannot be parsed
 
 
 FINE = frozenset({Status.OK, Status.TEXT_ONLY})
@@ -88,6 +89,9 @@ def _type_name(kind: pa.DataType) -> str:
     return "list<struct<role, text>>" if kind == TURNS else str(kind)
 
 
+_FIELDS = frozenset({*COLUMNS, IMAGE_EMBEDDING, TEXT_EMBEDDING})
+
+
 @dataclass(slots=True)
 class Pair:
     """One image-text pair on its way through a verb.
@@ -113,6 +117,8 @@ class Pair:
     level: int | None = None
     status: Status = Status.OK
     error: str | None = None
+    image_embedding: Any = None  # float16 [D]
+    text_embedding: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def fail(self, status: Status, error: str) -> None:
@@ -144,12 +150,27 @@ def to_table(pairs: Sequence[Pair], schema: pa.Schema) -> pa.Table:
     if EXTRA in schema.names:
         extras = [_fit(extra, schema) for extra in extras]
     for column in schema:
-        if column.name in COLUMNS:
+        if column.name in _FIELDS:
             values: Iterable[Any] = (getattr(p, column.name) for p in pairs)
         else:
             values = (extra.get(column.name) for extra in extras)
-        arrays.append(pa.array(list(values), column.type))
+        arrays.append(_array(list(values), column.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:  # half characters, from broken UTF-8 or from JSON escapes
+        return pa.array([_whole(value) for value in values], kind)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {k: _whole(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _fit(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from aligncurate.dataset import Dataset, DatasetWriter, PartInfo
 from aligncurate.engines import local
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images import Decode, ImageError, decode, open_image
+from aligncurate.images import Decode, ImageError, decode, open_image, pillow_unheard
 from aligncurate.pairs import (
     FINE,
     IMAGE_EMBEDDING,
@@ -178,10 +178,11 @@ class _ShardScorer:
                 self._see(prepared, checked)
             except ImageError as error:
                 pair.fail(error.status, str(error))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 pair.fail(Status.MISSING_IMAGE, f"there is no image {pair.image_path}")
-            except OSError as error:
-                pair.fail(Status.READ_ERROR, f"the image cannot be read: {error.strerror or error}")
+            except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+                reason = getattr(error, "strerror", None) or error
+                pair.fail(Status.READ_ERROR, f"the image cannot be read: {reason}")
         if pair.conversations is not None and not text:
             pair.fail(Status.MISSING_CAPTION, f"the conversation has no text to score ({self._score_text})")
         prepared.text = text or ""
@@ -234,8 +235,8 @@ class _ShardScorer:
                 continue
             item.pair.score = float(score)
             if self._embeddings:
-                item.pair.extra[IMAGE_EMBEDDING] = image.numpy().astype(np.float16)
-                item.pair.extra[TEXT_EMBEDDING] = text.numpy().astype(np.float16)
+                item.pair.image_embedding = image.numpy().astype(np.float16)
+                item.pair.text_embedding = text.numpy().astype(np.float16)
         self._compare(chosen, tokens, texts, facts)
         for item in chosen:
             item.pixels = item.exact = None
@@ -273,7 +274,7 @@ def _restore(pair: Pair, row: dict[str, Any]) -> None:
     pair.load = None
     for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING):
         if row.get(name) is not None:
-            pair.extra[name] = np.asarray(row[name], np.float16)
+            setattr(pair, name, np.asarray(row[name], np.float16))
 
 
 def score(
@@ -423,6 +424,7 @@ def _run(
     writer = DatasetWriter(out, head, schema(source.extras, embed_images=embed_images, embedding=width))
     shards = limit_shards(source, limit)
     with ExitStack() as stack:
+        stack.enter_context(pillow_unheard())
         stack.enter_context(writer.open())
         parts, todo = _split(writer, shards, retry_errors)
         shown = stack.enter_context(meter(verb, _total(source, shards), quiet=quiet))

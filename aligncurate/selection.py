@@ -1,12 +1,12 @@
 """The verb `filter`: choose rows by SQL, by level, by exact top fraction, and at random."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +18,10 @@ from aligncurate.derive import derive
 from aligncurate.errors import UserError
 from aligncurate.levels import Counts, order_statistics
 
-if TYPE_CHECKING:
-    import polars as pl
-
 Mask = NDArray[np.bool_]
+
+_INDEX = "aligncurate_row"
+_SEVERAL_ROWS = re.compile(r"\bover\s*\(|\bselect\b", re.IGNORECASE)
 
 
 def filter(
@@ -110,7 +110,9 @@ class _Selection:
             raise UserError("nothing to filter by; give --where, --levels, --top-fraction or --sample.")
         self._dataset, self._column, self._seed = dataset, score_column, seed
         self._starts = np.cumsum([0, *(part.rows for part in dataset.parts)])
-        self._where = _expression(dataset, where) if where is not None else None
+        if where is not None:
+            _check_where(dataset, where)
+        self._where = where
         self._levels = parse_levels(levels) if levels is not None else None
         if self._levels is not None and not dataset.manifest.get("thresholds"):
             raise UserError(f"{dataset.path}: its pairs have no levels yet; run `aligncurate bucket` first.")
@@ -128,11 +130,7 @@ class _Selection:
         """After `where` and `levels`."""
         mask = np.ones(self._dataset.parts[index].rows, bool)
         if self._where is not None:
-            import polars as pl
-
-            frame = pl.scan_parquet(self._dataset.files[index])
-            found = frame.select(self._where.fill_null(False).alias("keep")).collect()["keep"]
-            mask &= found.to_numpy()
+            mask &= _where_mask(self._dataset.files[index], self._where, len(mask))
         if self._levels is not None:
             column = self._dataset.read(index, ["level"])["level"].fill_null(0).to_numpy()
             mask &= np.isin(column, self._levels)
@@ -201,24 +199,43 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _expression(dataset: Dataset, where: str) -> "pl.Expr":
-    """The SQL expression, checked on the dataset's columns. Raises UserError that says what is wrong with it."""
+def _check_where(dataset: Dataset, where: str) -> None:
+    """Raise UserError that says what is wrong with a condition; it must decide each row by itself.
+
+    Parts are filtered one by one, so anything that looks at several rows would give another answer.
+    """
     import polars as pl
 
+    look = pl.DataFrame({f.name: [None, None] for f in dataset.schema}, schema=dataset.scan().collect_schema())
     try:
-        expression = pl.sql_expr(where)
-        names = set(expression.meta.root_names())
-        if not expression.meta.is_row_separable():
-            raise UserError(f"--where {where}: each row must be decided by itself; aggregates cannot be used.")
-        unknown = sorted(names - set(dataset.schema.names))
-        if unknown:
-            close = get_close_matches(unknown[0], dataset.schema.names, n=1)
-            hint = f"; did you mean {close[0]}" if close else ""
-            columns = ", ".join(dataset.schema.names)
-            raise UserError(f"--where {where}: there is no column {unknown[0]}{hint}. Columns: {columns}.")
-        kind: Any = dataset.scan().select(expression.alias("keep")).collect_schema()["keep"]
+        if _SEVERAL_ROWS.search(where):
+            raise UserError(f"--where {where}: each row must be decided by itself; windows and subqueries cannot.")
+        found = look.lazy().sql(f"SELECT ({where}\n) AS keep FROM self").collect()["keep"]
+    except pl.exceptions.ColumnNotFoundError as error:
+        name = str(error).partition('"')[2].partition('"')[0]
+        close = get_close_matches(name, dataset.schema.names, n=1)
+        hint = f"; did you mean {close[0]}" if close else ""
+        columns = ", ".join(dataset.schema.names)
+        raise UserError(f"--where {where}: there is no column {name}{hint}. Columns: {columns}.") from None
+    except pl.exceptions.SQLSyntaxError as error:
+        first = str(error).splitlines()[0]
+        if "GROUP BY" in first:
+            raise UserError(f"--where {where}: each row must be decided by itself; aggregates cannot.") from None
+        raise UserError(f"--where {where}: {first}.") from None
     except pl.exceptions.PolarsError as error:
         raise UserError(f"--where {where}: {str(error).splitlines()[0]}.") from None
-    if kind != pl.Boolean:
-        raise UserError(f"--where {where}: this gives {kind}, not true or false; compare it with something.")
-    return expression
+    if found.dtype != pl.Boolean:
+        raise UserError(f"--where {where}: this gives {found.dtype}, not true or false; compare it with something.")
+    if len(found) != 2:
+        raise UserError(f"--where {where}: each row must be decided by itself; aggregates cannot.")
+
+
+def _where_mask(file: Path, where: str, rows: int) -> Mask:
+    """For which rows of a part the condition is true."""
+    import polars as pl
+
+    frame = pl.scan_parquet(file).with_row_index(_INDEX)
+    found = frame.sql(f"SELECT {_INDEX} FROM self WHERE ({where}\n)").collect()[_INDEX]
+    mask = np.zeros(rows, bool)
+    mask[found.to_numpy()] = True
+    return mask

@@ -1,5 +1,6 @@
 """Where bytes live: local files and any fsspec URI, read whole or by range."""
 
+import errno
 import os
 import re
 from functools import lru_cache
@@ -66,7 +67,12 @@ def size(uri: str) -> int:
 
 def exists(uri: str) -> bool:
     if not is_remote(uri):
-        return Path(uri).exists()
+        try:
+            return Path(uri).exists()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return False
+            raise
     filesystem, path = _filesystem(uri)
     return bool(filesystem.exists(path))
 
@@ -143,7 +149,11 @@ def expand(pattern: str) -> list[str]:
     if exists(pattern):
         return [pattern]
     found: list[str] = []
-    for uri in braceexpand(pattern):
+    try:
+        uris = list(braceexpand(pattern))
+    except ValueError:  # unbalanced braces are part of the name
+        uris = [pattern]
+    for uri in uris:
         if "*" in uri or "?" in uri:
             filesystem, path = _filesystem(uri)
             matches = sorted(filesystem.glob(path))

@@ -1,12 +1,13 @@
 """Annotation files: LLaVA-style JSON and JSONL, other row-wise JSON, and COCO captions."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from aligncurate import storage
 from aligncurate.errors import UserError
-from aligncurate.pairs import EXTRA, Pair, infer_extras
+from aligncurate.pairs import Pair, infer_extras
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.images import ImageRoot, find_root
 from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names
@@ -61,7 +62,7 @@ class AnnotationSource(Source):
         reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
         for number, row in enumerate(self._files[shard.uri].read(shard.start, stop), shard.start):
             if isinstance(row, dict):
-                yield reader.pair({k: v for k, v in row.items() if k != EXTRA}, number)
+                yield reader.pair(row, number)
             else:
                 yield reader.broken(number, f"row {number} is not a JSON object: {row}")
 
@@ -116,9 +117,17 @@ class _Lines(_File):
                 number += 1
 
 
+def _loads(data: bytes) -> Any:
+    """JSON, also with the mark that Windows programs begin files with. Raises ValueError."""
+    try:
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _parse(line: bytes) -> Any:
     try:
-        found = json.loads(line.decode("utf-8", "surrogateescape"))
+        found = _loads(line)
     except ValueError as error:
         return str(error)
     return found if isinstance(found, dict) else f"it is a {type(found).__name__}"
@@ -132,10 +141,10 @@ def _open(uri: str, per_shard: int) -> _File:
             raise UserError(f"{uri}: not a JSONL file ({first}).")
         return file
     try:
-        found = json.loads(storage.read(uri).decode("utf-8", "surrogateescape"))
+        found = _loads(storage.read(uri))
     except ValueError as error:
         raise UserError(f"{uri}: not a JSON file ({error}).") from None
-    if isinstance(found, dict) and isinstance(found.get("annotations"), list) and "images" in found:
+    if isinstance(found, dict) and isinstance(found.get("annotations"), list) and isinstance(found.get("images"), list):
         return _File(_coco(uri, found))
     if isinstance(found, dict):
         lists = [v for v in found.values() if isinstance(v, list)]

@@ -36,12 +36,14 @@ class CuratedSource(Source):
         return [self._dataset.fingerprint()]
 
     def count(self, shard: Shard) -> int:
-        return self._dataset.parts[shard.index].rows
+        return self._dataset.parts[self._index(shard)].rows
+
+    def _index(self, shard: Shard) -> int:
+        # A shard of several sources is renumbered, so the part is found by its name.
+        return next(i for i, file in enumerate(self._dataset.files) if str(file) == shard.uri)
 
     def read(self, shard: Shard) -> Iterator[Pair]:
-        # A shard of several sources is renumbered, so the part is found by its name.
-        index = next(i for i, file in enumerate(self._dataset.files) if str(file) == shard.uri)
-        table = self._dataset.read(index)
+        table = self._dataset.read(self._index(shard))
         keep = [n for n in table.column_names if n not in (IMAGE_EMBEDDING, TEXT_EMBEDDING)]
         for number, row in enumerate(
             row for batch in table.select(keep).to_batches(1_000) for row in batch.to_pylist()
@@ -58,10 +60,8 @@ def _pair(row: dict[str, Any]) -> Pair:
     }
     pair = Pair(**fields, extra=extra)
     status = Status(row["status"])
-    if status not in IMAGE_STATUSES:
-        pair.status, pair.error = status, row["error"]
     if has_image(row):
         pair.load = partial(read_image, row)
-    elif status is Status.MISSING_IMAGE:
+    if status not in IMAGE_STATUSES or pair.load is None:
         pair.status, pair.error = status, row["error"]
     return pair

@@ -138,6 +138,8 @@ def _open(kind: str, files: list[str], options: SourceOptions) -> Source:
         root = storage.absolute(root)
         if not storage.exists(root):
             raise UserError(f"--image-root {root}: there is no such folder.")
+        if not storage.is_folder(root) and not root.endswith(".tar"):
+            raise UserError(f"--image-root {root}: neither a folder nor a tar with images.")
     classes: dict[str, type[ParquetSource] | type[AnnotationSource] | type[TableSource]] = {
         "parquet": ParquetSource,
         "annotations": AnnotationSource,

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from threading import Lock
 
 from aligncurate import storage
+from aligncurate.errors import UserError
 from aligncurate.images import EXTENSIONS
 from aligncurate.pairs import Pair, Status
 
@@ -26,7 +27,7 @@ class ImageRoot:
         path = self._resolve(pair, name)
         if path is None:
             return
-        if not storage.is_remote(path) and not storage.exists(path):
+        if not storage.is_remote(path) and not _exists(path):
             member = self._find_member(name)
             if member is not None:
                 tar, offset, length = member
@@ -64,16 +65,25 @@ class ImageRoot:
 
     def _index(self) -> dict[str, tuple[str, int, int]]:
         members: dict[str, tuple[str, int, int]] = {}
-        if not storage.is_folder(self.folder):
-            return members
-        for uri in storage.list_files(self.folder):
+        files = storage.list_files(self.folder) if storage.is_folder(self.folder) else [self.folder]
+        for uri in files:
             if not uri.endswith(".tar"):
                 continue
-            with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.name.rpartition(".")[2].lower() in EXTENSIONS:
-                        members.setdefault(member.name, (uri, member.offset_data, member.size))
+            try:
+                with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        if member.isfile() and member.name.rpartition(".")[2].lower() in EXTENSIONS:
+                            members.setdefault(member.name, (uri, member.offset_data, member.size))
+            except tarfile.TarError as error:
+                raise UserError(f"{uri}: this tar with images is damaged ({error}); copy it again.") from None
         return members
+
+
+def _exists(path: str) -> bool:
+    try:
+        return storage.exists(path)
+    except OSError:  # the reading of the row's image says why
+        return False
 
 
 def find_root(base: str, names: list[str], candidates: tuple[str, ...] = ("images",)) -> str:
@@ -85,6 +95,6 @@ def find_root(base: str, names: list[str], candidates: tuple[str, ...] = ("image
         candidates: further folders to try, relative to `base`.
     """
     for folder in (base, *(storage.join(base, c) for c in candidates)):
-        if any(not n.startswith("/") and "://" not in n and storage.exists(storage.join(folder, n)) for n in names):
+        if any(not n.startswith("/") and "://" not in n and _exists(storage.join(folder, n)) for n in names):
             return storage.absolute(folder)
     return base

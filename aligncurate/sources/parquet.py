@@ -1,6 +1,7 @@
 """Parquet files with image bytes (plain, or Hugging Face's {bytes, path}) or image paths."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aligncurate import storage
-from aligncurate.errors import UserError
+from aligncurate.errors import ShardError, UserError
 from aligncurate.pairs import Pair
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.images import ImageRoot, find_root
@@ -43,13 +44,13 @@ class ParquetSource(Source):
         self._roots: dict[str, ImageRoot] = {}
         extras = []
         for uri in uris:
-            file = _open(uri)
-            schema = file.schema_arrow
-            fields = find_fields(uri, schema.names, caption_column, image_column or _bytes_column(schema))
-            self._fields[uri] = fields
-            self.shards += cut(uri, file.metadata.num_rows, rows_per_shard, len(self.shards))
-            extras.append({f.name: f.type for f in schema if f.name not in fields.used})
-            self._roots[uri] = ImageRoot(image_root or self._near(uri, file, fields))
+            with _open(uri) as file:
+                schema = file.schema_arrow
+                fields = find_fields(uri, schema.names, caption_column, image_column or _bytes_column(schema))
+                self._fields[uri] = fields
+                self.shards += cut(uri, file.metadata.num_rows, rows_per_shard, len(self.shards))
+                extras.append({f.name: _in_microseconds(f.type) for f in schema if f.name not in fields.used})
+                self._roots[uri] = ImageRoot(image_root or self._near(uri, file, fields))
         if not self.shards:
             raise UserError(f"{', '.join(uris[:3])}: no rows at all.")
         self.extras = merge_extras(extras)
@@ -69,8 +70,12 @@ class ParquetSource(Source):
         assert shard.stop is not None
         stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
         reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
-        for number, row in rows(_open(shard.uri), shard.start, stop):
-            yield reader.pair(row, number)
+        try:
+            with _open(shard.uri) as file:
+                for number, row in rows(file, shard.start, stop):
+                    yield reader.pair(row, number)
+        except pa.ArrowException as error:
+            raise ShardError(f"{shard}: the Parquet file is damaged ({str(error).splitlines()[0]}).") from None
 
 
 def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -101,6 +106,8 @@ def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as dictionaries; strings that are not UTF-8 come as bytes, for their own row's status."""
     columns = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if (kind := _in_microseconds(column.type)) != column.type:
+            column = column.cast(kind, safe=False)
         try:
             columns[name] = column.to_pylist()
         except UnicodeDecodeError:
@@ -109,11 +116,23 @@ def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _open(uri: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(storage.open_file(uri))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{uri}: this is not a Parquet file ({str(error).splitlines()[0]}).") from None
+def _in_microseconds(kind: pa.DataType) -> pa.DataType:
+    """Python's times have no nanoseconds, which Spark and pandas write by default."""
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    return pa.time64("us") if kind == pa.time64("ns") else kind
+
+
+@contextmanager
+def _open(uri: str) -> Iterator[pq.ParquetFile]:
+    with storage.open_file(uri) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{uri}: this is not a Parquet file ({str(error).splitlines()[0]}).") from None
+        yield parquet
 
 
 def _bytes_column(schema: pa.Schema) -> str | None:
@@ -132,7 +151,8 @@ def _has_bytes(schema: pa.Schema, name: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _image_batch(uri: str, column: str, group: int) -> list[Any]:
-    return list(_open(uri).read_row_group(group, columns=[column])[column].to_pylist())
+    with _open(uri) as file:
+        return list(file.read_row_group(group, columns=[column])[column].to_pylist())
 
 
 def read_image(uri: str, column: str, row: int) -> bytes:
@@ -154,4 +174,5 @@ def read_image(uri: str, column: str, row: int) -> bytes:
 
 @lru_cache(maxsize=64)
 def _metadata(uri: str) -> pq.FileMetaData:
-    return _open(uri).metadata
+    with _open(uri) as file:
+        return file.metadata

@@ -88,7 +88,7 @@ class RowReader:
                 set_conversation(pair, found)
                 images = images or list(inside)
             except ValueError as error:
-                pair.fail(Status.READ_ERROR, f"row {number}: {error}")
+                pair.fail(Status.INVALID_ROW, f"row {number}: {error}")
         else:
             set_caption(pair, row.get(fields.caption) if fields.caption else None)
         self._attach(pair, images)
@@ -100,7 +100,7 @@ class RowReader:
     def broken(self, number: int, error: str) -> Pair:
         """The pair for a row that cannot be parsed."""
         pair = Pair(self._unique(f"{_stem(self._uri)}-{number}", number), self._uri, row=number)
-        pair.fail(Status.READ_ERROR, error)
+        pair.fail(Status.INVALID_ROW, error)
         return pair
 
     def _attach(self, pair: Pair, images: list[str | bytes]) -> None:
@@ -129,7 +129,7 @@ class RowReader:
         return self._unique(f"{stem}-{number}", number)
 
     def _unique(self, key: str, number: int) -> str:
-        if key in self._seen:
+        while key in self._seen:
             key = f"{key}-{number}"
         self._seen.add(key)
         return key
@@ -137,6 +137,8 @@ class RowReader:
 
 def _images(value: Any) -> list[str | bytes]:
     """The images in a field: paths, bytes, Hugging Face's {bytes, path}, or a list of these."""
+    if isinstance(value, str):
+        value = value.strip()
     if value is None or value == "":
         return []
     if isinstance(value, (bytes, str)):

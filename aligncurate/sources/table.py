@@ -82,14 +82,24 @@ class _Table:
 
     @cached_property
     def frame(self) -> "pl.DataFrame":
+        """All rows; what is neither image, caption nor key has numbers where they are written as such."""
+        fields = self.fields
+        texts = {fields.image, fields.caption, fields.key}
+        return self._cells.with_columns(_typed(column) for column in self._cells if column.name not in texts)
+
+    @cached_property
+    def _cells(self) -> "pl.DataFrame":
+        """All rows as text."""
         import polars as pl
 
         separator = "\t" if self.uri.endswith((".tsv", ".tsv.gz")) else ","
         if not self._data.strip():
             raise UserError(f"{self.uri}: no rows at all.")
-        header = not _names_image(self._data.split(b"\n", 1)[0].decode("utf-8", "replace"), separator)
+        lines = [line for line in self._data.split(b"\n") if line.strip()]
+        header = not _names_image(lines[0].decode("utf-8-sig", "replace"), separator)
+        # Many TSVs never quote, so that a quotation mark in a caption would swallow lines.
+        even = separator == "\t" and len({line.count(b"\t") for line in lines}) == 1
         last: Exception | None = None
-        # Many TSVs never quote, so that a lone quotation mark in a caption would swallow lines.
         for quote in ('"', None) if separator == "\t" else ('"',):
             try:
                 frame = pl.read_csv(
@@ -98,33 +108,31 @@ class _Table:
                     has_header=header,
                     quote_char=quote,
                     encoding="utf8-lossy",
-                    infer_schema_length=None,
+                    infer_schema=False,
                 )
-                names = frame.columns if header else [f"column_{i + 1}" for i in range(frame.width)]
-                return frame.rename(dict(zip(frame.columns, names, strict=True)))
             except pl.exceptions.PolarsError as error:
                 last = error
+                continue
+            if quote is None or not even or len(frame) == len(lines) - header:
+                return frame.rename({name: name.strip() for name in frame.columns} if header else {})
         raise UserError(f"{self.uri}: not a table that can be read ({str(last).splitlines()[0]}).")
 
     @cached_property
     def fields(self) -> Fields:
-        names = self.frame.columns
+        names = self._cells.columns
         image, caption = self._image, self._caption
         if names[0] == "column_1":
             image, caption = image or self._guess_image(), caption or self._guess_caption()
         return find_fields(self.uri, names, caption, image)
 
     def _guess_image(self) -> str:
-        first = self.frame.row(0, named=True)
-        return next(n for n, v in first.items() if _is_image_name(str(v)))
+        first = self._cells.row(0, named=True)
+        return next(n for n, v in first.items() if _is_image_name(str(v).strip()))
 
     def _guess_caption(self) -> str | None:
         """The column with the longest texts."""
-        import polars as pl
-
         image = self._guess_image()
-        texts = [n for n, t in self.frame.schema.items() if t == pl.String and n != image]
-        lengths = {n: self.frame[n].str.len_chars().mean() or 0 for n in texts}
+        lengths = {n: self._cells[n].str.len_chars().mean() or 0 for n in self._cells.columns if n != image}
         return max(lengths, key=lambda n: float(str(lengths[n]))) if lengths else None
 
     @cached_property
@@ -139,6 +147,19 @@ class _Table:
         types: dict[str, Any] = {f.name: f.type for f in self.frame.head(0).to_arrow().schema}
         found = {n: t for n, t in types.items() if n not in self.fields.used}
         return {n: pa.string() if pa.types.is_large_string(t) else t for n, t in found.items()}
+
+
+def _typed(column: "pl.Series") -> "pl.Series":
+    """The column as numbers, if all its cells are numbers; `007` and longer digits than a float holds are text."""
+    import polars as pl
+
+    if column.null_count() == len(column) or column.str.contains(r"^\s*[+-]?(0\d|\d{16})").any():
+        return column
+    for kind in (pl.Int64, pl.Float64):
+        numbers = column.cast(kind, strict=False)
+        if numbers.null_count() == column.null_count():
+            return numbers
+    return column
 
 
 def _names_image(line: str, separator: str) -> bool:

@@ -69,9 +69,14 @@ def conversation(turns: Any) -> tuple[list[dict[str, str]], list[str]]:
         if isinstance(text, list):
             parts = []
             for part in text:
+                if not isinstance(part, Mapping):
+                    raise ValueError(f"turn {number} has a part that is not an object")
                 if part.get("type") in ("image_url", "image"):
                     url = part.get("image_url", part.get("image"))
-                    images.append(url["url"] if isinstance(url, Mapping) else str(url))
+                    if isinstance(url, Mapping):
+                        url = url.get("url")
+                    if url is not None:
+                        images.append(str(url))
                 else:
                     parts.append(str(part.get("text", "")))
             text = "".join(parts)
@@ -90,6 +95,11 @@ def set_conversation(pair: Pair, turns: list[dict[str, str]]) -> None:
     ):
         set_caption(pair, turns[1]["text"])
         return
+    for number, turn in enumerate(turns):
+        try:
+            turn["text"].encode()
+        except UnicodeEncodeError as error:
+            pair.fail(Status.INVALID_CAPTION, f"turn {number} is not valid UTF-8 at character {error.start}")
     pair.conversations = turns
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, BinaryIO
@@ -62,7 +63,8 @@ class WebDatasetSource(Source):
         rows = []
         try:
             for number, sample in enumerate(self._samples(first, contents="json")):
-                rows.append(_json(sample))
+                with suppress(ValueError):  # its row says so
+                    rows.append(_json(sample))
                 if number + 1 == _PEEK:
                     break
         except (OSError, ShardError):
@@ -110,6 +112,11 @@ class WebDatasetSource(Source):
             pair.fail(Status.MULTI_IMAGE, f"{sample.images} images in one sample; split it into pairs")
             pair.load = None
         self._fill(pair, sample, rows)
+        if sample.image is None and pair.conversations is not None:
+            pair.fail(Status.TEXT_ONLY, "")
+            pair.error = pair.error or None
+        elif sample.image is None:
+            pair.fail(Status.MISSING_IMAGE, "the sample has no image")
         return pair
 
     def _fill(self, pair: Pair, sample: _Sample, rows: dict[str, dict[str, Any]]) -> None:
@@ -118,7 +125,7 @@ class WebDatasetSource(Source):
             meta = _json(sample)
         except ValueError as error:
             meta = {}
-            pair.fail(Status.READ_ERROR, f"the .json member is not JSON: {error}")
+            pair.fail(Status.INVALID_ROW, f"the .json member is not JSON: {error}")
         meta = rows.get(sample.key, {}) | meta
         key = meta.get("key")
         if isinstance(key, str) and key:
@@ -128,7 +135,7 @@ class WebDatasetSource(Source):
             try:
                 set_conversation(pair, conversation(turns)[0])
             except ValueError as error:
-                pair.fail(Status.READ_ERROR, str(error))
+                pair.fail(Status.INVALID_ROW, str(error))
         elif pair.status is not Status.READ_ERROR:
             set_caption(pair, self._find_caption(sample, meta))
         pair.score, pair.level = as_score(meta.get("score")), as_level(meta.get("level"))
@@ -155,13 +162,16 @@ class WebDatasetSource(Source):
                     yield _Sample(storage.basename(uri), broken=member)
                     return
                 match = _NAME.match(member.name)
-                if match is None or not member.isfile() or match[1].rpartition("/")[2].startswith("__"):
+                if match is None or member.isdir() or match[1].rpartition("/")[2].startswith("__"):
                     continue
                 key, extension = match[1], match[2].lower()
                 if sample is None or sample.key != key or _repeats(sample, extension):
                     if sample is not None:
                         yield sample
                     sample = _Sample(key)
+                if not member.isfile():
+                    sample.broken = f"{member.name} is a link or a device, not a file"
+                    continue
                 cut = member.offset_data + member.size > end
                 if cut:
                     sample.broken = f"the tar ends in the middle of {member.name}; copy it again"
@@ -219,7 +229,10 @@ def _json(sample: _Sample) -> dict[str, Any]:
     text = sample.texts.get("json")
     if not text:
         return {}
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("it holds no object")
     return found

@@ -1,0 +1,94 @@
+"""The whole main job, offline, on scenes whose captions are known to be right or wrong."""
+
+import shutil
+import time
+from pathlib import Path
+
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import aligncurate
+from aligncurate.dataset import Dataset
+from aligncurate.errors import UserError
+from aligncurate.progress import duration
+from aligncurate.report import show
+from pipelines import scenes
+
+SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
+NAMES = {
+    "right": "fully right",
+    "one_detail_wrong": "one detail wrong",
+    "one_object_wrong": "one object wrong",
+    "unrelated": "unrelated",
+}
+_MARK = "made-by-aligncurate-demo"
+
+console = Console(highlight=False)
+
+
+def run(out: Path, *, count: int = 4_000) -> None:
+    """Draw `count` pairs, then score, bucket, inspect, filter and export them below `out`, and say what came of it.
+
+    Raises UserError when `out` holds something that no demo made.
+    """
+    if count < 100:
+        raise UserError(f"--count {count}: the demo needs at least 100 pairs to have something in every level.")
+    _clear(out)
+    started = time.monotonic()
+    _step(1, f"Draw {count:,} small scenes, each with a caption whose correctness is known")
+    scenes.write_tars(out / "scenes", count, SEED)
+    _step(2, "Score every pair with the built-in encoder (aligncurate score … --model tiny)")
+    summary = aligncurate.score(out / "scenes", out / "scored", model="tiny")
+    console.print(f"scored {summary.rows:,} pairs in {duration(summary.seconds)}")
+    _step(3, "Cut the scores into eight alignment levels (aligncurate bucket)")
+    levelled = aligncurate.bucket(out / "scored", out / "levelled", levels=8)
+    show(aligncurate.inspect(levelled, examples=1))
+    _step(4, "Do the levels follow what is known of the captions?")
+    console.print(correctness_table(levelled))
+    _step(5, "Keep the upper half and export it (aligncurate filter, aligncurate export)")
+    best = aligncurate.filter(levelled, out / "best", levels="5-8")
+    exported = aligncurate.export(best, out / "shards", shard_size=1_000)
+    console.print(f"kept {best.rows:,} of {levelled.rows:,} pairs: {', '.join(exported.files)} in {out / 'shards'}")
+    console.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. Where to look, and what to try next:")
+    for command in (
+        f"aligncurate inspect {out / 'levelled'} --examples 3",
+        f"aligncurate filter {out / 'levelled'} --out {out / 'odd'} --where \"correctness = 'right' and level <= 2\"",
+        f"aligncurate export {out / 'levelled'} --out {out / 'llava'} --format llava-json",
+        "aligncurate score YOUR_DATA --out scored    # tars, Parquet, JSON, CSV; downloads OpenAI's ViT-L/14",
+    ):
+        console.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
+
+
+def correctness_table(levelled: Dataset) -> Table:
+    """Per kind of caption: its mean score, its mean level, and its share of each level."""
+    rows = levelled.scan().select("correctness", "score", "level").collect()
+    numbers = list(range(1, levelled.manifest["thresholds"]["levels"] + 1))
+    table = Table("caption", "pairs", "score", "level", *[f"L{n}" for n in numbers], box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    totals = {n: max(1, rows.filter(pl.col("level") == n).height) for n in numbers}
+    for kind, name in NAMES.items():
+        some = rows.filter(pl.col("correctness") == kind)
+        shares = [some.filter(pl.col("level") == n).height / totals[n] for n in numbers]
+        cells = [f"[bold green]{s:.0%}[/]" if s >= 0.5 else f"{s:.0%}" for s in shares]
+        means = [f"{some['score'].mean():.3f}", f"{some['level'].mean():.1f}"]
+        table.add_row(name, f"{some.height:,}", *means, *cells)
+    table.caption = "columns L1 to L8: what each level is made of"
+    return table
+
+
+def _step(number: int, text: str) -> None:
+    console.print(f"\n[bold cyan]{number}[/] [bold]{text}[/]")
+
+
+def _clear(out: Path) -> None:
+    """Begin anew in a folder that an earlier demo made; leave any other alone."""
+    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
+        raise UserError(f"{out}: the folder holds something else; name another with --out.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: --out must be a folder, but this is a file.")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()

@@ -1,0 +1,40 @@
+"""What all tests share: where the real data is, and an encoder that costs nothing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_MINI = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of the real data, which is not part of the project."""
+    folder = Path(os.environ.get("ALIGN_REAL_DATA", ROOT.parent / "shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set ALIGN_REAL_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An open_clip model of 0.8 million random weights, as `--model-config` and `--pretrained`."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("mini")
+    config, weights = folder / "mini-clip.json", folder / "mini-clip.safetensors"
+    config.write_text(json.dumps(_MINI))
+    open_clip.add_model_config(config)
+    torch.manual_seed(0)
+    save_file(open_clip.create_model("mini-clip", load_weights=False).state_dict(), weights)
+    return {"model_config": config, "pretrained": weights}
