@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 _MINI = {
     "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 112},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
 }
 
@@ -26,7 +26,7 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An open_clip model of 0.8 million random weights, as `--model-config` and `--pretrained`."""
+    """An open_clip model of two million random weights, as `--model-config` and `--pretrained`."""
     import open_clip
     import torch
     from safetensors.torch import save_file

@@ -110,11 +110,15 @@ class _Table:
                     encoding="utf8-lossy",
                     infer_schema=False,
                 )
+                names = (
+                    [n.strip() for n in frame.columns] if header else [f"column_{i + 1}" for i in range(frame.width)]
+                )
+                frame = frame.rename(dict(zip(frame.columns, names, strict=True)))
             except pl.exceptions.PolarsError as error:
                 last = error
                 continue
             if quote is None or not even or len(frame) == len(lines) - header:
-                return frame.rename({name: name.strip() for name in frame.columns} if header else {})
+                return frame
         raise UserError(f"{self.uri}: not a table that can be read ({str(last).splitlines()[0]}).")
 
     @cached_property

@@ -1,0 +1,1 @@
+"""Whole runs: the data, models and recipes that put the packages to work."""
