@@ -195,7 +195,7 @@ def statuses(frame: pl.DataFrame) -> list[str]:
 def test_captions_that_are_not_utf8(tmp_path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg())
     bad = b"caf\xe9 time"
-    (tmp_path / "a.csv").write_bytes(b"image,caption\n0.jpg," + bad + b"\n0.jpg,fine\n0.jpg,\xef\xbf\xbd\n")
+    (tmp_path / "a.csv").write_bytes(b"image,caption\n0.jpg," + bad + b"\n0.jpg,fine\n0.jpg,fine\n")
     (tmp_path / "a.tsv").write_bytes(b"0.jpg\t" + bad + b"\n0.jpg\tfine\n0.jpg\tfine\n")
     line = b'{"image": "0.jpg", "caption": "%s"}\n'
     (tmp_path / "a.jsonl").write_bytes(line % bad + line % b"fine" + line % rb"half \ud800")
@@ -340,8 +340,8 @@ def test_links_in_tars_are_not_followed(tmp_path) -> None:
 def test_rows_that_cannot_be_parsed(tmp_path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg())
     good = '{"image": "0.jpg", "caption": "c"}'
-    turns = ['"text"', "[1]", '[{"from": "human"}]', '[{"role": 1, "content": "x"}]', '[{"role": "user", "content": ["x"]}]',
-             '[{"role": "user", "content": {"a": 1}}]']  # fmt: skip
+    turns = ['"text"', "[1]", '[{"from": "human"}]', '[{"role": 1, "content": "x"}]',
+             '[{"role": "user", "content": ["x"]}]', '[{"role": "user", "content": {"a": 1}}]']  # fmt: skip
     broken = ["{", "[1, 2]", "7", "null", '"text"', '{"image": "0.jpg", "caption": "cut o', "[" * 100_000, "{'a': 1}",
               *(f'{{"image": "0.jpg", "conversations": {t}}}' for t in turns)]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join([good, *broken, good]))
@@ -367,7 +367,8 @@ def test_json_members_that_cannot_be_parsed(tmp_path) -> None:
 
 def test_the_same_key_twice_in_a_tar(tmp_path) -> None:
     members = [("a.jpg", jpeg(0)), ("a.txt", b"one"), ("b.jpg", jpeg(1)), ("b.txt", b"two"), ("a.jpg", jpeg(2)),
-               ("a.txt", b"three"), ("c.jpg", jpeg(3)), ("c.txt", b"x"), ("c.jpg", jpeg(4)), ("c.txt", b"y")]  # fmt: skip
+               ("a.txt", b"three"), ("c.jpg", jpeg(3)), ("c.txt", b"x"), ("c.jpg", jpeg(4)),
+               ("c.txt", b"y")]  # fmt: skip
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
     frame = ingested(tmp_path / "a.tar", tmp_path / "out")
     assert frame["key"].to_list() == ["a", "b", "a", "c", "c"]
@@ -394,8 +395,10 @@ def test_weird_keys_are_kept_through_export_and_back(tmp_path) -> None:
     frame = ingested(tmp_path / "a.json", tmp_path / "out")
     assert frame["key"].to_list() == WEIRD and statuses(frame) == ["ok"] * len(WEIRD)
     for form in ("webdataset", "llava-json"):
+        before = set(tmp_path.rglob("*"))
         aligncurate.export(tmp_path / "out", tmp_path / form, format=form, quiet=True)
-        assert {p for p in tmp_path.parent.rglob("*.jpg") if tmp_path not in p.parents} == set()  # none written outside
+        new = set(tmp_path.rglob("*")) - before - {tmp_path / form}
+        assert new and all(tmp_path / form in path.resolve().parents for path in new)
         back = ingested(tmp_path / form, tmp_path / f"back-{form}")
         assert back.select("key", "caption", "status", "sha256").equals(
             frame.select("key", "caption", "status", "sha256")
@@ -497,7 +500,7 @@ def test_a_damaged_tar_in_the_image_root(tmp_path) -> None:
     (tmp_path / "root/a.tar").write_bytes(b"garbage" * 300)
     (tmp_path / "a.csv").write_text("image,caption\n0.jpg,x\n")
     result = cli("ingest", tmp_path / "a.csv", "--out", tmp_path / "out", "--image-root", tmp_path / "root")
-    assert "a.tar: this tar with images is damaged" in complaint(result)
+    assert "a.tar: this is not a tar file" in complaint(result)
 
 
 def test_a_parquet_file_damaged_inside(tmp_path) -> None:
@@ -662,7 +665,7 @@ def test_an_output_folder_that_is_taken(tmp_path) -> None:
         found = complaint(cli("ingest", *arguments, "--out", out))
         assert "made with other options" in found and "before" in found and "now" in found
     assert "embed_images: false before, true now" in complaint(cli("ingest", tar, "--embed-images", "--out", out))
-    assert "other options" in complaint(cli("filter", out, "--sample", 1, "--out", out))
+    assert "nothing is changed in place" in complaint(cli("filter", out, "--sample", 1, "--out", out))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert cli("ingest", tar, "--out", out).exit_code == 0
 

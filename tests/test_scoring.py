@@ -175,8 +175,7 @@ def test_limit_counts_over_shards(tmp_path, data_root) -> None:
     assert [part.rows for part in run.dataset.parts] == [1_000, 250]
 
 
-def test_the_right_caption_embedding_is_cut_at_the_context(plain, flickr_clip) -> None:
-    _, texts = plain
+def test_long_captions_are_cut_at_the_context_as_open_clip_cuts_them(plain, flickr_clip) -> None:
     encoder = encoders.load(**flickr_clip)
     long = "a dog and a cat run over the green grass " * 2_500  # 100,000 characters
     endless = "woof" * 25_000
