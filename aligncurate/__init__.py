@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from aligncurate.bucketing import bucket
     from aligncurate.dataset import Dataset, open_dataset
-    from aligncurate.export import export
+    from aligncurate.exporting import export
     from aligncurate.report import inspect
     from aligncurate.scoring import ingest, score
     from aligncurate.selection import filter
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Dataset": "dataset",
     "bucket": "bucketing",
-    "export": "export",
+    "export": "exporting",
     "filter": "selection",
     "ingest": "scoring",
     "inspect": "report",

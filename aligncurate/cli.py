@@ -363,8 +363,8 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a dataset's good rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
-    from aligncurate.export import FAILURES
-    from aligncurate.export import export as run
+    from aligncurate.exporting import FAILURES
+    from aligncurate.exporting import export as run
 
     done = run(dataset, out, format=format.value, shard_size=shard_size, per_level=per_level, quiet=quiet)
     if not quiet:

@@ -194,7 +194,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not a JSON file ({error}); make the dataset again.") from None
-    return dict(found)
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: it holds no object; make the dataset again.")
+    return found
 
 
 class DatasetWriter:

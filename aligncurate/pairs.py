@@ -18,13 +18,13 @@ class Status(StrEnum):
     MISSING_IMAGE = "missing_image"
     MISSING_CAPTION = "missing_caption"
     INVALID_CAPTION = "invalid_caption"  # the caption's bytes are not UTF-8
+    INVALID_ROW = "invalid_row"  # the row, its JSON or its conversation cannot be parsed
     MULTI_IMAGE = "multi_image"  # more than one image in the row: not supported yet
     UNSAFE_PATH = "unsafe_path"  # an image path that leaves the image root
     DUPLICATE_KEY = "duplicate_key"  # the same sample key twice in one tar
     DECODE_ERROR = "decode_error"
     TOO_LARGE = "too_large"
     READ_ERROR = "read_error"
-    INVALID_ROW = "invalid_row"  # the row, its JSON or its conversation cannot be parsed
 
 
 FINE = frozenset({Status.OK, Status.TEXT_ONLY})

@@ -46,7 +46,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     try:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
     except (ImportError, ValueError) as error:
-        raise UserError(f"{uri}: {error}") from None
+        raise UserError(f"{uri}: {str(error).rstrip('.')}.") from None
 
 
 def open_file(uri: str) -> BinaryIO:

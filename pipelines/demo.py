@@ -65,7 +65,10 @@ def correctness_table(levelled: Dataset) -> Table:
     """Per kind of caption: its mean score, its mean level, and its share of each level."""
     rows = levelled.scan().select("correctness", "score", "level").collect()
     numbers = list(range(1, levelled.manifest["thresholds"]["levels"] + 1))
-    table = Table("caption", "pairs", "score", "level", *[f"L{n}" for n in numbers], box=box.SIMPLE_HEAD)
+    heads = [f"L{n}" for n in numbers]
+    table = Table("caption", "score", "level", *heads, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     totals = {n: max(1, rows.filter(pl.col("level") == n).height) for n in numbers}
@@ -74,8 +77,8 @@ def correctness_table(levelled: Dataset) -> Table:
         shares = [some.filter(pl.col("level") == n).height / totals[n] for n in numbers]
         cells = [f"[bold green]{s:.0%}[/]" if s >= 0.5 else f"{s:.0%}" for s in shares]
         means = [f"{some['score'].mean():.3f}", f"{some['level'].mean():.1f}"]
-        table.add_row(name, f"{some.height:,}", *means, *cells)
-    table.caption = "columns L1 to L8: what each level is made of"
+        table.add_row(name, *means, *cells)
+    table.caption = f"score and level: means; L1 to L{numbers[-1]}: what each level is made of"
     return table
 
 

@@ -101,7 +101,7 @@ def test_inspect_says_the_same_in_json(folder) -> None:
         assert level["mean"] == pytest.approx(some["score"].mean())
         assert len(level["examples"]) == 2
         for example in level["examples"]:
-            row = some.row(by_predicate=some["key"] == example["key"], named=True)
+            row = some.filter(some["key"] == example["key"]).row(0, named=True)
             assert (row["caption"], row["score"]) == (example["text"], example["score"])
     assert "decode_error" in text and "not an image" in text
     assert "█" in text and "Examples" in text

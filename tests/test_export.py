@@ -41,6 +41,8 @@ def test_score_export_score_again_gives_the_same(tmp_path, levelled) -> None:
     assert kept.scan().select(same).collect().equals(levelled.scan().select(same).collect())
 
 
+# webdataset leaves closing its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_tars_hold_the_original_bytes_for_other_readers(tmp_path, levelled) -> None:
     aligncurate.export(levelled, tmp_path / "shards", quiet=True)
     rows = levelled.scan().collect().to_dicts()
@@ -132,7 +134,7 @@ def test_datacomp_uids_are_sorted_halves(tmp_path, levelled) -> None:
 
 
 def test_an_own_uid_is_used(tmp_path, levelled) -> None:
-    from aligncurate.export import datacomp_uid
+    from aligncurate.exporting import datacomp_uid
 
     own = "0123456789abcdef0123456789ABCDEF"
     assert datacomp_uid({"uid": own, "sha256": b"", "caption": ""}) == own.lower()

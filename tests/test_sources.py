@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inputs import ingested, jpeg, pairs, read_all, write_tar
+from inputs import ingested, jpeg, pairs, read_all, tar_bytes, write_tar
 
 import aligncurate
 from aligncurate.errors import UserError
@@ -64,6 +64,14 @@ def test_long_and_strange_member_names(tmp_path, form) -> None:
     frame = ingested(tmp_path / "a.tar", tmp_path / "out")
     assert facts(frame, "key", "status") == [(name, "ok") for name in names]
     assert frame["sha256"].to_list() == digests(*range(len(names)))
+
+
+def test_only_webdatasets_own_metadata_members_are_skipped(tmp_path) -> None:
+    members = [("__meta.info__", b"x"), ("__init.jpg", jpeg(0)), ("__init.txt", b"a"), ("d/__x.jpg", jpeg(1)),
+               ("d/__x.txt", b"b"), ("d/", b""), ("no-ending", b"x"), (".hidden", b"x"),
+               ("d/._x.jpg", b"x")]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    assert [(p.key, p.caption) for p in read_all(tmp_path / "a.tar")] == [("__init", "a"), ("d/__x", "b")]
 
 
 def test_captions_in_json_members(tmp_path) -> None:

@@ -136,7 +136,7 @@ def _parse(line: bytes) -> Any:
 def _open(uri: str, per_shard: int) -> _File:
     if uri.endswith((".jsonl", ".ndjson")):
         file = _Lines(uri, per_shard)
-        first = next(file.read(0, 1), None)
+        first = next(file.read(0, 1), None) if file.rows else None
         if isinstance(first, str) and not any(isinstance(row, dict) for row in file.peek()):
             raise UserError(f"{uri}: not a JSONL file ({first}).")
         return file

@@ -89,8 +89,7 @@ def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, lis
     if format in (None, "dataset") and MANIFEST in names:
         return "dataset", [path]
     by_kind = {kind: [f for f in files if f.lower().endswith(ends)] for kind, ends in _ENDINGS.items()}
-    # What img2dataset leaves beside its tars and Parquet files is no data of its own.
-    by_kind["annotations"] = [f for f in by_kind["annotations"] if not f.endswith("_stats.json")]
+    by_kind["annotations"] = [f for f in by_kind["annotations"] if not _is_note(storage.basename(f))]
     chosen = format or next((kind for kind, members in by_kind.items() if members), None)
     if chosen is None or not by_kind.get(chosen):
         raise UserError(f"{path}: {_why_nothing(names, format)}")
@@ -109,6 +108,11 @@ def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, lis
             "name a file to read it instead."
         )
     return chosen, by_kind[chosen]
+
+
+def _is_note(name: str) -> bool:
+    """What img2dataset and our own export leave beside the data is no data of its own."""
+    return name.endswith("_stats.json") or name in ("export.json", "failed.jsonl")
 
 
 def _why_nothing(names: set[str], format: str | None) -> str:

@@ -1,14 +1,14 @@
 """Finds the images that tables and annotation files name: files below a folder, or members of tars in it."""
 
-import tarfile
 from functools import partial
 from pathlib import PurePosixPath
 from threading import Lock
 
 from aligncurate import storage
-from aligncurate.errors import UserError
+from aligncurate.errors import ShardError, UserError
 from aligncurate.images import EXTENSIONS
 from aligncurate.pairs import Pair, Status
+from aligncurate.sources.webdataset import tar_members
 
 
 class ImageRoot:
@@ -70,12 +70,14 @@ class ImageRoot:
             if not uri.endswith(".tar"):
                 continue
             try:
-                with storage.open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
+                with storage.open_file(uri) as file:
+                    for member in tar_members(file, uri):
+                        if isinstance(member, str):
+                            raise UserError(f"{uri}: {member}.")
                         if member.isfile() and member.name.rpartition(".")[2].lower() in EXTENSIONS:
                             members.setdefault(member.name, (uri, member.offset_data, member.size))
-            except tarfile.TarError as error:
-                raise UserError(f"{uri}: this tar with images is damaged ({error}); copy it again.") from None
+            except ShardError as error:
+                raise UserError(str(error)) from None
         return members
 
 

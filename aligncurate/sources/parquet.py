@@ -111,9 +111,33 @@ def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
         try:
             columns[name] = column.to_pylist()
         except UnicodeDecodeError:
-            raw = column.cast(pa.binary()).to_pylist()
-            columns[name] = [None if v is None else v.decode("utf-8", "surrogateescape") for v in raw]
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            raw = column.cast(_as_bytes(column.type)).to_pylist()
+            columns[name] = [_decoded(value, column.type) for value in raw]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """`kind` with its strings, also those in lists and structs, as bytes."""
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(f.name, _as_bytes(f.type)) for f in kind])
+    return kind
+
+
+def _decoded(value: Any, kind: pa.DataType) -> Any:
+    """A value of `_as_bytes(kind)` with its strings decoded; broken bytes become lone surrogates."""
+    if value is None or _as_bytes(kind) == kind:
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, list):
+        return [_decoded(item, kind.value_type) for item in value]
+    return {f.name: _decoded(value[f.name], f.type) for f in kind}
 
 
 def _in_microseconds(kind: pa.DataType) -> pa.DataType:

@@ -20,6 +20,7 @@ from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.texts import CAPTIONS, conversation, set_caption, set_conversation
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule: key, then all extensions
+_METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that are no samples
 _TEXTS = ("txt", "caption", "text")
 _PEEK = 200  # samples that decide the types of the extra columns
 _OWN = frozenset(COLUMNS) | {"conversations", "messages"}
@@ -155,14 +156,14 @@ class WebDatasetSource(Source):
         sample: _Sample | None = None
         with storage.open_file(uri) as file:
             end = storage.size(uri)
-            for member in _members(file, uri):
+            for member in tar_members(file, uri):
                 if isinstance(member, str):
                     if sample is not None:
                         yield sample
                     yield _Sample(storage.basename(uri), broken=member)
                     return
                 match = _NAME.match(member.name)
-                if match is None or member.isdir() or match[1].rpartition("/")[2].startswith("__"):
+                if match is None or match[1].endswith("/") or member.isdir() or _METADATA.match(member.name):
                     continue
                 key, extension = match[1], match[2].lower()
                 if sample is None or sample.key != key or _repeats(sample, extension):
@@ -195,7 +196,7 @@ def _repeats(sample: _Sample, extension: str) -> bool:
     return extension in sample.texts
 
 
-def _members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
+def tar_members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
     """The tar's members; where it is damaged, a last sentence that says so."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, closed below
@@ -213,6 +214,9 @@ def _members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
                 return
             if member is None:
                 break
+            if member.size < 0:  # tarfile would go back and read the same headers for ever
+                yield f"the tar is damaged ({member.name} has a negative size); copy it again"
+                return
             yield member
         # tarfile takes a damaged header for the end, so look whether the end mark is really there.
         file.seek(tar.offset)
