@@ -80,7 +80,7 @@ class SourceFormat(StrEnum):
 Sources = Annotated[
     list[str],
     typer.Argument(
-        metavar="SOURCE...",
+        metavar="SOURCE",
         help="Tars, Parquet, JSON, JSONL, CSV or TSV files, folders of these, or a dataset; braces and * expand.",
         show_default=False,
     ),
@@ -89,23 +89,32 @@ DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder o
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; made if needed.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 Workers = Annotated[int | None, typer.Option(help="Decoding threads.", show_default="one per core")]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many pairs.", show_default="all")]
+Limit = Annotated[
+    int | None, typer.Option(rich_help_panel="Source", help="Only the first so many pairs.", show_default="all")
+]
 EmbedImages = Annotated[bool, typer.Option("--embed-images", help="Copy the images' bytes into the dataset.")]
 RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Do the rows that failed before again.")]
-Format = Annotated[SourceFormat | None, typer.Option(help="What the sources are.", show_default="found by looking")]
+Format = Annotated[
+    SourceFormat | None,
+    typer.Option(rich_help_panel="Source", help="What the sources are.", show_default="found by looking"),
+]
 CaptionColumn = Annotated[
-    str | None, typer.Option(help="Column or field with the caption.", show_default="found by looking")
+    str | None,
+    typer.Option(rich_help_panel="Source", help="Column or field with the caption.", show_default="found by looking"),
 ]
 ImageColumn = Annotated[
-    str | None, typer.Option(help="Column or field with the image.", show_default="found by looking")
+    str | None,
+    typer.Option(rich_help_panel="Source", help="Column or field with the image.", show_default="found by looking"),
 ]
 ImageRoot = Annotated[
     str | None,
     typer.Option(
-        help="Folder that image paths are relative to, or that has tars with them.", show_default="near the file"
+        rich_help_panel="Source",
+        help="Folder that image paths are relative to, or that has tars with them.",
+        show_default="near the file",
     ),
 ]
-RowsPerShard = Annotated[int, typer.Option(help="Rows of a big file that become one part.")]
+RowsPerShard = Annotated[int, typer.Option(rich_help_panel="Source", help="Rows of a big file that become one part.")]
 ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
 
 
@@ -166,16 +175,22 @@ def score(
     out: Out,
     model: Annotated[
         str | None,
-        typer.Option(help="open_clip model, hf-hub: name, or tiny.", show_default="ViT-L-14-quickgelu"),
+        typer.Option(
+            rich_help_panel="Encoder", help="open_clip model, hf-hub: name, or tiny.", show_default="ViT-L-14-quickgelu"
+        ),
     ] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="open_clip tag, or a file of weights.", show_default="openai")
+        str | None,
+        typer.Option(rich_help_panel="Encoder", help="open_clip tag, or a file of weights.", show_default="openai"),
     ] = None,
     model_config: Annotated[
-        Path | None, typer.Option(help="An open_clip JSON config; names the model.", show_default=False)
+        Path | None,
+        typer.Option(rich_help_panel="Encoder", help="An open_clip JSON config; names the model.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
-    precision: Annotated[Precision, typer.Option(help="auto: bf16 on a GPU that has it, else fp32.")] = Precision.auto,
+    device: Annotated[str, typer.Option(rich_help_panel="Encoder", help="auto, cpu, cuda or cuda:0.")] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(rich_help_panel="Encoder", help="auto: bf16 on a GPU that has it, else fp32.")
+    ] = Precision.auto,
     batch_size: Annotated[
         int | None, typer.Option(help="Pairs encoded at once.", show_default="256 on a GPU, else 32")
     ] = None,

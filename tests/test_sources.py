@@ -428,16 +428,19 @@ def test_tables_from_windows(tmp_path) -> None:
 
 def test_cells_stay_as_they_are_written(tmp_path) -> None:
     folder_of_images(tmp_path, 0, 1)
-    text = "id,image,caption,likes\n007,0.jpg,0010,5\n008,1.jpg,1.50,6\n"
+    text = "id,image,caption,likes,share,zip,big\n007,0.jpg,0010,5,0.5,0123,12345678901234567890\n"
+    text += "008,1.jpg,1.50,6,,9999,2\n"
     (tmp_path / "a.csv").write_text(text)
-    assert facts(ingested(tmp_path / "a.csv", tmp_path / "out"), "key", "caption", "likes") == [
-        ("007", "0010", 5), ("008", "1.50", 6),
+    frame = ingested(tmp_path / "a.csv", tmp_path / "out")
+    assert facts(frame, "key", "caption", "likes", "share", "zip", "big") == [
+        ("007", "0010", 5, 0.5, "0123", "12345678901234567890"), ("008", "1.50", 6, None, "9999", "2"),
     ]  # fmt: skip
 
 
-def test_a_lone_quotation_mark_swallows_no_lines_of_a_tsv(tmp_path) -> None:
+@pytest.mark.parametrize("more", [[], ['a 5" pipe', '"quoted"', 'open "']])
+def test_a_lone_quotation_mark_swallows_no_lines_of_a_tsv(tmp_path, more) -> None:
     folder_of_images(tmp_path, 0)
-    captions = ['"To be', "or not", 'to be"', 'a 5" pipe', '"quoted"', 'open "']
+    captions = ['"To be', "or not", 'to be"', *more]
     (tmp_path / "a.tsv").write_text("image\tcaption\n" + "".join(f"0.jpg\t{c}\n" for c in captions))
     frame = ingested(tmp_path / "a.tsv", tmp_path / "out")
     assert len(frame) == len(captions)
