@@ -8,14 +8,12 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from aligncurate.dataset import THRESHOLDS, Dataset, write_json
+from aligncurate.dataset import THRESHOLDS, Dataset
 from aligncurate.derive import derive
 from aligncurate.errors import UserError
-from aligncurate.levels import Floats, Method, Thresholds, find_thresholds
-from aligncurate.pairs import COLUMNS
+from aligncurate.levels import MAX_LEVELS, Floats, Method, Thresholds, find_thresholds
+from aligncurate.pairs import COLUMNS, usable_scores
 from aligncurate.progress import notice
-
-MAX_LEVELS = 127  # levels are stored in eight bits
 
 _CHUNK = 1 << 20  # scores counted at once; counting is wasteful on small arrays
 
@@ -25,7 +23,7 @@ def bucket(
     out: str | Path,
     *,
     levels: int | None = None,
-    method: Method = "quantile",
+    method: Method | None = None,
     thresholds: str | Path | None = None,
     score_column: str = "score",
     quiet: bool = False,
@@ -36,7 +34,7 @@ def bucket(
         dataset: what to label.
         out: folder of the new dataset; `thresholds.json` in it can be applied to other data.
         levels: N, by default 8 as in the AlignGPT paper.
-        method: `quantile` for levels of equal size, `uniform` for levels of equal width.
+        method: `quantile` (default) for levels of equal size, `uniform` for levels of equal width.
         thresholds: a `thresholds.json`; then `levels` and `method` are its own.
         score_column: `score`, or that of a further encoder.
 
@@ -44,10 +42,12 @@ def bucket(
     """
     opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     check_score_column(opened, score_column)
+    if thresholds is not None and method is not None:
+        raise UserError(f"--method {method}: --thresholds brings thresholds that are found already; leave one out.")
     if thresholds is not None:
         found = _frozen(Path(thresholds), opened, score_column, levels, quiet=quiet)
     else:
-        found = _fit(opened, score_column, 8 if levels is None else levels, method)
+        found = _fit(opened, score_column, 8 if levels is None else levels, method or "quantile")
     options = {"levels": found.levels, "method": found.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
     head = opened.derived("bucket", options, thresholds=found.to_json())
@@ -55,26 +55,25 @@ def bucket(
     def label(_: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
             place = table.schema.get_field_index("level")
-            yield table.set_column(place, table.schema.field(place), _levels(table[score_column], found))
+            yield table.set_column(place, table.schema.field(place), _levels(table, found))
 
-    labelled = derive(opened, out, head, label, quiet=quiet)
-    write_json(labelled.path / THRESHOLDS, found.to_json())
-    return labelled
+    return derive(opened, out, head, label, quiet=quiet)
 
 
 def check_score_column(dataset: Dataset, name: str) -> None:
     """Raises UserError unless `name` is a column of scores."""
-    names = [f.name for f in dataset.schema if pa.types.is_float32(f.type)]
+    names = [f.name for f in dataset.schema if pa.types.is_floating(f.type)]
     if name not in names:
         raise UserError(f"{dataset.path}: no column {name} with scores; it has {', '.join(names) or 'none'}.")
 
 
 def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
-    """All scores of a column without the nulls, in arrays of about a million."""
+    """All usable scores of a column, in arrays of about a million."""
     waiting: list[Floats] = []
     size = 0
     for index in range(len(dataset.parts)):
-        scores = dataset.read(index, [column])[column].drop_null().to_numpy()
+        scores = usable_scores(dataset.read(index, ["status", column]), column)
+        scores = scores[~np.isnan(scores)]
         waiting.append(scores)
         size += len(scores)
         if size >= _CHUNK:
@@ -128,9 +127,8 @@ def _encoder(dataset: Dataset) -> dict[str, Any] | None:
     return {k: encoder[k] for k in ("model", "pretrained", "weights_sha256")} if encoder else None
 
 
-def _levels(scores: pa.ChunkedArray, thresholds: Thresholds) -> pa.Array:
-    """Levels of a column of scores, null where the score is."""
-    values = scores.combine_chunks()
-    missing = np.asarray(values.is_null())
-    numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
-    return pa.array(thresholds.assign(numbers), COLUMNS["level"], mask=missing)
+def _levels(table: pa.Table, thresholds: Thresholds) -> pa.Array:
+    """Levels of a table's rows, null where there is no usable score."""
+    scores = usable_scores(table, thresholds.score_column)
+    missing = np.isnan(scores)
+    return pa.array(thresholds.assign(np.where(missing, np.float32(0), scores)), COLUMNS["level"], mask=missing)

@@ -280,8 +280,9 @@ def bucket(
     out: Out,
     levels: Annotated[int | None, typer.Option(help="Number of levels, N.", show_default="8")] = None,
     method: Annotated[
-        Method, typer.Option(help="quantile: levels of equal size; uniform: of equal width.")
-    ] = Method.quantile,
+        Method | None,
+        typer.Option(help="quantile: levels of equal size; uniform: of equal width.", show_default="quantile"),
+    ] = None,
     thresholds: Annotated[
         Path | None, typer.Option(help="Apply this thresholds.json instead of finding thresholds.", show_default=False)
     ] = None,
@@ -295,7 +296,7 @@ def bucket(
         dataset,
         out,
         levels=levels,
-        method=method.value,
+        method=method.value if method else None,
         thresholds=thresholds,
         score_column=score_column,
         quiet=quiet,
@@ -414,11 +415,12 @@ def models() -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
     count: Annotated[int, typer.Option(help="Pairs to draw.")] = 4_000,
+    quiet: Quiet = False,
 ) -> None:
     """Run the whole job offline on scenes that are drawn on the spot, and show that it works."""
     from pipelines.demo import run
 
-    run(out, count=count)
+    run(out, count=count, quiet=quiet)
 
 
 def _source_options(

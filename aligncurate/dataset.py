@@ -119,13 +119,29 @@ class Dataset:
         """Arrow schema, the same for all parts."""
         return pq.read_schema(self.files[0]) if self.files else pa.schema([])
 
-    @property
+    @cached_property
     def files(self) -> list[Path]:
         return [self.path / part.name for part in self.parts]
 
     @property
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
+
+    @cached_property
+    def levels(self) -> int:
+        """N of its levels; 0 when no row has one. Levels that came with the source count too."""
+        thresholds = self.manifest.get("thresholds")
+        if thresholds:
+            return int(thresholds["levels"])
+        column = self.schema.get_field_index("level")
+        highest = 0
+        for file in self.files:
+            metadata = pq.read_metadata(file)
+            for group in range(metadata.num_row_groups):
+                found = metadata.row_group(group).column(column).statistics
+                if found is not None and found.has_min_max:
+                    highest = max(highest, int(found.max))
+        return highest
 
     @property
     def statuses(self) -> dict[str, int]:
@@ -141,7 +157,7 @@ class Dataset:
 
         if not self.files:
             raise UserError(f"{self.path}: the dataset has no parts.")
-        return pl.scan_parquet(self.files)
+        return pl.scan_parquet(self.files, glob=False)  # a folder's name may hold brackets
 
     def read(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Part number `index` as a table. Raises UserError when the file is damaged."""
@@ -153,13 +169,7 @@ class Dataset:
 
     def groups(self, index: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The row groups of part `index`, one at a time, so that embedded images need not all fit in memory."""
-        file = self.files[index]
-        try:
-            with pq.ParquetFile(file) as part:
-                for group in range(part.num_row_groups):
-                    yield part.read_row_group(group, columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
+        return row_groups(self.files[index], columns)
 
     def fingerprint(self) -> dict[str, str]:
         """Names this very dataset: its folder and the checksum of its manifest."""
@@ -184,6 +194,16 @@ class Dataset:
         return head | changes
 
 
+def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
+    try:
+        with pq.ParquetFile(file) as part:
+            for group in range(part.num_row_groups):
+                yield part.read_row_group(group, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
+
+
 def open_dataset(path: str | Path) -> Dataset:
     """The dataset in folder `path`. Raises UserError when there is none, or it is unfinished."""
     return Dataset(path)
@@ -206,11 +226,14 @@ class DatasetWriter:
         path: the output folder.
         head: the manifest without its parts: verb, options, inputs, encoder, …
         schema: of every part.
+        mended: input files may have changed since the parts were made; `changed` then names them.
 
     Raises UserError when the folder holds something else, or parts that other options made.
     """
 
-    def __init__(self, path: str | Path, head: Mapping[str, Any], schema: pa.Schema) -> None:
+    def __init__(self, path: str | Path, head: Mapping[str, Any], schema: pa.Schema, *, mended: bool = False) -> None:
+        self._mended = mended
+        self.changed: set[str] = set()
         self.path = Path(os.path.abspath(path))
         self.schema = schema
         columns = {f.name: str(f.type) for f in schema}
@@ -221,9 +244,9 @@ class DatasetWriter:
     @contextmanager
     def open(self) -> Iterator[Self]:
         """Take the folder for this run: check, lock, and clear what a killed run left half-written."""
-        self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         with lock(self.path):
+            self._check()
             for leftover in self.path.glob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
             if not (self.path / MANIFEST).is_file():
@@ -231,11 +254,9 @@ class DatasetWriter:
             yield self
 
     def _check(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: --out must be a folder, but this is a file.")
         file = self.path / MANIFEST
         if not file.is_file():
-            strangers = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+            strangers = [p.name for p in self.path.iterdir()]
             strangers = [n for n in strangers if not n.startswith((_TEMPORARY, _LOCK))]
             if strangers:
                 raise UserError(
@@ -243,6 +264,10 @@ class DatasetWriter:
                 )
             return
         before = _read_json(file)
+        if self._mended:
+            self.changed = changed_files(before.get("inputs", []), self.head["inputs"])
+            if self.changed:
+                before["inputs"] = self.head["inputs"]
         differing = _differences(before, self.head)
         if differing:
             raise UserError(
@@ -264,8 +289,19 @@ class DatasetWriter:
         """A writer for the part of shard `index`; it commits when its `with` block ends without an error."""
         return PartWriter(self.path / part_name(index), self.schema)
 
+    def reopen(self) -> None:
+        """Say that parts are about to change, before any does: a run that dies now leaves no manifest that lies."""
+        _ = self._lines  # what the finished manifest knew of the parts that stay
+        self._write_manifest(complete=False, parts=[])
+
     def finish(self, parts: Sequence[PartInfo], **facts: Any) -> Dataset:
         """Write the final manifest with all parts, in order, and open the dataset."""
+        names = {part.name for part in parts}
+        for stranger in self.path.glob("part-*.parquet"):
+            if stranger.name not in names:  # of an input that was longer when an earlier run began
+                stranger.unlink()
+        if self.head.get("thresholds"):
+            write_json(self.path / THRESHOLDS, self.head["thresholds"])
         self._write_manifest(complete=True, parts=parts, **facts)
         return Dataset(self.path)
 
@@ -276,17 +312,31 @@ class DatasetWriter:
         )
 
 
+def make_folder(path: Path) -> None:
+    """Make an output folder, if it is not there. Raises UserError where a file is in the way."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: --out must be a folder, but this is a file.")
+    path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold `folder` for one run; the kernel lets go of it however the run ends."""
     path = folder / _LOCK
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run is writing to this folder; wait for it to end.") from None
-        yield
-        path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another run is writing to this folder; wait for it to end.") from None
+            # Another run may have ended, and removed the file, between our opening and locking it.
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -295,12 +345,21 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         old, new = before.get(name), now[name]
         if old == new:
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if name == "inputs" and (changed := changed_files(old or [], new)):
+            found += [f"{uri} has changed since" for uri in sorted(changed)[:3]]
+        elif isinstance(old, dict) and isinstance(new, dict):
             keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
             found += [f"{k}: {_short(old.get(k))} before, {_short(new.get(k))} now" for k in keys]
         else:
             found.append(f"{name}: {_short(old)} before, {_short(new)} now")
-    return found
+    return list(dict.fromkeys(found))
+
+
+def changed_files(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Input files that are the same by name and differ in size; empty when the inputs differ in other ways."""
+    old = {f["uri"]: f["bytes"] for line in before for f in line.get("files", [])}
+    new = {f["uri"]: f["bytes"] for line in now for f in line.get("files", [])}
+    return {uri for uri in new if old[uri] != new[uri]} if old.keys() == new.keys() else set()
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Image-text encoders: any open_clip model, and the small one that ships with the package."""
 
 import hashlib
+import json
 import logging
 import os
 import warnings
@@ -97,16 +98,16 @@ def load(
     if kind == "auto":
         kind = "bf16" if place.type == "cuda" and place_has_bf16(place) else "fp32"
     model, pretrained, config = _names(model, pretrained, model_config)
-    if not random_weights:
-        _check_weights(model, pretrained)
-
     import open_clip
     import torch
 
     if config is not None:
+        _check_config(config)
         open_clip.add_model_config(str(config))
     if not model.startswith("hf-hub:") and model not in open_clip.list_models():
         raise UserError(f"--model {model}: there is no such model{_closest(model)}; `aligncurate models` lists them.")
+    if not random_weights:
+        _check_weights(model, pretrained)
     try:
         # open_clip narrates every step of loading, and warns of choices that are deliberate here.
         with warnings.catch_warnings(), _quiet_logging():
@@ -115,8 +116,8 @@ def load(
                 model, pretrained=pretrained, precision=kind, device=place
             )
             tokenizer = open_clip.get_tokenizer(model)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # broken configs and weights make open_clip, torch and safetensors raise anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--model {model} --pretrained {pretrained}: the weights could not be loaded ({first}); "
             "check the name, the network, or give a local weights file."
@@ -153,6 +154,17 @@ def _names(model: str | None, pretrained: str | None, config: str | Path | None)
     if model == TINY:
         return TINY, pretrained or str(TINY_FOLDER / "tiny.safetensors"), TINY_FOLDER / "tiny.json"
     return model, pretrained, None
+
+
+def _check_config(file: Path) -> None:
+    """open_clip keeps a config that it cannot read, and then fails for every model; so look at it first."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"--model-config {file}: not a JSON file ({error}).") from None
+    wanted = ("embed_dim", "vision_cfg", "text_cfg")
+    if not isinstance(found, dict) or any(name not in found for name in wanted):
+        raise UserError(f"--model-config {file}: not an open_clip config; it needs {', '.join(wanted)}.")
 
 
 def _check_weights(model: str, pretrained: str | None) -> None:
@@ -230,7 +242,7 @@ def _public_name(pretrained: str | None) -> str | None:
 
 @contextmanager
 def _quiet_logging() -> Iterator[None]:
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # errors too: they are raised as well
     try:
         yield
     finally:
@@ -259,8 +271,6 @@ def known_models() -> list[dict[str, Any]]:
 
 def open_clip_config(file: Path) -> dict[str, Any]:
     """An open_clip JSON config as a dictionary."""
-    import json
-
     return dict(json.loads(file.read_text("utf-8")))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import webdataset
 
 from aligncurate import storage
-from aligncurate.dataset import Dataset, atomic_file, lock, write_json
+from aligncurate.dataset import Dataset, atomic_file, lock, make_folder, write_json
 from aligncurate.engines import local
 from aligncurate.errors import UserError
 from aligncurate.images import EXTENSIONS, extension
@@ -30,7 +31,8 @@ Format = Literal["webdataset", "llava-json", "datacomp-uids"]
 RECORD = "export.json"
 FAILURES = "failed.jsonl"
 _PER_FOLDER = 10_000  # images in one folder of a LLaVA export
-_NO_KEY = re.compile(r"[^0-9A-Za-z_\-/]")  # webdataset splits names at dots; other characters trouble file systems
+_NO_KEY = re.compile(r'[.\x00-\x1f\x7f\\:*?"<>|]')  # webdataset splits names at dots; the rest trouble file systems
+_NAME_BYTES = 180  # of a file name, which most file systems end at 255
 
 
 @dataclass
@@ -83,7 +85,7 @@ def export(
         raise UserError(f"--shard-size {shard_size}: use a number of at least 1.")
     if per_level and format != "webdataset":
         raise UserError(f"--per-level goes with --format webdataset, not {format}.")
-    if per_level and not opened.manifest.get("thresholds"):
+    if per_level and not opened.levels:
         raise UserError(f"{opened.path}: --per-level needs levels; run `aligncurate bucket` first.")
     done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - _exportable(opened))
     record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
@@ -114,16 +116,14 @@ def _note_failures(done: Exported) -> None:
 def _take(target: Path, record: dict[str, Any], stack: ExitStack) -> None:
     """Check and lock the output folder, as DatasetWriter does for datasets."""
     file = target / RECORD
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: --out must be a folder, but this is a file.")
+    make_folder(target)
+    stack.enter_context(lock(target))
     if file.is_file():
         before = json.loads(file.read_text("utf-8"))
         if any(before.get(k) != v for k, v in record.items()):
             raise UserError(f"{target}: another export is here; name a new folder, or delete this one.")
-    elif target.is_dir() and any(not p.name.startswith(".") for p in target.iterdir()):
+    elif any(not p.name.startswith(".") for p in target.iterdir()):
         raise UserError(f"{target}: the output folder holds other files; name a new folder.")
-    target.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(lock(target))
     for leftover in target.rglob(".tmp-*"):
         leftover.unlink(missing_ok=True)
     if not file.is_file():
@@ -166,12 +166,12 @@ def _webdataset(dataset: Dataset, done: Exported, shard_size: int, per_level: bo
 
     def write(tar: _Tar, check: Callable[[], None]) -> dict[str, Any]:
         beside = done.path / f"{tar.name}.parquet"
-        if not beside.is_file():  # written last, so it is the mark that the tar is whole
+        # Written last, so it is the mark that the tar is whole; what failed is tried again.
+        if not beside.is_file() or _note(beside)["failed"]:
             _write_tar(dataset, tar, per_level, done.path, check)
-        metadata = pq.read_metadata(beside)
-        note: dict[str, Any] = json.loads(metadata.metadata[b"aligncurate.export"])
-        shown.add(tar.rows, metadata.num_rows, len(note["failed"]))
-        return {"tar": tar, "rows": metadata.num_rows, **note}
+        note = _note(beside)
+        shown.add(tar.rows, note["rows"], len(note["failed"]))
+        return {"tar": tar, **note}
 
     # In memory at once are the rows of one tar per thread, without their images.
     results = [outcome.result for outcome in local.run(write, tars, threads=min(4, os.cpu_count() or 1))]
@@ -180,6 +180,12 @@ def _webdataset(dataset: Dataset, done: Exported, shard_size: int, per_level: bo
         done.bytes += result["bytes"]
         done.failed += result["failed"]
         done.files.append(f"{result['tar'].name}.tar")
+
+
+def _note(beside: Path) -> dict[str, Any]:
+    """What the Parquet beside a tar says of it: its rows, bytes of images, and images that could not be read."""
+    metadata = pq.read_metadata(beside)
+    return {"rows": metadata.num_rows, **json.loads(metadata.metadata[b"aligncurate.export"])}
 
 
 def _plan(dataset: Dataset, shard_size: int, per_level: bool) -> list[_Tar]:
@@ -323,7 +329,7 @@ def _llava(dataset: Dataset, done: Exported, shown: Meter) -> None:
 def _llava_image(row: dict[str, Any], data: bytes, done: Exported, names: set[str], number: int) -> str:
     """Write an image; its path relative to the export's folder."""
     folder = f"images/{number // _PER_FOLDER:05d}"
-    stem = _safe(row["key"]).replace("/", "_")
+    stem = _safe(row["key"]).replace("/", "_").encode()[:_NAME_BYTES].decode(errors="ignore")
     name = f"{_free(f'{folder}/{stem}', names)}.{_ending(row, data)}"
     path = done.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -343,6 +349,9 @@ def _llava_row(row: dict[str, Any], image: str | None) -> dict[str, Any]:
     turns = row["conversations"]
     if turns is None:
         turns = [{"role": "user", "text": "<image>"}, {"role": "assistant", "text": row["caption"]}]
+    if image is not None and not any("<image>" in turn["text"] for turn in turns):
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+        turns = [{**t, "text": f"<image>\n{t['text']}"} if i == first else t for i, t in enumerate(turns)]
     entry["conversations"] = [{"from": roles.get(t["role"], t["role"]), "value": t["text"]} for t in turns]
     if row["level"] is not None:
         entry["similarity"] = row["level"] - 1
@@ -354,14 +363,14 @@ def _llava_row(row: dict[str, Any], image: str | None) -> dict[str, Any]:
 
 def _datacomp(dataset: Dataset, done: Exported, shown: Meter) -> None:
     columns = ["status", "sha256", "caption", *(["uid"] if "uid" in dataset.schema.names else [])]
-    halves: list[tuple[int, int]] = []
+    halves = array("Q")
     for row in _rows(dataset, columns):
         if row["status"] != Status.OK:
             continue
         uid = datacomp_uid(row)
-        halves.append((int(uid[:16], 16), int(uid[16:], 16)))
+        halves.extend((int(uid[:16], 16), int(uid[16:], 16)))
         shown.add(1, 1, 0)
-    uids = np.array(halves, np.dtype("u8,u8"))
+    uids = np.array(halves, np.uint64).view(np.dtype("u8,u8"))
     uids.sort()
     with atomic_file(done.path / "uids.npy") as temporary, temporary.open("wb") as file:
         np.save(file, uids)

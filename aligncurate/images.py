@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit against decompression bombs."""
 
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jfif", "avif"})
+_ENDINGS = {
+    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "DIB": "bmp",
+    "TIFF": "tif", "PPM": "ppm", "AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "TGA": "tga", "PCX": "pcx",
+    "DDS": "dds", "QOI": "qoi",
+}  # fmt: skip
+EXTENSIONS = frozenset({*_ENDINGS.values(), "jpeg", "jpe", "jfif", "tiff", "pgm", "pbm", "pnm", "j2k", "jpx"})
 """File name endings that are taken for images."""
 
 Decode = Literal["exact", "fast"]
@@ -167,10 +172,10 @@ def extension(data: bytes) -> str | None:
     """The usual file ending for the image format of `data`, without the dot; None when it is no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind = str(image.format).lower()
+            kind = str(image.format)
     except Exception:  # see open_image
         return None
-    return cast("dict[str, str]", {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}).get(kind, kind)
+    return _ENDINGS.get(kind, kind.lower())
 
 
 def preprocess_of(transform: Any, config: dict[str, Any]) -> Preprocess:

@@ -8,7 +8,8 @@ grow with the data.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from types import NoneType
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ Scan = Callable[[], Iterable[Floats]]
 """Gives all finite scores, in any number of arrays; called once per pass."""
 
 Method = Literal["quantile", "uniform"]
+
+MAX_LEVELS = 127
+"""Levels are stored in eight bits."""
 
 _HALF = 1 << 16
 _SIGN = np.uint32(1 << 31)
@@ -136,10 +140,14 @@ class Thresholds:
     def from_json(cls, data: Any, where: str) -> Self:
         """Thresholds as `to_json` gives them. Raises UserError that names `where` for anything else."""
         try:
+            if data["method"] not in get_args(Method) or not isinstance(data["encoder"], (dict, NoneType)):
+                raise ValueError("method or encoder")
             fields = {k: data[k] for k in ("method", "score_column", "count", "minimum", "maximum", "encoder")}
             values = tuple(float(v) for v in data["values"])
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"{where}: not thresholds that `aligncurate bucket` saved ({error!r}).") from None
+        if len(values) >= MAX_LEVELS:
+            raise UserError(f"{where}: {len(values)} thresholds; levels go up to {MAX_LEVELS}.")
         if not values or list(values) != sorted(values) or not np.isfinite(values).all():
             raise UserError(f"{where}: the threshold values must be ascending finite numbers, at least one.")
         return cls(values=values, **fields)

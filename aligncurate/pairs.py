@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 
 class Status(StrEnum):
@@ -58,7 +61,8 @@ COLUMNS: dict[str, pa.DataType] = {
 EXTRA = "extra"
 """Column for input fields that fit no other column, as a JSON object; nothing of the input is dropped."""
 
-IMAGE_EMBEDDING, TEXT_EMBEDDING = "image_embedding", "text_embedding"
+IMAGE_EMBEDDING, TEXT_EMBEDDING = OWN_EMBEDDINGS = "image_embedding", "text_embedding"
+"""Columns of --embeddings; without it, input columns of these names ride along like any other."""
 
 _DESCRIPTIONS = {
     "key": "name of the pair, unique within its shard",
@@ -87,9 +91,6 @@ def describe_columns() -> list[tuple[str, str, str]]:
 
 def _type_name(kind: pa.DataType) -> str:
     return "list<struct<role, text>>" if kind == TURNS else str(kind)
-
-
-_FIELDS = frozenset({*COLUMNS, IMAGE_EMBEDDING, TEXT_EMBEDDING})
 
 
 @dataclass(slots=True)
@@ -136,7 +137,7 @@ def schema(extras: Mapping[str, pa.DataType], *, embed_images: bool = False, emb
         embedding: width of the embedding columns, 0 for none.
     """
     fields = [pa.field(n, t) for n, t in COLUMNS.items() if n != "image" or embed_images]
-    fields += [pa.field(n, t) for n, t in extras.items()]
+    fields += [pa.field(n, t) for n, t in extras.items() if not (embedding and n in OWN_EMBEDDINGS)]
     if embedding:
         kind = pa.list_(pa.float16(), embedding)
         fields += [pa.field(IMAGE_EMBEDDING, kind), pa.field(TEXT_EMBEDDING, kind)]
@@ -150,8 +151,10 @@ def to_table(pairs: Sequence[Pair], schema: pa.Schema) -> pa.Table:
     if EXTRA in schema.names:
         extras = [_fit(extra, schema) for extra in extras]
     for column in schema:
-        if column.name in _FIELDS:
+        if column.name in COLUMNS:
             values: Iterable[Any] = (getattr(p, column.name) for p in pairs)
+        elif column.name in OWN_EMBEDDINGS and any(getattr(p, column.name) is not None for p in pairs):
+            values = (getattr(p, column.name) for p in pairs)
         else:
             values = (extra.get(column.name) for extra in extras)
         arrays.append(_array(list(values), column.type))
@@ -208,7 +211,7 @@ def as_level(value: Any) -> int | None:
 
 
 def fits(value: Any, kind: pa.DataType) -> bool:
-    """Whether a JSON value can be stored as `kind` unchanged."""
+    """Whether a value can be stored as `kind` without becoming something else."""
     if value is None:
         return True
     if pa.types.is_string(kind):
@@ -219,9 +222,21 @@ def fits(value: Any, kind: pa.DataType) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     if pa.types.is_float64(kind):
         return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
-    if pa.types.is_list(kind):
+    if pa.types.is_list(kind) and not pa.types.is_floating(kind.value_type):
         return isinstance(value, list) and all(fits(v, kind.value_type) for v in value)
-    return False
+    try:  # a type that only typed sources declare
+        pa.scalar(value, kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def usable_scores(table: pa.Table, column: str) -> NDArray[np.float32]:
+    """Scores of a table's rows, float32 [rows]; NaN where the row is not ok or its score is no finite number."""
+    values = table[column].combine_chunks().cast(pa.float32())
+    scores = np.array(values.fill_null(float("nan")).to_numpy(zero_copy_only=False), np.float32)
+    usable = np.asarray(pc.equal(table["status"], Status.OK.value)) & np.isfinite(scores)
+    return np.where(usable, scores, np.float32("nan"))
 
 
 def infer_extras(rows: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:

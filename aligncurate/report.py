@@ -101,7 +101,7 @@ def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: s
         quantiles=quantiles,
         histogram=histogram,
         method=thresholds["method"] if thresholds else None,
-        levels=_levels(opened, score_column, thresholds["levels"], examples) if thresholds else [],
+        levels=_levels(opened, score_column, opened.levels, examples) if opened.levels else [],
     )
 
 
@@ -249,7 +249,16 @@ def _histogram(report: Report) -> Table:
 
 
 def _level_table(report: Report) -> Table:
-    table = _table("level", "pairs", "share", "score", "mean", "", left=(5,), title=f"Levels ({report.method})")
+    table = _table(
+        "level",
+        "pairs",
+        "share",
+        "score",
+        "mean",
+        "",
+        left=(5,),
+        title=f"Levels ({report.method})" if report.method else "Levels",
+    )
     largest = max(level.count for level in report.levels)
     for level in reversed([lv for lv in report.levels if lv.level is not None]):
         scores = f"{level.minimum:.3f} … {level.maximum:.3f}" if level.minimum is not None else "–"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from aligncurate.dataset import Dataset, DatasetWriter, PartInfo
+from aligncurate import storage
+from aligncurate.dataset import Dataset, DatasetWriter, PartInfo, row_groups
 from aligncurate.engines import local
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images import Decode, ImageError, decode, open_image, pillow_unheard
@@ -40,6 +41,8 @@ ScoreText = Literal["assistant", "user", "all"]
 
 _ROWS_PER_GROUP = 10_000
 _ROWS_PER_GROUP_WITH_IMAGES = 512  # image bytes wait in memory until their row group is written
+# A row of an earlier run is taken over only for a pair that is the very same: its text and where its image lies.
+_SAME = ("key", "caption", "conversations", "source", "image_path", "image_offset", "image_length", "row")
 _CHECKED = 64  # pairs of the first shard that `--decode fast` also decodes exactly, to say how far it strays
 
 
@@ -77,6 +80,7 @@ class _Prepared:
     pixels: "torch.Tensor | None" = None
     exact: "torch.Tensor | None" = None
     text: str = ""
+    kept: bool = False  # taken over from an earlier run
 
 
 class _ShardScorer:
@@ -114,14 +118,17 @@ class _ShardScorer:
 
     def part(self, shard: Shard, check: Callable[[], None]) -> PartInfo:
         """Commit the part of `shard`. Raises ShardError when its file cannot be read at all."""
-        done = self._reusable(shard)
+        done, facts = self._reusable(shard)
         with self._writer.part(shard.index) as part:
+            part.facts.update(facts)
             rows: list[Pair] = []
             limit = _ROWS_PER_GROUP_WITH_IMAGES if self._embed_images else _ROWS_PER_GROUP
             for batch in self._batches(self._prepared(shard, done, check)):
                 rows += self._encode(batch, part.facts, shard)
-                ok = sum(p.pair.status is Status.OK for p in batch)
-                self._meter.add(len(batch), ok, sum(p.pair.status not in FINE for p in batch))
+                ok = sum(p.pair.status is Status.OK and not p.kept for p in batch)
+                kept = sum(p.kept for p in batch)
+                self._meter.skip(kept)
+                self._meter.add(len(batch) - kept, ok, sum(p.pair.status not in FINE for p in batch))
                 while len(rows) >= limit:
                     part.write(to_table(rows[:limit], self._writer.schema))
                     rows = rows[limit:]
@@ -130,24 +137,22 @@ class _ShardScorer:
         assert part.info is not None
         return part.info
 
-    def _reusable(self, shard: Shard) -> list[dict[str, Any]]:
-        """Rows of the committed part, which --retry-errors keeps where they did not fail."""
-        if not self._retry or self._writer.committed(shard.index) is None:
-            return []
-        import pyarrow.parquet as pq
+    def _reusable(self, shard: Shard) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:
+        """Rows of the committed part, which --retry-errors keeps where they did not fail, and what else it says."""
+        info = self._writer.committed(shard.index) if self._retry else None
+        if info is None:
+            return iter(()), {}
+        tables = row_groups(self._writer.path / info.name)
+        return (row for table in tables for batch in table.to_batches(256) for row in batch.to_pylist()), info.facts
 
-        file = self._writer.path / f"part-{shard.index:05d}.parquet"
-        rows: list[dict[str, Any]] = pq.read_table(file, partitioning=None).to_pylist()
-        return rows
-
-    def _prepared(self, shard: Shard, done: Sequence[dict[str, Any]], check: Callable[[], None]) -> Iterator[_Prepared]:
+    def _prepared(self, shard: Shard, done: Iterator[dict[str, Any]], check: Callable[[], None]) -> Iterator[_Prepared]:
         """Pairs of `shard` in order, decoded by the pool a little ahead of their use."""
         waiting: deque[Future[_Prepared]] = deque()
         try:
             for number, pair in enumerate(self._read(shard)):
                 check()
-                row = done[number] if number < len(done) and done[number]["key"] == pair.key else None
-                waiting.append(self._pool.submit(self._prepare, pair, row, shard.index == 0 and number < _CHECKED))
+                checked = shard.index == 0 and number < _CHECKED and not self._retry
+                waiting.append(self._pool.submit(self._prepare, pair, next(done, None), checked))
                 if len(waiting) > self._lookahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -166,8 +171,9 @@ class _ShardScorer:
     def _prepare(self, pair: Pair, row: dict[str, Any] | None, checked: bool) -> _Prepared:
         """Read, measure, hash and decode; whatever is wrong becomes the pair's status."""
         prepared = _Prepared(pair)
-        if row is not None and row["status"] in FINE:
+        if row is not None and row["status"] in FINE and all(getattr(pair, n) == row[n] for n in _SAME):
             _restore(pair, row)
+            prepared.kept = True
             return prepared
         # Scores and levels of the input are kept by `ingest`; scoring makes them anew.
         if self._encoder is not None:
@@ -411,22 +417,27 @@ def _run(
 ) -> Summary:
     for text in source.notices:
         notice(text, quiet=quiet)
-    reading = source_options or SourceOptions()
+    reading = vars(source_options or SourceOptions())
+    if reading["image_root"] is not None:  # the same folder, wherever the command is given
+        reading = {**reading, "image_root": storage.absolute(reading["image_root"])}
     width = _embedding_width(encoder) if embeddings else 0
     head = {
         "verb": verb,
-        "options": {**options, "embed_images": embed_images, "limit": limit, **vars(reading)},
+        "options": {**options, "embed_images": embed_images, "limit": limit, **reading},
         "inputs": source.describe(),
         "encoder": encoder.identity if encoder else None,
         "thresholds": None,
         "history": [],
     }
-    writer = DatasetWriter(out, head, schema(source.extras, embed_images=embed_images, embedding=width))
+    columns = schema(source.extras, embed_images=embed_images, embedding=width)
+    writer = DatasetWriter(out, head, columns, mended=retry_errors)
     shards = limit_shards(source, limit)
     with ExitStack() as stack:
         stack.enter_context(pillow_unheard())
         stack.enter_context(writer.open())
         parts, todo = _split(writer, shards, retry_errors)
+        if todo:
+            writer.reopen()
         shown = stack.enter_context(meter(verb, _total(source, shards), quiet=quiet))
         shown.skip(sum(part.rows for part in parts.values()))
         resumed = len(parts)
@@ -457,11 +468,11 @@ def _run(
 def _split(
     writer: DatasetWriter, shards: Sequence[Shard], retry_errors: bool
 ) -> tuple[dict[int, PartInfo], list[Shard]]:
-    """Parts that stay, and shards to do: those without a part, and with `retry_errors` those with failures."""
+    """Parts that stay, and shards to do: those without a part; with `retry_errors` failed and changed ones too."""
     parts, todo = {}, []
     for shard in shards:
         part = writer.committed(shard.index)
-        if part is None or (retry_errors and part.failed):
+        if part is None or shard.uri in writer.changed or (retry_errors and part.failed):
             todo.append(shard)
         else:
             parts[shard.index] = part

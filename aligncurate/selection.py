@@ -17,11 +17,14 @@ from aligncurate.dataset import Dataset
 from aligncurate.derive import derive
 from aligncurate.errors import UserError
 from aligncurate.levels import Counts, order_statistics
+from aligncurate.pairs import usable_scores
 
 Mask = NDArray[np.bool_]
 
 _INDEX = "aligncurate_row"
-_SEVERAL_ROWS = re.compile(r"\bover\s*\(|\bselect\b", re.IGNORECASE)
+_LITERALS = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"")
+_WINDOWS = "over|row_number|rank|dense_rank|ntile|lag|lead|first_value|last_value|nth_value"
+_SEVERAL_ROWS = re.compile(rf"\b(?:{_WINDOWS})\s*\(|\bselect\b", re.IGNORECASE)
 
 
 def filter(
@@ -114,7 +117,7 @@ class _Selection:
             _check_where(dataset, where)
         self._where = where
         self._levels = parse_levels(levels) if levels is not None else None
-        if self._levels is not None and not dataset.manifest.get("thresholds"):
+        if self._levels is not None and not dataset.levels:
             raise UserError(f"{dataset.path}: its pairs have no levels yet; run `aligncurate bucket` first.")
         self._top = self._find_top(top_fraction) if top_fraction is not None else None
         self._last = self._find_last(sample) if sample is not None else None
@@ -138,8 +141,7 @@ class _Selection:
 
     def _scores(self, index: int) -> NDArray[np.float32]:
         """Scores of part `index`, NaN where there is none."""
-        column = self._dataset.read(index, [self._column])[self._column]
-        return np.asarray(column.fill_null(float("nan")).to_numpy(), np.float32)
+        return usable_scores(self._dataset.read(index, ["status", self._column]), self._column)
 
     def _scored(self) -> Iterator[NDArray[np.float32]]:
         for index in range(len(self._dataset.parts)):
@@ -208,7 +210,7 @@ def _check_where(dataset: Dataset, where: str) -> None:
 
     look = pl.DataFrame({f.name: [None, None] for f in dataset.schema}, schema=dataset.scan().collect_schema())
     try:
-        if _SEVERAL_ROWS.search(where):
+        if _SEVERAL_ROWS.search(_LITERALS.sub("", where)):
             raise UserError(f"--where {where}: each row must be decided by itself; windows and subqueries cannot.")
         found = look.lazy().sql(f"SELECT ({where}\n) AS keep FROM self").collect()["keep"]
     except pl.exceptions.ColumnNotFoundError as error:
@@ -234,7 +236,7 @@ def _where_mask(file: Path, where: str, rows: int) -> Mask:
     """For which rows of a part the condition is true."""
     import polars as pl
 
-    frame = pl.scan_parquet(file).with_row_index(_INDEX)
+    frame = pl.scan_parquet(file, glob=False).with_row_index(_INDEX)
     found = frame.sql(f"SELECT {_INDEX} FROM self WHERE ({where}\n)").collect()[_INDEX]
     mask = np.zeros(rows, bool)
     mask[found.to_numpy()] = True

@@ -65,6 +65,14 @@ def size(uri: str) -> int:
     return int(filesystem.size(path))
 
 
+def version(uri: str) -> object:
+    """Something that changes when a local file is replaced; None for remote files. Raises OSError."""
+    if is_remote(uri):
+        return None
+    stat = Path(uri).stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def exists(uri: str) -> bool:
     if not is_remote(uri):
         try:
@@ -89,7 +97,8 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
         filesystem, path = _filesystem(uri)
         data = cast("bytes", filesystem.cat_file(path, start=offset, end=offset + length))
     else:
-        data = os.pread(_descriptor(uri).number, length, offset)
+        descriptor = _descriptor(uri)  # held by name: the cache may let go of it while it is read from
+        data = os.pread(descriptor.number, length, offset)
     if len(data) != length:
         raise OSError(f"{uri} ends after {len(data)} of the {length} bytes at offset {offset}")
     return data
@@ -110,15 +119,15 @@ _lock = Lock()
 
 
 @lru_cache(maxsize=64)
-def _cached_descriptor(path: str, inode: int, modified: int) -> _Descriptor:
+def _cached_descriptor(path: str, mark: object) -> _Descriptor:
     return _Descriptor(path)
 
 
 def _descriptor(path: str) -> _Descriptor:
-    # Keyed by inode and time, so that a file that was replaced is not read through its old descriptor.
-    stat = Path(path).stat()
+    # Keyed by version, so that a file that was replaced is not read through its old descriptor.
+    mark = version(path)
     with _lock:
-        return _cached_descriptor(path, stat.st_ino, stat.st_mtime_ns)
+        return _cached_descriptor(path, mark)
 
 
 def is_folder(uri: str) -> bool:
@@ -126,6 +135,11 @@ def is_folder(uri: str) -> bool:
         return Path(uri).is_dir()
     filesystem, path = _filesystem(uri)
     return bool(filesystem.isdir(path))
+
+
+def has_folders(folder: str) -> bool:
+    """Whether a local folder holds folders."""
+    return not is_remote(folder) and any(p.is_dir() for p in Path(folder).iterdir())
 
 
 def list_files(folder: str) -> list[str]:

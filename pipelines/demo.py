@@ -13,7 +13,7 @@ import aligncurate
 from aligncurate.dataset import Dataset
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligncurate.report import show
+from aligncurate.report import render
 from pipelines import scenes
 
 SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
@@ -28,7 +28,7 @@ _MARK = "made-by-aligncurate-demo"
 console = Console(highlight=False)
 
 
-def run(out: Path, *, count: int = 4_000) -> None:
+def run(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
     """Draw `count` pairs, then score, bucket, inspect, filter and export them below `out`, and say what came of it.
 
     Raises UserError when `out` holds something that no demo made.
@@ -36,20 +36,21 @@ def run(out: Path, *, count: int = 4_000) -> None:
     if count < 100:
         raise UserError(f"--count {count}: the demo needs at least 100 pairs to have something in every level.")
     _clear(out)
+    console.quiet = quiet
     started = time.monotonic()
     _step(1, f"Draw {count:,} small scenes, each with a caption whose correctness is known")
     scenes.write_tars(out / "scenes", count, SEED)
     _step(2, "Score every pair with the built-in encoder (aligncurate score … --model tiny)")
-    summary = aligncurate.score(out / "scenes", out / "scored", model="tiny")
+    summary = aligncurate.score(out / "scenes", out / "scored", model="tiny", quiet=quiet)
     console.print(f"scored {summary.rows:,} pairs in {duration(summary.seconds)}")
     _step(3, "Cut the scores into eight alignment levels (aligncurate bucket)")
-    levelled = aligncurate.bucket(out / "scored", out / "levelled", levels=8)
-    show(aligncurate.inspect(levelled, examples=1))
+    levelled = aligncurate.bucket(out / "scored", out / "levelled", levels=8, quiet=quiet)
+    console.print(render(aligncurate.inspect(levelled, examples=1)))
     _step(4, "Do the levels follow what is known of the captions?")
     console.print(correctness_table(levelled))
     _step(5, "Keep the upper half and export it (aligncurate filter, aligncurate export)")
-    best = aligncurate.filter(levelled, out / "best", levels="5-8")
-    exported = aligncurate.export(best, out / "shards", shard_size=1_000)
+    best = aligncurate.filter(levelled, out / "best", levels="5-8", quiet=quiet)
+    exported = aligncurate.export(best, out / "shards", shard_size=1_000, quiet=quiet)
     console.print(f"kept {best.rows:,} of {levelled.rows:,} pairs: {', '.join(exported.files)} in {out / 'shards'}")
     console.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. Where to look, and what to try next:")
     for command in (

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import aligncurate
+from aligncurate import storage
 from aligncurate.cli import app
 from pipelines.scenes import write_tars
 
@@ -128,13 +129,18 @@ def test_an_unfinished_run_is_named(folder) -> None:
     assert "run its `aligncurate score` command again" in " ".join(result.stderr.split())
 
 
-def test_a_shard_that_cannot_be_read_is_a_fault(folder) -> None:
-    (folder / "mixed").mkdir()
-    (folder / "mixed/a.tar").write_bytes(b"no tar " * 500)
-    (folder / "mixed/b.tar").write_bytes((folder / "tars/00001.tar").read_bytes())
-    result = run("ingest", folder / "mixed", "--out", folder / "mixed-out")
+def test_a_shard_that_cannot_be_read_is_a_fault(folder, monkeypatch) -> None:
+    real = storage.open_file
+
+    def fails(uri: str):
+        if uri.endswith("00000.tar"):
+            raise OSError(5, "Input/output error", uri)
+        return real(uri)
+
+    monkeypatch.setattr(storage, "open_file", fails)
+    result = run("ingest", folder / "tars", "--out", folder / "mixed-out")
     assert result.exit_code == 1
-    assert "not a tar file" in result.stderr
+    assert "00000.tar: cannot be read: Input/output error" in " ".join(result.stderr.split())
     assert "the same command tries them again" in " ".join(result.stderr.split())
     assert (folder / "mixed-out/part-00001.parquet").is_file()
 

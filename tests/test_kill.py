@@ -28,18 +28,30 @@ PROGRAM = textwrap.dedent(
         else:
             aligncurate.bucket(source, out, quiet=True)
 
-    def attempt(limit):
+    def parts():
+        return sum(name.startswith("part-") for name in os.listdir(out)) if os.path.isdir(out) else 0
+
+    def attempt(kill_after):
+        # Kills the run a random moment after it has so many parts, or lets it end.
         child = os.fork()
         if child == 0:
             work()
             os._exit(0)
-        if limit is not None:
-            time.sleep(limit)
+        if kill_after is not None:
+            while parts() < kill_after:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    return status
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
         return os.waitpid(child, 0)[1]
 
-    killed = sum(os.WIFSIGNALED(attempt(rng.uniform(0, seconds))) for _ in range(10))
-    print("killed", killed)
+    killed = halves = 0
+    for number in range(10):
+        killed += os.WIFSIGNALED(attempt(number))
+        halves += any(name.startswith(".tmp-") for name in os.listdir(out)) if os.path.isdir(out) else 0
+    print(killed, halves, parts())
     sys.exit(os.waitstatus_to_exitcode(attempt(None)))
     """
 )
@@ -71,19 +83,21 @@ def scored(tars) -> Path:
     return out
 
 
-def kill_and_rerun(verb: str, source: Path, out: Path, seconds: float) -> int:
+def kill_and_rerun(verb: str, source: Path, out: Path, seconds: float) -> tuple[int, int, int]:
+    """Kill ten times, then let it end. Returns kills, kills amid a part, and parts before the last run."""
     seed = random.randrange(10**6)
-    print("seed", seed)
     command = [sys.executable, "-c", PROGRAM, verb, str(source), str(out), str(seconds), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    assert done.returncode == 0, (seed, done.stderr)
+    killed, halves, parts = map(int, done.stdout.split())
+    return killed, halves, parts
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not hasattr(signal, "SIGKILL"), reason="needs fork and kill")
 def test_killed_scoring_ends_in_the_same_bytes(tars, scored, tmp_path) -> None:
-    killed = kill_and_rerun("score", tars, tmp_path / "out", 1.5)
-    assert killed >= 1
+    killed, halves, parts = kill_and_rerun("score", tars, tmp_path / "out", 0.05)
+    assert killed == 10 and halves >= 1
+    assert parts >= 9
     assert contents(tmp_path / "out") == contents(scored)
 
 
@@ -91,6 +105,6 @@ def test_killed_bucketing_ends_in_the_same_bytes(scored, tmp_path) -> None:
     import aligncurate
 
     whole = aligncurate.bucket(scored, tmp_path / "whole", quiet=True)
-    killed = kill_and_rerun("bucket", scored, tmp_path / "out", 0.15)
-    assert killed >= 1
+    killed, _, _ = kill_and_rerun("bucket", scored, tmp_path / "out", 0.002)
+    assert killed >= 5  # the last parts come so quickly that a run may end before it is killed
     assert contents(tmp_path / "out") == contents(whole.path)

@@ -52,7 +52,7 @@ class AnnotationSource(Source):
             self._roots[uri] = ImageRoot(image_root or find_root(base, some, _COCO_FOLDERS))
         self.extras = merge_extras(extras)
 
-    def count(self, shard: Shard) -> int:
+    def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None
         return shard.stop - shard.start
 
@@ -134,7 +134,7 @@ def _parse(line: bytes) -> Any:
 
 
 def _open(uri: str, per_shard: int) -> _File:
-    if uri.endswith((".jsonl", ".ndjson")):
+    if uri.lower().endswith((".jsonl", ".ndjson")):
         file = _Lines(uri, per_shard)
         first = next(file.read(0, 1), None) if file.rows else None
         if isinstance(first, str) and not any(isinstance(row, dict) for row in file.peek()):
@@ -159,14 +159,16 @@ def _open(uri: str, per_shard: int) -> _File:
 def _coco(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per caption, with its image's fields; the key is `<image name>-<caption id>`."""
     images = {image["id"]: image for image in data["images"] if isinstance(image, dict) and "id" in image}
+    notes = [note if isinstance(note, dict) else {} for note in data["annotations"]]
+    if notes and not any("caption" in note for note in notes):
+        raise UserError(f"{uri}: a COCO file without captions; give its captions_*.json.")
     rows = []
-    for note in data["annotations"]:
-        if not isinstance(note, dict) or "caption" not in note:
-            raise UserError(f"{uri}: a COCO file without captions; give its captions_*.json.")
-        image = images.get(note.get("image_id"), {})
+    for note in notes:
+        number = note.get("image_id")
+        image = images.get(number, {}) if isinstance(number, (int, str)) else {}
         name = image.get("file_name")
-        stem = str(name).rpartition(".")[0].rpartition("/")[2] if name else str(note.get("image_id"))
+        stem = str(name).rpartition(".")[0].rpartition("/")[2] if name else str(number)
         ride = {k: v for k, v in image.items() if k not in ("id", "width", "height", "file_name")}
         key = f"{stem}-{note['id']}" if "id" in note else None
-        rows.append({"key": key, "image": name, "caption": note["caption"], "image_id": note.get("image_id"), **ride})
+        rows.append({"key": key, "image": name, "caption": note.get("caption"), "image_id": number, **ride})
     return rows

@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from aligncurate import storage
+from aligncurate.errors import ShardError
 from aligncurate.pairs import EXTRA, Pair
 
 
@@ -53,13 +55,13 @@ class Source(ABC):
         """The pairs of `shard`, in order. Raises OSError or ShardError when its file cannot be read."""
 
     @abstractmethod
-    def count(self, shard: Shard) -> int:
-        """How many pairs `shard` has, without reading images."""
+    def count(self, shard: Shard, most: int | None = None) -> int:
+        """How many pairs `shard` has, without reading images; counting may stop at `most`."""
 
     def describe(self) -> list[dict[str, Any]]:
-        """What the manifest says of the input."""
+        """What the manifest says of the input: its files with their sizes, by which a changed one is noticed."""
         uris = list(dict.fromkeys(shard.uri for shard in self.shards))
-        return [{"kind": self.kind, "files": uris}]
+        return [{"kind": self.kind, "files": [{"uri": uri, "bytes": _local_size(uri)} for uri in uris]}]
 
 
 class Sources(Source):
@@ -77,11 +79,19 @@ class Sources(Source):
     def read(self, shard: Shard) -> Iterator[Pair]:
         return self._sources[shard.origin].read(shard)
 
-    def count(self, shard: Shard) -> int:
-        return self._sources[shard.origin].count(shard)
+    def count(self, shard: Shard, most: int | None = None) -> int:
+        return self._sources[shard.origin].count(shard, most)
 
     def describe(self) -> list[dict[str, Any]]:
         return [line for source in self._sources for line in source.describe()]
+
+
+def _local_size(uri: str) -> int | None:
+    """Bytes of a local file; None for remote ones, each of which would cost a request."""
+    try:
+        return None if storage.is_remote(uri) else storage.size(uri)
+    except OSError:
+        return None
 
 
 def merge_extras(found: Sequence[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:
@@ -106,8 +116,11 @@ def limit_shards(source: Source, limit: int | None) -> list[Shard]:
     for shard in source.shards:
         if limit <= 0:
             break
-        rows = source.count(shard)
-        kept.append(replace(shard, limit=limit) if rows > limit else shard)
+        try:
+            rows = source.count(shard, limit)
+        except (OSError, ShardError):
+            rows = 0  # the run itself says what is wrong with it
+        kept.append(replace(shard, limit=limit) if rows >= limit else shard)
         limit -= rows
     return kept
 

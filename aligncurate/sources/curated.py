@@ -7,9 +7,8 @@ from typing import Any
 from aligncurate.dataset import Dataset
 from aligncurate.pairs import (
     COLUMNS,
-    IMAGE_EMBEDDING,
     IMAGE_STATUSES,
-    TEXT_EMBEDDING,
+    OWN_EMBEDDINGS,
     Pair,
     Status,
 )
@@ -29,28 +28,27 @@ class CuratedSource(Source):
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
         self.shards = [Shard(i, str(file)) for i, file in enumerate(dataset.files)]
-        gone = {*COLUMNS, IMAGE_EMBEDDING, TEXT_EMBEDDING}
+        # A shard of several sources is renumbered, so a part is found by its name.
+        self._numbers = {shard.uri: shard.index for shard in self.shards}
+        gone = {*COLUMNS, *OWN_EMBEDDINGS}
         self.extras = {f.name: f.type for f in dataset.schema if f.name not in gone}
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._dataset.fingerprint()]
 
-    def count(self, shard: Shard) -> int:
-        return self._dataset.parts[self._index(shard)].rows
-
-    def _index(self, shard: Shard) -> int:
-        # A shard of several sources is renumbered, so the part is found by its name.
-        return next(i for i, file in enumerate(self._dataset.files) if str(file) == shard.uri)
+    def count(self, shard: Shard, most: int | None = None) -> int:
+        return self._dataset.parts[self._numbers[shard.uri]].rows
 
     def read(self, shard: Shard) -> Iterator[Pair]:
-        table = self._dataset.read(self._index(shard))
-        keep = [n for n in table.column_names if n not in (IMAGE_EMBEDDING, TEXT_EMBEDDING)]
-        for number, row in enumerate(
-            row for batch in table.select(keep).to_batches(1_000) for row in batch.to_pylist()
-        ):
-            if number == shard.limit:
-                return
-            yield _pair(row)
+        columns = [n for n in self._dataset.schema.names if n not in OWN_EMBEDDINGS]
+        number = 0
+        for table in self._dataset.groups(self._numbers[shard.uri], columns):
+            for batch in table.to_batches(256):
+                for row in batch.to_pylist():
+                    if number == shard.limit:
+                        return
+                    yield _pair(row)
+                    number += 1
 
 
 def _pair(row: dict[str, Any]) -> Pair:
@@ -62,6 +60,8 @@ def _pair(row: dict[str, Any]) -> Pair:
     status = Status(row["status"])
     if has_image(row):
         pair.load = partial(read_image, row)
-    if status not in IMAGE_STATUSES or pair.load is None:
+    # Whether a conversation has the wanted text depends on --score-text, so that is asked again too.
+    again = status in IMAGE_STATUSES or (status is Status.MISSING_CAPTION and pair.conversations is not None)
+    if not again or pair.load is None:
         pair.status, pair.error = status, row["error"]
     return pair

@@ -87,12 +87,14 @@ def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, lis
     files = storage.list_files(path)
     names = {storage.basename(f) for f in files}
     if format in (None, "dataset") and MANIFEST in names:
+        if storage.is_remote(path):
+            raise UserError(f"{path}: datasets are read from local folders only; copy it first.")
         return "dataset", [path]
     by_kind = {kind: [f for f in files if f.lower().endswith(ends)] for kind, ends in _ENDINGS.items()}
     by_kind["annotations"] = [f for f in by_kind["annotations"] if not _is_note(storage.basename(f))]
     chosen = format or next((kind for kind, members in by_kind.items() if members), None)
     if chosen is None or not by_kind.get(chosen):
-        raise UserError(f"{path}: {_why_nothing(names, format)}")
+        raise UserError(f"{path}: {_why_nothing(names, format, storage.has_folders(path))}")
     stems = {storage.basename(f).partition(".")[0] for f in by_kind[chosen]}
     ignored = [
         storage.basename(f)
@@ -115,9 +117,11 @@ def _is_note(name: str) -> bool:
     return name.endswith("_stats.json") or name in ("export.json", "failed.jsonl")
 
 
-def _why_nothing(names: set[str], format: str | None) -> str:
+def _why_nothing(names: set[str], format: str | None, has_folders: bool) -> str:
     if format is not None:
         return f"the folder has no files for --format {format}."
+    if not names and has_folders:
+        return "the folder has only folders in it; name those."
     if not names:
         return "the folder is empty; give tars, Parquet, JSON, JSONL, CSV or TSV files."
     if any(n.rpartition(".")[2].lower() in EXTENSIONS for n in names):

@@ -41,7 +41,7 @@ class ImageRoot:
 
     def _resolve(self, pair: Pair, name: str) -> str | None:
         if "://" in name:
-            pair.image_path = name
+            # Not kept as image_path: whoever reads the dataset later must not follow it.
             pair.fail(Status.MISSING_IMAGE, f"{name} is an address; download it first, for example with img2dataset")
             return None
         if ".." in PurePosixPath(name).parts:

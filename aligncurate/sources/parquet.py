@@ -1,19 +1,22 @@
 """Parquet files with image bytes (plain, or Hugging Face's {bytes, path}) or image paths."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aligncurate import storage
-from aligncurate.errors import ShardError, UserError
+from aligncurate.errors import UserError
 from aligncurate.pairs import Pair
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.images import ImageRoot, find_root
-from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names
+from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names, images_in
 
 _BATCH = 256  # rows read at a time: image bytes of a whole row group may not fit in memory
 _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
@@ -62,7 +65,7 @@ class ParquetSource(Source):
         first = next(file.iter_batches(batch_size=8, columns=[fields.image])).to_pylist()
         return find_root(base, image_names(first, fields))
 
-    def count(self, shard: Shard) -> int:
+    def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None
         return shard.stop - shard.start
 
@@ -70,36 +73,34 @@ class ParquetSource(Source):
         assert shard.stop is not None
         stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
         reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
-        try:
-            with _open(shard.uri) as file:
-                for number, row in rows(file, shard.start, stop):
-                    yield reader.pair(row, number)
-        except pa.ArrowException as error:
-            raise ShardError(f"{shard}: the Parquet file is damaged ({str(error).splitlines()[0]}).") from None
+        with _open(shard.uri) as file:
+            for number, row in rows(file, shard.start, stop):
+                yield reader.pair(row, number) if isinstance(row, dict) else reader.unreadable(number, row)
 
 
-def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, row) of rows start..stop-1, reading only the row groups that hold them."""
+def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(row number, row) of rows start..stop-1; a sentence in place of each row of a damaged row group.
+
+    Only the row groups that hold the rows are read.
+    """
     first = 0
-    groups = []
-    offset = None
-    for index in range(file.num_row_groups):
-        count = file.metadata.row_group(index).num_rows
-        if first < stop and first + count > start:
-            groups.append(index)
-            offset = first if offset is None else offset
-        first += count
-    if offset is None:
-        return
-    number = offset
-    for batch in file.iter_batches(batch_size=_BATCH, row_groups=groups):
-        if number + batch.num_rows > start:
-            low, high = max(0, start - number), min(batch.num_rows, stop - number)
-            for i, row in enumerate(_pylist(batch.slice(low, high - low))):
-                yield number + low + i, row
-        number += batch.num_rows
-        if number >= stop:
-            return
+    for group in range(file.num_row_groups):
+        end = first + file.metadata.row_group(group).num_rows
+        number = first
+        if first < stop and end > start:
+            try:
+                for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group]):
+                    low, high = max(start - number, 0), min(stop - number, batch.num_rows)
+                    if low < high:
+                        for i, row in enumerate(_pylist(batch.slice(low, high - low)), low):
+                            yield number + i, row
+                    number += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                if getattr(error, "errno", None) is not None:  # the disk or the network, not the file
+                    raise
+                for i in range(max(number, start), min(end, stop)):
+                    yield i, f"the Parquet file is damaged here ({str(error).splitlines()[0]})"
+        first = end
 
 
 def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -173,30 +174,33 @@ def _has_bytes(schema: pa.Schema, name: str) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-@lru_cache(maxsize=8)
-def _image_batch(uri: str, column: str, group: int) -> list[Any]:
+_reading = Lock()  # one thread reads a row group, the others find it in the cache
+
+
+@lru_cache(maxsize=2)
+def _image_group(uri: str, mark: object, column: str, group: int) -> list[Any]:
     with _open(uri) as file:
         return list(file.read_row_group(group, columns=[column])[column].to_pylist())
 
 
-def read_image(uri: str, column: str, row: int) -> bytes:
-    """The image bytes in `column` at `row` of a Parquet file. Raises OSError when they are not there."""
-    from aligncurate.sources.rows import _images
-
-    metadata = _metadata(uri)
-    first = 0
-    for group in range(metadata.num_row_groups):
-        count = metadata.row_group(group).num_rows
-        if row < first + count:
-            found = _images(_image_batch(uri, column, group)[row - first])
-            if len(found) == 1 and isinstance(found[0], bytes):
-                return found[0]
-            break
-        first += count
-    raise OSError(f"{uri} has no image bytes in column {column} at row {row}")
-
-
 @lru_cache(maxsize=64)
-def _metadata(uri: str) -> pq.FileMetaData:
+def _group_ends(uri: str, mark: object) -> list[int]:
     with _open(uri) as file:
-        return file.metadata
+        sizes = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+        return list(accumulate(sizes))
+
+
+def read_image(uri: str, column: str, row: int) -> bytes:
+    """The image bytes in `column` at `row` of a Parquet file. Raises OSError when they are not there any more."""
+    mark = storage.version(uri)
+    try:
+        with _reading:
+            ends = _group_ends(uri, mark)
+            group = bisect_right(ends, row)
+            first = ends[group - 1] if group else 0
+            found = images_in(_image_group(uri, mark, column, group)[row - first])
+    except (UserError, KeyError, IndexError, pa.ArrowException) as error:
+        raise OSError(f"{uri}: column {column}, row {row}: {error}") from None
+    if len(found) != 1 or not isinstance(found[0], bytes):
+        raise OSError(f"{uri} has no image bytes in column {column} at row {row}")
+    return found[0]

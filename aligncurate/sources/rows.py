@@ -28,7 +28,7 @@ class Fields:
     @property
     def used(self) -> frozenset[str]:
         """Fields that do not ride along as extras."""
-        named = {self.image, self.caption, self.turns, self.key} - {None}
+        named = {self.image, self.caption, self.turns} - {None}
         return frozenset(n for n in named if n) | frozenset(COLUMNS)
 
 
@@ -80,7 +80,7 @@ class RowReader:
         """The pair in row `number` of the file."""
         fields = self._fields
         pair = Pair("", self._uri, row=number)
-        images = _images(row.get(fields.image)) if fields.image else []
+        images = images_in(row.get(fields.image)) if fields.image else []
         turns = row.get(fields.turns) if fields.turns else None
         if turns:
             try:
@@ -101,6 +101,12 @@ class RowReader:
         """The pair for a row that cannot be parsed."""
         pair = Pair(self._unique(f"{_stem(self._uri)}-{number}", number), self._uri, row=number)
         pair.fail(Status.INVALID_ROW, error)
+        return pair
+
+    def unreadable(self, number: int, error: str) -> Pair:
+        """The pair for a row whose bytes are damaged."""
+        pair = Pair(self._unique(f"{_stem(self._uri)}-{number}", number), self._uri, row=number)
+        pair.fail(Status.READ_ERROR, error)
         return pair
 
     def _attach(self, pair: Pair, images: list[str | bytes]) -> None:
@@ -135,7 +141,7 @@ class RowReader:
         return key
 
 
-def _images(value: Any) -> list[str | bytes]:
+def images_in(value: Any) -> list[str | bytes]:
     """The images in a field: paths, bytes, Hugging Face's {bytes, path}, or a list of these."""
     if isinstance(value, str):
         value = value.strip()
@@ -145,9 +151,9 @@ def _images(value: Any) -> list[str | bytes]:
         return [value]
     if isinstance(value, Mapping):
         data = value.get("bytes")
-        return [data] if data is not None else _images(value.get("path"))
+        return [data] if data is not None else images_in(value.get("path"))
     if isinstance(value, (list, tuple)):
-        return [image for item in value for image in _images(item)]
+        return [image for item in value for image in images_in(item)]
     return [str(value)]
 
 
@@ -163,7 +169,7 @@ def image_names(rows: Iterable[Mapping[str, Any]], fields: Fields) -> list[str]:
     """The image paths that some rows name, to find their folder by."""
     names = []
     for row in rows:
-        found = _images(row.get(fields.image)) if fields.image else []
+        found = images_in(row.get(fields.image)) if fields.image else []
         if not found and fields.turns and row.get(fields.turns):
             try:
                 found = list(conversation(row[fields.turns])[1])

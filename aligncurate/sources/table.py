@@ -1,5 +1,6 @@
 """CSV and TSV tables, with or without a header line."""
 
+import csv
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class TableSource(Source):
             raise UserError(f"{', '.join(uris[:3])}: no rows at all.")
         self.extras = merge_extras([table.extras for table in self._tables.values()])
 
-    def count(self, shard: Shard) -> int:
+    def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None
         return shard.stop - shard.start
 
@@ -92,7 +93,7 @@ class _Table:
         """All rows as text."""
         import polars as pl
 
-        separator = "\t" if self.uri.endswith((".tsv", ".tsv.gz")) else ","
+        separator = "\t" if self.uri.lower().endswith(".tsv") else ","
         if not self._data.strip():
             raise UserError(f"{self.uri}: no rows at all.")
         lines = [line for line in self._data.split(b"\n") if line.strip()]
@@ -119,7 +120,17 @@ class _Table:
                 continue
             if quote is None or not even or len(frame) == len(lines) - header:
                 return frame
-        raise UserError(f"{self.uri}: not a table that can be read ({str(last).splitlines()[0]}).")
+        raise UserError(f"{self.uri}: not a table that can be read ({self._why(separator, last)}).")
+
+    def _why(self, separator: str, error: Exception | None) -> str:
+        """The first line with too many cells, or what polars says."""
+        text = self._data.decode("utf-8-sig", "replace")
+        cells = csv.reader(text.splitlines(keepends=True), delimiter=separator)
+        width = len(next(cells, []))
+        for row in cells:
+            if len(row) > width:
+                return f"line {cells.line_num} has {len(row)} cells, the first has {width}; quote texts with commas"
+        return str(error).splitlines()[0]
 
     @cached_property
     def fields(self) -> Fields:

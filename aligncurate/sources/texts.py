@@ -60,14 +60,16 @@ def conversation(turns: Any) -> tuple[list[dict[str, str]], list[str]]:
     """
     if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)):
         raise ValueError("the conversation is not a list of turns")
-    found, images = [], []
+    found: list[dict[str, str]] = []
+    images: list[str] = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
             raise ValueError(f"turn {number} is not an object")
         role = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content", turn.get("text")))
         if isinstance(text, list):
-            parts = []
+            parts: list[str] = []
+            shown = len(images)
             for part in text:
                 if not isinstance(part, Mapping):
                     raise ValueError(f"turn {number} has a part that is not an object")
@@ -80,6 +82,8 @@ def conversation(turns: Any) -> tuple[list[dict[str, str]], list[str]]:
                 else:
                     parts.append(str(part.get("text", "")))
             text = "".join(parts)
+            if len(images) > shown and not _IMAGE_TOKENS.search(text):  # the text says nothing of the parts' order
+                text = "<image>\n" * (len(images) - shown) + text
         if not isinstance(text, str) or not isinstance(role, str):
             raise ValueError(f"turn {number} has no role or no text")
         found.append({"role": _ROLES.get(role, role), "text": _IMAGE_TOKENS.sub("<image>", text)})

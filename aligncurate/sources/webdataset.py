@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from aligncurate import storage
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images import EXTENSIONS
-from aligncurate.pairs import COLUMNS, Pair, Status, as_level, as_score, infer_extras
+from aligncurate.pairs import COLUMNS, OWN_EMBEDDINGS, Pair, Status, as_level, as_score, infer_extras
 from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.texts import CAPTIONS, conversation, set_caption, set_conversation
 
@@ -23,7 +24,7 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule: key
 _METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that are no samples
 _TEXTS = ("txt", "caption", "text")
 _PEEK = 200  # samples that decide the types of the extra columns
-_OWN = frozenset(COLUMNS) | {"conversations", "messages"}
+_OWN = frozenset(COLUMNS) | {"messages", *OWN_EMBEDDINGS}
 
 
 @dataclass
@@ -78,8 +79,8 @@ class WebDatasetSource(Source):
             columns = merge_extras([columns, known])
         return columns
 
-    def count(self, shard: Shard) -> int:
-        return sum(1 for _ in self._samples(shard.uri, contents="none"))
+    def count(self, shard: Shard, most: int | None = None) -> int:
+        return sum(1 for _ in islice(self._samples(shard.uri, contents="none"), most))
 
     def read(self, shard: Shard) -> Iterator[Pair]:
         beside = _sidecar(shard.uri)
@@ -201,10 +202,9 @@ def tar_members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, closed below
     except tarfile.ReadError:
-        if storage.size(uri) == 0:
-            yield "the tar is an empty file (0 bytes); copy it again"
-            return
-        raise ShardError(f"{uri}: this is not a tar file.") from None
+        what = "empty (0 bytes)" if storage.size(uri) == 0 else "no tar"
+        yield f"the file is {what}; copy it again"
+        return
     with tar:
         while True:
             try:
