@@ -64,7 +64,7 @@ def test_a_source_that_grew_or_shrank_is_noticed(tmp_path, rows) -> None:
 
 def test_a_retry_that_fails_leaves_no_manifest_that_lies(tmp_path, monkeypatch) -> None:
     for number in range(2):
-        write_tar(tmp_path / f"{number}.tar", {f"{number}.jpg": b"", f"{number}.txt": b"x"})
+        write_tar(tmp_path / f"{number}.tar", {f"{number}": {"jpg": b"", "txt": b"x"}})
     tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
     aligncurate.ingest(tars, tmp_path / "out", quiet=True)
     real = storage.open_file
@@ -140,10 +140,10 @@ def test_only_good_rows_with_finite_scores_get_levels(tmp_path) -> None:
 
 
 def test_levels_that_came_with_the_source_can_be_used(tmp_path) -> None:
-    members: dict[str, bytes] = {}
-    for i in range(4):
-        members |= {f"{i}.jpg": jpeg(i), f"{i}.txt": b"c", f"{i}.json": b'{"score": 0.%d, "level": %d}' % (i, i + 1)}
-    write_tar(tmp_path / "in.tar", members)
+    samples = {
+        f"{i}": {"jpg": jpeg(i), "txt": b"c", "json": b'{"score": 0.%d, "level": %d}' % (i, i + 1)} for i in range(4)
+    }
+    write_tar(tmp_path / "in.tar", samples)
     dataset = aligncurate.ingest(tmp_path / "in.tar", tmp_path / "in", quiet=True).dataset
     assert dataset.levels == 4
     assert [level.count for level in aligncurate.inspect(dataset).levels] == [1, 1, 1, 1]
