@@ -133,10 +133,11 @@ class Dataset:
         thresholds = self.manifest.get("thresholds")
         if thresholds:
             return int(thresholds["levels"])
-        column = self.schema.get_field_index("level")
         highest = 0
         for file in self.files:
             metadata = pq.read_metadata(file)
+            # Parquet counts the leaves of nested columns, so the place is not that of the Arrow schema.
+            column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "level")
             for group in range(metadata.num_row_groups):
                 found = metadata.row_group(group).column(column).statistics
                 if found is not None and found.has_min_max:
