@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from aligncurate import __version__
 from aligncurate.errors import UserError
+from aligntrain import cli as training
 
 if TYPE_CHECKING:
     from aligncurate.dataset import Dataset
@@ -471,6 +472,12 @@ def _next(command: str) -> None:
 
 def _rows(count: int) -> str:
     return f"[bold]{count:,}[/] row{'s' if count != 1 else ''}"
+
+
+# Training brings its own commands; importing them loads neither torch nor transformers.
+app.add_typer(training.app, name="train")
+for command in (training.generate, training.chat, training.convert):
+    app.command()(command)
 
 
 def main() -> None:

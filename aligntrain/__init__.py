@@ -1,7 +1,7 @@
 """Train and run AlignGPT (arXiv 2405.14129): a LLaVA-like model that knows how well its texts fit their images.
 
-Importing the package costs nothing: a name is loaded from its module when it is first used. Every name of the model
-side registers AlignGPT with transformers' Auto classes; so does ``import aligntrain.auto`` alone.
+Importing the package costs nothing: a name is loaded from its module when it is first used. Every name but StageConfig
+registers AlignGPT with transformers' Auto classes; so does ``import aligntrain.auto`` alone.
 """
 
 from importlib import import_module
@@ -11,15 +11,19 @@ _HOME = {
     "AlignGPTConfig": "configuration",
     "AlignGPTForConditionalGeneration": "modeling",
     "AlignGPTProcessor": "processing",
+    "StageConfig": "config",
+    "Summary": "trainer",
+    "train": "trainer",
 }
 
-__all__ = ["AlignGPTConfig", "AlignGPTForConditionalGeneration", "AlignGPTProcessor"]
+__all__ = ["AlignGPTConfig", "AlignGPTForConditionalGeneration", "AlignGPTProcessor", "StageConfig", "Summary", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.auto")
+    if name != "StageConfig":
+        import_module(f"{__name__}.auto")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -55,7 +55,7 @@ def run(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
     console.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. Where to look, and what to try next:")
     for command in (
         f"aligncurate inspect {out / 'levelled'} --examples 3",
-        f"aligncurate filter {out / 'levelled'} --out {out / 'odd'} --where \"correctness = 'right' and level <= 2\"",
+        f"aligncurate filter {out / 'levelled'} --out {out / 'odd'} --where \"correctness = 'one_detail_wrong' and level >= 7\"",
         f"aligncurate export {out / 'levelled'} --out {out / 'llava'} --format llava-json",
         "aligncurate score YOUR_DATA --out scored    # tars, Parquet, JSON, CSV; downloads OpenAI's ViT-L/14",
     ):

@@ -139,6 +139,5 @@ def test_level_lists() -> None:
 
 
 def test_levels_need_a_bucketed_dataset(tmp_path, levelled) -> None:
-    plain = aligncurate.ingest(levelled.path, tmp_path / "plain", quiet=True).dataset
     with pytest.raises(UserError, match="aligncurate bucket"):
-        aligncurate.filter(plain, tmp_path / "out", levels="5-8", quiet=True)
+        aligncurate.filter(levelled.path.parent / "in", tmp_path / "out", levels="5-8", quiet=True)

@@ -1,0 +1,213 @@
+"""Checkpoints: a folder per checkpoint that is either whole or not there, and the final Hugging Face folder.
+
+    OUT/checkpoints/step-00000500/
+        weights-00000.safetensors     what learns, in float32; the rest is where the run started from
+        optimizer-00000.safetensors   AdamW's two moments of each of them
+        position.json                 stage, seed, epoch, step, plan hash, settings
+
+It is written under another name, synced and renamed. Tensors are stored whole, so any number of ranks can go on from
+it. There is no random state to keep: learning rates are a function of the step, and every step seeds its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from aligncurate.errors import UserError
+
+from .build import build_model, merge_lora, quiet_transformers, save_processor
+from .config import StageConfig
+from .distributed import World, whole
+from .processing import AlignGPTProcessor
+
+_NAME = re.compile(r"step-(\d{8})")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FILE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps that are done.
+        epoch: the epoch of the next one.
+        plan: hash of that epoch's plan.
+        settings: those of StageConfig that alter the result.
+        unreadable: images that could not be decoded so far.
+    """
+
+    step: int
+    epoch: int
+    plan: str
+    settings: dict[str, Any]
+    unreadable: int = 0
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest last."""
+    folder = out / "checkpoints"
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found)
+
+
+def save(
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, *, keep: int, world: World
+) -> Path:
+    """Write a checkpoint and delete all but the newest ``keep``. All ranks call it; the first one writes."""
+    target = out / "checkpoints" / f"step-{position.step:08d}"
+    temporary = target.with_name(f".tmp-{target.name}")
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _write(temporary, "weights", _weights(model), world)
+    _write(temporary, "optimizer", _moments(model, optimizer), world)
+
+    def commit() -> None:
+        (temporary / "position.json").write_text(json.dumps(asdict(position), indent=1), "utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.replace(target)
+        _sync(target.parent)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+
+    world.first_does(commit)
+    return target
+
+
+def read_position(folder: Path) -> Position:
+    """Where the run stood that wrote this checkpoint."""
+    return Position(**json.loads((folder / "position.json").read_text("utf-8")))
+
+
+def check_settings(folder: Path, before: Position, config: StageConfig) -> None:
+    """Raise UserError where the checkpoint's run had other settings that alter the result."""
+    now = config.to_json(altering=True)
+    names = [name for name in now if now[name] != before.settings.get(name)]
+    if names:
+        changes = ", ".join(f"{name}: {before.settings.get(name)} before, {now[name]} now" for name in names[:3])
+        raise UserError(f"{folder}: the run was begun with other settings ({changes}); name another --out, or say "
+                        "--no-resume to begin anew.")  # fmt: skip
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Take weights and moments from a checkpoint, on however many ranks.
+
+    Raises UserError when the checkpoint is of other shapes.
+    """
+    weights, moments = dict(read_tensors(folder, "weights")), dict(read_tensors(folder, "optimizer"))
+    load_weights(folder, model, weights)
+    for name, parameter in _learning(model):
+        state: dict[str, Any] = {moment: _like(moments[f"{name}|{moment}"], parameter) for moment in _MOMENTS}
+        steps = moments[f"{name}|step"]
+        # A fused AdamW counts its steps on the GPU, the others on the CPU.
+        state["step"] = steps.to(parameter.device) if optimizer.defaults.get("fused") else steps
+        optimizer.state[parameter] = state
+
+
+def load_weights(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put whole tensors into the model's learning parameters. Raises UserError where they do not fit."""
+    learning = dict(_learning(model))
+    for name in weights.keys() ^ learning.keys():
+        raise UserError(f"{folder}: {name} is in only one of the checkpoint and the model; name another --out.")
+    for name, parameter in learning.items():
+        if parameter.shape != weights[name].shape:
+            raise UserError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, but the model needs "
+                            f"{tuple(parameter.shape)}; name another --out.")  # fmt: skip
+        with torch.no_grad():
+            parameter.copy_(_like(weights[name], parameter))
+
+
+def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) -> None:
+    """Make ``config.out`` a plain Hugging Face folder, model and processor, of a checkpoint's weights.
+
+    The model is built anew around them, which needs no other rank, and LoRA adapters are merged.
+    """
+    model, _ = build_model(config.replace(checkpointing=False), processor)
+    load_weights(checkpoint, model, dict(read_tensors(checkpoint, "weights")))
+    if config.lora_rank is not None:
+        merge_lora(model)
+    model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    out = Path(config.out)
+    temporary = out / ".tmp-model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with quiet_transformers():
+        model.save_pretrained(temporary)
+    save_processor(processor, temporary)
+    for stale in out.glob("*.safetensors*"):
+        stale.unlink()
+    # The configuration last: a folder that has one has everything.
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+        _sync(path)
+        path.replace(out / path.name)
+    temporary.rmdir()
+    _sync(out)
+
+
+def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, ``weights`` or ``optimizer``, by name."""
+    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no dict
+                yield name, tensors.get_tensor(name)
+
+
+def _learning(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, whole(parameter.detach())) for name, parameter in _learning(model))
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in _learning(model):
+        state = optimizer.state[parameter]
+        yield from ((f"{name}|{moment}", whole(state[moment])) for moment in _MOMENTS)
+        yield f"{name}|step", state["step"]
+
+
+def _write(folder: Path, kind: str, tensors: Iterable[tuple[str, Tensor]], world: World) -> None:
+    """Every rank goes through the tensors, for each is put together from all of them; the first one keeps them."""
+    files, held, size = 0, {}, 0
+    for name, tensor in tensors:
+        if world.first:
+            held[name] = tensor.cpu().contiguous()
+            size += tensor.nbytes
+            if size >= _FILE_BYTES:
+                save_file(held, folder / f"{kind}-{files:05d}.safetensors")
+                files, held, size = files + 1, {}, 0
+    if held:
+        save_file(held, folder / f"{kind}-{files:05d}.safetensors")
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the parameter's device, or spread over the ranks as it is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,326 @@
+"""The command line of training and of trained models: parses, calls one function and prints.
+
+``app`` is ``aligncurate train``; ``generate``, ``chat`` and ``convert`` are commands of their own. What is heavy is
+imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from aligncurate.errors import UserError
+
+from .config import StageConfig, field_types, parse_setting
+
+if TYPE_CHECKING:
+    from .preview import Preview
+
+app = typer.Typer(
+    help="Train AlignGPT from levelled pairs (pretrain) and instructions (finetune).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_stdout, _stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+_OPTION_GROUPS = {
+    "out": "Input and output", "llm": "Model", "learning_rate": "Optimisation", "max_length": "Batches",
+    "lora_rank": "LoRA", "parallel": "Machine", "format": "Reading", "save_every": "Checkpoints and logs",
+}  # fmt: skip
+
+
+def _plain(command: Callable[P, R]) -> Callable[P, R]:
+    """A user's mistake is one sentence and exit code 2, a loss that is not finite one sentence and 1."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            _stderr.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _stderr.print("[red]error:[/] stopped; the same command goes on from the last checkpoint.")
+            raise typer.Exit(130) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "NonFiniteError":  # its module is heavy to import
+                raise
+            _stderr.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def _settings_options() -> list[inspect.Parameter]:
+    """An option for every setting of StageConfig; None where it is not given."""
+    parameters, group = [], ""
+    fields = StageConfig.__dataclass_fields__
+    for name, kind in field_types().items():
+        if name in ("stage", "data"):
+            continue
+        group = _OPTION_GROUPS.get(name, group)
+        flag = "--" + name.replace("_", "-")
+        plain = {k for k in (bool, int, float, str) if k is kind or k in typing.get_args(kind)}
+        is_list = typing.get_origin(kind) is tuple or any(typing.get_origin(k) for k in typing.get_args(kind))
+        value: Any = str if is_list or not plain else plain.pop()
+        default = fields[name].default
+        shown = "" if default in (None, "", ()) or not isinstance(default, bool | int | float | str) else str(default)
+        option = typer.Option(
+            *(
+                [f"{flag}/--no-{name.replace('_', '-')}"]
+                if value is bool
+                else [flag, "-o"]
+                if name == "out"
+                else [flag]
+            ),
+            help=fields[name].metadata["help"],
+            show_default=shown or False,
+            rich_help_panel=group,
+        )
+        annotation = Annotated[value | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return parameters
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every setting, which it gets as ``options``."""
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + _settings_options()
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+
+    @wraps(command)
+    def wrapped(**given: Any) -> None:
+        command(**given)
+
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+Data = Annotated[
+    list[str],
+    typer.Argument(metavar="DATA...", help="Dataset folders, exported tars, or any source.", show_default=False),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.", show_default=False)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, by name.", show_default=False)
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained model.", show_default=False)]
+Picture = Annotated[Path | None, typer.Option("--image", help="Picture to ask about.", show_default=False)]
+MaxTokens = Annotated[int, typer.Option(help="Tokens after which an answer is cut.")]
+Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time.")]
+ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weights over the levels.")]
+
+
+@app.command()
+@_plain
+@_with_settings
+def pretrain(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
+    """Stage 1: learn projector and level embeddings from captioned pictures with levels."""
+    _train(_config("pretrain", data, config, set, options))
+
+
+@app.command()
+@_plain
+@_with_settings
+def finetune(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
+    """Stage 2: learn projector, gate and LLM from conversations about pictures."""
+    _train(_config("finetune", data, config, set, options))
+
+
+@app.command()
+@_plain
+@_with_settings
+def plan(
+    data: Data,
+    config: ConfigFile = None,
+    set: Sets = None,
+    stage: Annotated[
+        str | None, typer.Option(help="pretrain or finetune.", show_default="finetune with --init, else pretrain")
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Number of devices.")] = 1,
+    **options: Any,
+) -> None:
+    """Show what a stage would do: steps, packing, tokens, levels, rows left out, time. Trains nothing."""
+    from .preview import preview
+
+    stage = stage or ("finetune" if options.get("init") else "pretrain")
+    if ranks < 1:
+        raise UserError(f"--ranks is {ranks}; it must be at least 1.")
+    settings = _config(stage, data, config, set, options)
+    _show_preview(preview(settings, ranks), settings, ranks)
+
+
+@_plain
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Question or request.", show_default=False)],
+    image: Picture = None,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    show_alignment: ShowAlignment = False,
+) -> None:
+    """Answer one question about a picture."""
+    from .generate import alignment, answer, load, open_picture
+
+    picture = open_picture(image) if image is not None else None
+    trained, processor = load(model)
+    turns = [{"role": "user", "content": prompt}]
+    if show_alignment and picture is not None:
+        _show_gate(alignment(trained, processor, turns, picture))
+    print(answer(trained, processor, turns, picture, max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+@_plain
+def chat(
+    model: Model,
+    image: Picture = None,
+    max_new_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    show_alignment: ShowAlignment = False,
+) -> None:
+    """Talk about a picture, turn by turn; an empty line ends it."""
+    from .generate import alignment, answer, load, open_picture
+
+    picture = open_picture(image) if image is not None else None
+    trained, processor = load(model)
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            question = _stdout.input("[bold cyan]you[/]  ").strip()
+        except EOFError:
+            break
+        if not question:
+            break
+        turns.append({"role": "user", "content": question})
+        if show_alignment and picture is not None:
+            _show_gate(alignment(trained, processor, turns, picture))
+        _stdout.print("[bold green]model[/]  ", end="")
+        told = answer(
+            trained,
+            processor,
+            turns,
+            picture,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            on_text=lambda piece: print(piece, end="", flush=True),
+        )
+        print()
+        turns.append({"role": "assistant", "content": told})
+
+
+@_plain
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder or .bin file.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .bin file.", show_default=False)],
+    llm: Annotated[Path | None, typer.Option(help="The LLM of a projector's .bin.", show_default=False)] = None,
+    vision: Annotated[Path | None, typer.Option(help="The vision tower's folder.", show_default=False)] = None,
+) -> None:
+    """Turn official AlignGPT and LLaVA checkpoints into a model, or a model into the official layout."""
+    from .convert import convert as run
+
+    try:
+        done = run(source, target, llm=llm, vision=vision)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _stdout.print(f"converted {escape(done)} in {escape(str(target))}", soft_wrap=True)
+
+
+def _config(
+    stage: str, data: list[str], file: Path | None, sets: list[str] | None, options: dict[str, Any]
+) -> StageConfig:
+    """The settings: the paper's, over them the file's, over them those of the command line."""
+    given: dict[str, Any] = {"data": tuple(data)}
+    for name, value in options.items():
+        if value is not None:
+            given[name] = parse_setting(name, value) if isinstance(value, str) else value
+    for item in sets or []:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item}: write it as key=value, such as --set learning_rate=1e-4.")
+        name = name.strip().replace("-", "_")
+        given[name] = parse_setting(name, text.strip())
+    return StageConfig.of(stage, given) if file is None else StageConfig.from_toml(file, stage, **given)
+
+
+def _train(config: StageConfig) -> None:
+    import os
+
+    from aligncurate.progress import duration
+
+    from .trainer import train
+
+    summary = train(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if summary.stopped:
+        _stdout.print(f"stopped after step {summary.steps:,} of {summary.total:,}; the same command goes on from there")
+        raise typer.Exit(143)
+    done = {"pretrain": "pretrained", "finetune": "finetuned"}[config.stage]
+    loss = f", loss {summary.loss:.4f}" if summary.loss is not None else ""
+    _stdout.print(
+        f"[bold]{done}[/] in {summary.total:,} steps ({duration(summary.seconds)}){loss}: {escape(str(summary.out))}",
+        soft_wrap=True,
+    )
+    if summary.unreadable:
+        _stdout.print(f"[yellow]{summary.unreadable:,}[/] images could not be read; nothing was learned from them")
+    following = (
+        f"aligncurate train finetune DATA --init {summary.out} --out TUNED"
+        if config.stage == "pretrain"
+        else f"aligncurate chat {summary.out} --image PICTURE"
+    )
+    _stdout.print(f"next: {following}", style="dim", soft_wrap=True, markup=False)
+
+
+def _show_preview(found: Preview, config: StageConfig, ranks: int) -> None:
+    from aligncurate.progress import duration
+
+    facts = found.facts
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_row("stage", config.stage)
+    table.add_row("samples", f"{facts.rows:,}")
+    table.add_row("steps", f"{found.steps:,} of {config.batch_size} samples, {config.epochs} epochs")
+    table.add_row("micro-batches", f"{found.micro_batches:,} an epoch and rank, {ranks} ranks")
+    table.add_row("tokens", f"{found.tokens:,} an epoch")
+    table.add_row("images", f"{found.images:,} an epoch")
+    table.add_row("packing efficiency", f"{found.efficiency:.1%}")
+    table.add_row("cut at max_length", f"{facts.truncated:,}")
+    how = "measured" if found.measured else "data sheet"
+    table.add_row(
+        "estimated time",
+        f"{duration(found.seconds)} for {found.flops:.2e} FLOPs, at 40% of {found.flops_per_s:.2e} FLOP/s ({how})",
+    )
+    _stdout.print(table)
+    counts = Table("level", "samples", box=box.SIMPLE_HEAD)
+    for level, count in sorted(facts.levels.items()):
+        counts.add_row(str(level or "none"), f"{count:,}")
+    _stdout.print(counts)
+    if facts.skipped:
+        skipped = Table("rows left out", "cause", "such as", box=box.SIMPLE_HEAD)
+        for cause, count in facts.skipped.most_common():
+            skipped.add_row(f"{count:,}", escape(cause), escape(facts.examples[cause]))
+        _stdout.print(skipped)
+
+
+def _show_gate(weights: list[float] | None) -> None:
+    if weights is None:
+        _stdout.print("the model's alignment vector does not depend on the question (it has no gate)", style="dim")
+        return
+    largest = max(weights)
+    for level, weight in enumerate(weights, 1):
+        _stdout.print(f"level {level}  {weight:.3f}  [cyan]{'█' * round(20 * weight / largest)}[/]")

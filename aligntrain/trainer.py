@@ -1,0 +1,323 @@
+"""Training, one stage: set up, then step after step over the plan. ``train(config)`` is all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aligncurate.errors import UserError
+from aligncurate.progress import notice
+
+from . import checkpoint
+from .build import build_model, build_processor
+from .checkpoint import Position
+from .config import StageConfig
+from .data import MicroBatch, Reader, read_ahead
+from .distributed import Engine, World, whole, world_of_environment
+from .index import Facts, Index, build_index
+from .metrics import Flops, Log, Meters, level_cosines, trains_llm
+from .packing import can_pack
+from .plan import Pack, Plan, plan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+        out: the folder with the model, where the run came to its end.
+        steps: optimizer steps done, earlier runs' included.
+        total: steps of the whole stage.
+        loss: of the last log line, None where this run made no step.
+        facts: what became of the data's rows.
+        unreadable: images that could not be decoded, of which nothing was learned.
+        seconds: that this run took.
+        stopped: by SIGTERM, with a checkpoint; the same call goes on from there.
+    """
+
+    out: Path
+    steps: int
+    total: int
+    loss: float | None
+    facts: Facts
+    unreadable: int
+    seconds: float
+    stopped: bool
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is not a number; the message names the step and the samples' keys."""
+
+
+def train(config: StageConfig) -> Summary:
+    """Run one stage, or go on with it where its last checkpoint left it; export a Hugging Face folder to ``out``.
+
+    Under torchrun or ``accelerate launch`` every process calls it; ``out`` must be a folder that all of them see.
+
+    Raises:
+        UserError: the data, the model or the settings cannot be used.
+        NonFiniteError: the loss is not finite; the last checkpoint stays.
+    """
+    if not config.out:
+        raise UserError("there is no folder to write to; say --out.")
+    with world_of_environment() as world:
+        return _train(config, world)
+
+
+def _train(config: StageConfig, world: World) -> Summary:
+    started = time.perf_counter()
+    out = Path(config.out)
+    processor = build_processor(config)
+    model, learning = build_model(config, processor)
+    levels = model.config.num_levels if model.config.align_mode != "none" else 0
+
+    # The data: tokenised by the first rank, read by all.
+    index_file = out / "index.arrow"
+    world.first_does(lambda: _prepare(config, processor, levels, index_file))
+    index = Index(index_file, processor)
+    packed = config.packing == "on" or (config.packing == "auto" and can_pack(model.language_model))
+
+    @lru_cache(maxsize=2)
+    def plan_of(epoch: int) -> Plan:
+        return plan_epoch(config, index, epoch, packed=packed, world_size=world.size)
+
+    total = total_steps(config, len(plan_of(0)))
+    if world.first and (efficiency := plan_of(0).efficiency(range(min(50, len(plan_of(0)))))) < 0.8:
+        notice(
+            f"only {efficiency:.0%} of what is computed are samples' tokens; a step of {config.batch_size} samples "
+            f"makes too few micro-batches of {config.token_budget} tokens for {world.size} ranks, or too uneven ones."
+        )
+
+    # The model on its devices, and what updates it.
+    flops = Flops(model, trains_llm(config))
+    engine = Engine(model, config, world)
+    optimizer = make_optimizer(model, config, world.device)
+    position = Position(0, 0, plan_of(0).hash, config.to_json(altering=True))
+    if not config.resume:
+        world.first_does(lambda: shutil.rmtree(out / "checkpoints", ignore_errors=True))
+    found = checkpoint.checkpoints(out)
+    if found:
+        position = checkpoint.read_position(found[-1])
+        checkpoint.check_settings(found[-1], position, config)
+        if position.step < total and position.plan != plan_of(position.epoch).hash:
+            raise UserError(f"{found[-1]}: the data is not what it was when the run began; name another --out, or say "
+                            "--no-resume to begin anew.")  # fmt: skip
+        checkpoint.load(found[-1], model, optimizer)
+    first, unreadable, loss, stopped = position.step, position.unreadable, None, False
+
+    def packs_of_rank() -> Iterator[tuple[Pack, ...]]:
+        for step in range(first, total):
+            epoch, number = divmod(step, len(plan_of(0)))
+            yield plan_of(epoch)[number].ranks[world.rank]
+
+    reader = Reader(
+        index,
+        processor,
+        packed=packed,
+        with_levels=config.stage == "pretrain" and levels > 0,
+        pin=world.device.type == "cuda",
+    )
+    batches = read_ahead(packs_of_rank(), reader, workers=config.workers, ahead=config.prefetch)
+    meters = Meters(int(index.levels.max()), levels, flops, world)
+
+    with closing(batches), sigterm() as asked_to_stop, Log(config, world, first) as log:
+        for step in range(first, total):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            meters.waited(time.perf_counter() - waiting)
+            epoch, number = divmod(step, len(plan_of(0)))
+
+            # Every step has its own seed, so a resumed run draws the same dropout without any kept state.
+            torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
+
+            # What the ranks must know of each other before they begin, in one exchange.
+            labels = sum(len(micro.token_levels) for micro in batch)
+            lost = sum(len(micro.unreadable) for micro in batch)
+            shared = torch.tensor([labels, lost, asked_to_stop.is_set()], dtype=torch.float64, device=world.device)
+            count, lost, asked = (int(number) for number in world.sum(shared))
+            if asked:
+                stopped = True
+                break
+            unreadable += lost
+
+            losses = []
+            divisor = torch.tensor(max(count, 1), dtype=torch.float32, device=world.device)
+            for n, micro in enumerate(batch, 1):
+                micro = micro.to(world.device)
+                output = engine.forward_backward(micro.inputs, divisor, last=n == len(batch))
+                meters.add(micro, output)
+                losses.append(output.token_losses)
+            for packs in zip(*plan_of(epoch)[number].ranks, strict=True):
+                meters.paid(max(plan_of(epoch).computed(pack) for pack in packs))
+
+            norms = gradient_norms(model)
+            norm = math.sqrt(sum(n * n for n in norms.values()))
+            if not math.isfinite(norm):
+                raise NonFiniteError(_not_finite(step, batch, losses, index, world, found))
+            scale = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
+            rate = learning_rate(config, step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+                if scale < 1:
+                    torch._foreach_mul_([p.grad for p in group["params"]], scale)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            if done % config.log_every == 0 or done == total:
+                numbers = meters.take()
+                loss = numbers["loss"]
+                table = level_cosines(model.level_embeddings.weight) if levels else {}
+                names = {name.partition(".")[0] for name in learning}
+                log.write(
+                    {
+                        "step": done, "epoch": epoch, **numbers, "lr": rate,
+                        "lr_by_module": dict.fromkeys(sorted(names), rate), "grad_norm": norm,
+                        "grad_norm_by_module": norms, **table, "unreadable_images": unreadable,
+                    },
+                    total,
+                )  # fmt: skip
+            if done % config.save_every == 0 or done == total:
+                found = [_save(out, model, optimizer, config, done, plan_of, unreadable, world)]
+
+        if stopped and step > first:
+            _save(out, model, optimizer, config, step, plan_of, unreadable, world)
+    done = step if stopped else total
+    if not stopped:
+        last = checkpoint.checkpoints(out)[-1]
+        world.first_does(lambda: checkpoint.export(last, config, processor))
+    seconds = time.perf_counter() - started
+    return Summary(out, done, total, loss, index.facts, unreadable, seconds, stopped)
+
+
+def plan_epoch(config: StageConfig, index: Index, epoch: int, *, packed: bool, world_size: int) -> Plan:
+    """The plan of one epoch by the settings. Raises UserError when the level weights leave nothing."""
+    try:
+        return plan(
+            index.lengths,
+            index.levels,
+            index.images,
+            seed=config.seed,
+            epoch=epoch,
+            batch_size=config.batch_size,
+            token_budget=config.token_budget,
+            world_size=world_size,
+            packed=packed,
+            level_weights=config.level_weights,
+            stratified=config.stratified,
+        )
+    except ValueError as error:
+        raise UserError(f"level_weights is {config.level_weights}: {error}") from None
+
+
+def total_steps(config: StageConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole stage."""
+    steps = steps_per_epoch * config.epochs
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def learning_rate(config: StageConfig, step: int, total: int) -> float:
+    """Linear warm-up from 0, then half a cosine down to 0, as transformers' ``get_cosine_schedule_with_warmup``."""
+    warmup = math.ceil(total * config.warmup_ratio)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimizer(model: nn.Module, config: StageConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over what learns; weight decay is for matrices."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in learning if p.ndim > 1]
+    vectors = [p for p in learning if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=config.fused and device.type == "cuda",
+    )
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """2-norm of the gradient of every module that learns: projector, level_embeddings, gate, language_model."""
+    squares: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"{name} has no gradient"
+            squares.setdefault(name.partition(".")[0], []).append(torch.linalg.vector_norm(parameter.grad))
+    return {name: float(torch.stack([whole(n) for n in norms]).norm()) for name, norms in squares.items()}
+
+
+@contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the step in progress ends and a checkpoint is written."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _prepare(config: StageConfig, processor: Any, levels: int, index_file: Path) -> None:
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: --out must be a folder, but this is a file.")
+    out.mkdir(parents=True, exist_ok=True)
+    index = build_index(config, processor, levels, index_file)
+    (out / "stage.json").write_text(json.dumps(config.to_json(), indent=1), "utf-8")
+    facts = index.facts
+    for cause, count in facts.skipped.most_common(5):
+        notice(f"{count:,} rows were left out: {cause} (such as {facts.examples[cause]})")
+    if facts.truncated:
+        notice(f"{facts.truncated:,} samples were cut at {config.max_length} tokens")
+
+
+def _save(
+    out: Path, model: nn.Module, optimizer: Any, config: StageConfig, done: int, plan_of: Any, lost: int, world: World
+) -> Path:
+    epoch = done // len(plan_of(0))
+    position = Position(done, epoch, plan_of(epoch).hash, config.to_json(altering=True), lost)
+    return checkpoint.save(out, model, optimizer, position, keep=config.keep, world=world)
+
+
+def _not_finite(
+    step: int, batch: list[MicroBatch], losses: list[Tensor], index: Index, world: World, found: list[Path]
+) -> str:
+    """The sentence for a loss that is not finite, with the keys of the samples it comes from; all ranks must ask."""
+    guilty = []
+    for micro, losses_M in zip(batch, losses, strict=True):
+        wrong = sorted(set(micro.token_samples[~losses_M.isfinite().cpu()].tolist()))
+        guilty += [index.key(micro.samples[position]) for position in wrong]
+    keys = [key for of_rank in world.gather(guilty) for key in of_rank]
+    what = "the loss is not finite"
+    if not keys:  # overflow in the backward pass alone
+        what = "the gradient is not finite"
+        own = [index.key(number) for micro in batch for number in micro.samples]
+        keys = [key for of_rank in world.gather(own) for key in of_rank]
+    kept = f"{found[-1]} is the last checkpoint" if found else "there is no checkpoint yet"
+    return (
+        f"step {step + 1}: {what} in {', '.join(keys[:20])} (one of them, or those packed with it); {kept}, and a "
+        "lower learning rate may help."
+    )
