@@ -53,9 +53,10 @@ def run(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
     exported = aligncurate.export(best, out / "shards", shard_size=1_000, quiet=quiet)
     console.print(f"kept {best.rows:,} of {levelled.rows:,} pairs: {', '.join(exported.files)} in {out / 'shards'}")
     console.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. Where to look, and what to try next:")
+    confused = "correctness = 'one_detail_wrong' and level >= 7"
     for command in (
         f"aligncurate inspect {out / 'levelled'} --examples 3",
-        f"aligncurate filter {out / 'levelled'} --out {out / 'odd'} --where \"correctness = 'one_detail_wrong' and level >= 7\"",
+        f'aligncurate filter {out / "levelled"} --out {out / "odd"} --where "{confused}"',
         f"aligncurate export {out / 'levelled'} --out {out / 'llava'} --format llava-json",
         "aligncurate score YOUR_DATA --out scored    # tars, Parquet, JSON, CSV; downloads OpenAI's ViT-L/14",
     ):
