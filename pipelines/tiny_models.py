@@ -320,8 +320,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the config and the figures")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--scenes", type=int, default=60_000, help="how many scenes to draw for training")
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--scenes", type=int, default=30_000, help="how many scenes to draw for training")
     # One thread: a second core adds a third at best, and on a busy machine two threads wait for each other.
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
