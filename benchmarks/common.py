@@ -1,0 +1,142 @@
+"""What the benchmarks share: repeated timing, the machine they ran on, a table for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+_LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "polars", "pyarrow", "numpy", "pillow")
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One quantity measured several times: its median, and the least and the greatest of the runs."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def __str__(self) -> str:
+        return f"{number(self.median)} ({number(self.low)}..{number(self.high)})"
+
+
+def seconds(work: Callable[[], Any], runs: int, warm_up: int = 1) -> list[float]:
+    """How long each of `runs` calls took, after `warm_up` calls that are not counted."""
+    for _ in range(warm_up):
+        work()
+    taken = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return taken
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: processor, memory, GPU, driver, system and library versions."""
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {},
+    }
+    for name in _LIBRARIES:
+        try:
+            found["versions"][name] = version(name)
+        except PackageNotFoundError:
+            found["versions"][name] = None
+    import torch
+
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, check=False)
+        found["driver"] = told.stdout.strip() or None
+    return found
+
+
+def _cpu() -> str:
+    try:
+        facts = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        return platform.processor()
+    told = {name.strip(): value.strip() for name, _, value in facts}
+    special = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in told.get("flags", "").split()]
+    return f"{told.get('model name', platform.processor())} ({', '.join(special) or 'no avx512'})"
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all digits of a large number."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows with equal keys as a table; None is an empty cell, for what this machine cannot measure."""
+    drawn = Table(*rows[0], title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in drawn.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        drawn.add_row(*(_cell(value) for value in row.values()))
+    return drawn
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def publish(name: str, title: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], save: bool) -> Path:
+    """Print a table, and with `save` write rows, settings, machine and date to `benchmarks/results/`.
+
+    Returns the file that is (or would be) written: `<name>-<cpu or gpu>.json`.
+    """
+    place = machine()
+    record = {
+        "benchmark": name,
+        "date": date.today().isoformat(),
+        "settings": dict(settings),
+        "machine": place,
+        "rows": [dict(row) for row in rows],
+    }
+    console.print(table(title, rows))
+    file = RESULTS / f"{name}-{'cpu' if place['gpu'] is None else place['gpu'].lower().replace(' ', '-')}.json"
+    text = json.dumps(record, indent=1, default=_plain)
+    if save:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", "utf-8")
+        console.print(f"saved in {file}", style="dim", soft_wrap=True)
+    else:
+        print(text)
+    return file
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return vars(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form here")
