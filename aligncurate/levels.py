@@ -58,6 +58,26 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(self.bins + other.bins)
 
+    def to_json(self) -> dict[str, list[int]]:
+        """The bins that are not empty, ascending, and their counts: `{"bins": [...], "counts": [...]}`."""
+        bins = np.flatnonzero(self.bins)
+        return {"bins": bins.tolist(), "counts": self.bins[bins].tolist()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Counts as `to_json` gives them. Raises ValueError for anything else."""
+        try:
+            bins, counts = (np.asarray(data[name], np.int64) for name in ("bins", "counts"))
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise ValueError(f"not counts of scores ({error!r})") from None
+        if bins.ndim != 1 or bins.shape != counts.shape or (np.diff(bins, prepend=-1, append=_HALF) < 1).any():
+            raise ValueError("not counts of scores (bins must ascend from 0 to 65535, each with its count)")
+        if (counts < 1).any():
+            raise ValueError("not counts of scores (each count must be at least 1)")
+        full = np.zeros(_HALF, np.int64)
+        full[bins] = counts
+        return cls(full)
+
     @property
     def total(self) -> int:
         return int(self.bins.sum())

@@ -1,5 +1,7 @@
 """Thresholds and levels against numpy, torch and scikit-learn."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,37 @@ def test_counts_merge_by_addition(scores, cuts) -> None:
     merged = sum((Counts.of([part]) for part in split(scores, cuts)), Counts.of([]))
     np.testing.assert_array_equal(merged.bins, Counts.of([scores]).bins)
     assert merged.total == len(scores)
+
+
+@given(SCORES | TIED)
+def test_counts_survive_json_without_their_empty_bins(scores) -> None:
+    counts = Counts.of([scores])
+    saved = json.loads(json.dumps(counts.to_json()))
+    keys = np.sort(score_keys(scores)) >> 16
+    assert saved["bins"] == sorted(set(keys.tolist()))
+    assert saved["counts"] == [int((keys == b).sum()) for b in saved["bins"]]
+    np.testing.assert_array_equal(Counts.from_json(saved).bins, counts.bins)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        {"bins": [1]},
+        {"bins": [1, 2], "counts": [1]},
+        {"bins": [2, 1], "counts": [1, 1]},
+        {"bins": [1, 1], "counts": [1, 1]},
+        {"bins": [-1], "counts": [1]},
+        {"bins": [65536], "counts": [1]},
+        {"bins": [1], "counts": [0]},
+        {"bins": ["a"], "counts": [1]},
+        {"bins": [[1]], "counts": [[1]]},
+        {"bins": 1, "counts": 1},
+    ],
+)
+def test_bad_counts_are_refused(data) -> None:
+    with pytest.raises(ValueError, match="not counts of scores"):
+        Counts.from_json(data)
 
 
 @pytest.mark.parametrize("scores", [np.full(1000, 0.3, np.float32), np.array([-0.7], np.float32)])
