@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from aligncurate.report import inspect
     from aligncurate.scoring import ingest, score
     from aligncurate.selection import filter
-    from aligncurate.sources import open_source
+    from aligncurate.sources import SourceOptions, open_source
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
 _HOMES = {
     "Dataset": "dataset",
+    "SourceOptions": "sources",
     "bucket": "bucketing",
     "export": "exporting",
     "filter": "selection",
@@ -38,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "Dataset",
+    "SourceOptions",
     "bucket",
     "export",
     "filter",

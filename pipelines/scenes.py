@@ -5,7 +5,7 @@ import json
 import math
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -503,24 +503,54 @@ def write_tars(folder: Path, count: int, seed: int, shard_size: int = 1000) -> l
     A sample is `<key>.jpg`, `<key>.txt` (the caption) and `<key>.json` (how far it is right).
     The same arguments give the same bytes, with one version of Pillow.
     """
+    samples = (
+        {
+            f"{pair.key}.jpg": _jpeg(pair.image),
+            f"{pair.key}.txt": pair.caption.encode(),
+            f"{pair.key}.json": json.dumps({"correctness": pair.kind, "key": pair.key}).encode(),
+        }
+        for pair in pairs(count, seed)
+    )
+    return _write(folder, samples, shard_size)
+
+
+def write_conversations(folder: Path, count: int, seed: int, shard_size: int = 1000) -> list[Path]:
+    """Write scenes with all their `questions` as webdataset shards, in LLaVA's form, and return the shards in order.
+
+    A sample is `<key>.jpg` and `<key>.json` with `conversations`, the picture in the first question.
+    """
+    return _write(folder, map(_conversation, (make_scene(seed, k) for k in range(count)), range(count)), shard_size)
+
+
+def _conversation(scene: Scene, number: int) -> dict[str, bytes]:
+    turns = [
+        {"from": who, "value": text}
+        for pair in questions(scene)
+        for who, text in zip(("human", "gpt"), pair, strict=True)
+    ]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    key = f"scene-{number:07d}"
+    return {f"{key}.jpg": _jpeg(draw(scene)), f"{key}.json": json.dumps({"conversations": turns}).encode()}
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=92)
+    return data.getvalue()
+
+
+def _write(folder: Path, samples: Iterable[dict[str, bytes]], shard_size: int) -> list[Path]:
+    """Samples, each its members by name, as numbered tars."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Path] = []
-    everything = pairs(count, seed)
-    while samples := list(islice(everything, shard_size)):
+    everything = iter(samples)
+    while some := list(islice(everything, shard_size)):
         path = folder / f"{len(shards):05d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for pair in samples:
-                jpeg = io.BytesIO()
-                pair.image.save(jpeg, "JPEG", quality=92)
-                facts = json.dumps({"correctness": pair.kind, "key": pair.key})
-                _add_member(tar, f"{pair.key}.jpg", jpeg.getvalue())
-                _add_member(tar, f"{pair.key}.txt", pair.caption.encode())
-                _add_member(tar, f"{pair.key}.json", facts.encode())
+            for sample in some:
+                for name, data in sample.items():
+                    member = tarfile.TarInfo(name)  # its time, owner and mode are constants, so the bytes are too
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
         shards.append(path)
     return shards
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time, owner and mode are constants, so the bytes are too
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))

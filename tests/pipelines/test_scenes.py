@@ -22,7 +22,7 @@ from PIL import Image
 from webdataset import tariterators
 
 from pipelines import scenes
-from pipelines.scenes import KINDS, Scene, describe, draw, make_scene, pairs, questions, write_tars
+from pipelines.scenes import KINDS, Scene, describe, draw, make_scene, pairs, questions, write_conversations, write_tars
 
 SEED = 5
 COUNT = 600
@@ -336,3 +336,24 @@ def test_answers_are_right() -> None:
             asked[expected] += 1
     assert asked["yes"] and asked["no"] and asked["three"] and asked["striped"]
     assert json.dumps(questions(SCENES[0])) == json.dumps(questions(SCENES[0]))
+
+
+def test_conversations_are_the_scenes_questions_in_llavas_form(tmp_path: Path) -> None:
+    shards = write_conversations(tmp_path, 5, SEED, shard_size=3)
+    assert [shard.name for shard in shards] == ["00000.tar", "00001.tar"]
+    samples = []
+    for shard in shards:
+        with shard.open("rb") as stream:
+            files = tariterators.tar_file_iterator(stream)
+            samples += list(tariterators.group_by_keys({**f, "__url__": str(shard)} for f in files))
+    assert len(samples) == 5
+    for number, sample in enumerate(samples):
+        scene = make_scene(SEED, number)
+        turns = json.loads(sample["json"])["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        texts = [turn["value"] for turn in turns]
+        assert texts[0].startswith("<image>\n") and not any("<image>" in text for text in texts[1:])
+        texts[0] = texts[0].removeprefix("<image>\n")
+        assert list(zip(texts[::2], texts[1::2], strict=True)) == questions(scene)
+        shown = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+        assert np.abs(np.asarray(shown, float) - np.asarray(draw(scene), float)).mean() < 4  # JPEG's own change

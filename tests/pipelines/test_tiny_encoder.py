@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import aligncurate
 from pipelines.scenes import KINDS, Kind, pairs
-from pipelines.tiny_models import ENCODER_CONFIG, HELD_OUT_SCENES, TRAINING_SCENES, auc
+from pipelines.tiny_encoder import ENCODER_CONFIG, HELD_OUT_SCENES, TRAINING_SCENES, auc
 
 MODELS = Path(aligncurate.__file__).parent / "models"
 # The pairs that tiny.metrics.json speaks of. This seed was also looked at while the model was designed, and a smaller
