@@ -1,21 +1,25 @@
 """The verb `bucket`: find thresholds for a dataset's scores, or take frozen ones, and label every pair."""
 
 import json
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from aligncurate.dataset import THRESHOLDS, Dataset
 from aligncurate.derive import derive
 from aligncurate.errors import UserError
-from aligncurate.levels import MAX_LEVELS, Floats, Method, Thresholds, find_thresholds
-from aligncurate.pairs import COLUMNS, usable_scores
+from aligncurate.levels import MAX_LEVELS, Counts, Floats, Method, Thresholds, WrongCounts, find_thresholds
+from aligncurate.pairs import COLUMNS, Status, usable_scores
 from aligncurate.progress import notice
 
-_CHUNK = 1 << 20  # scores counted at once; counting is wasteful on small arrays
+_READERS = min(4, os.cpu_count() or 1)
 
 
 def bucket(
@@ -47,7 +51,7 @@ def bucket(
     if thresholds is not None:
         found = _frozen(Path(thresholds), opened, score_column, levels, quiet=quiet)
     else:
-        found = _fit(opened, score_column, 8 if levels is None else levels, method or "quantile")
+        found = fit(opened, 8 if levels is None else levels, method or "quantile", score_column)
     options = {"levels": found.levels, "method": found.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
     head = opened.derived("bucket", options, thresholds=found.to_json())
@@ -68,32 +72,51 @@ def check_score_column(dataset: Dataset, name: str) -> None:
 
 
 def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
-    """All usable scores of a column, in arrays of about a million."""
-    waiting: list[Floats] = []
-    size = 0
-    for index in range(len(dataset.parts)):
-        scores = usable_scores(dataset.read(index, ["status", column]), column)
-        scores = scores[~np.isnan(scores)]
-        waiting.append(scores)
-        size += len(scores)
-        if size >= _CHUNK:
-            yield np.concatenate(waiting)
-            waiting, size = [], 0
-    if size:
-        yield np.concatenate(waiting)
+    """All usable scores of a column, an array per part, in order; a few parts are read ahead."""
+
+    def read(index: int) -> Floats:
+        table = dataset.read(index, ["status", column], encoded=["status"])
+        status = table["status"].unify_dictionaries().combine_chunks()
+        # The strings themselves are never made: a code says which of them a row has.
+        ok = pc.equal(status.indices, status.dictionary.index(Status.OK.value))
+        values = table[column].filter(pc.and_(ok, pc.is_valid(table[column])))
+        scores: Floats = values.cast(pa.float32()).to_numpy()
+        finite = np.isfinite(scores)
+        return scores if finite.all() else scores[finite]
+
+    waiting: deque[Future[Floats]] = deque()
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as pool:
+        for index in range(len(dataset.parts)):
+            waiting.append(pool.submit(read, index))
+            if len(waiting) > _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _fit(dataset: Dataset, score_column: str, levels: int, method: Method) -> Thresholds:
+def fit(dataset: Dataset, levels: int, method: Method, score_column: str = "score") -> Thresholds:
+    """Thresholds of a dataset's usable scores: exact, in two passes over them, or one where `score` left counts.
+
+    Raises UserError when there are no scores, or `levels` and `method` are none.
+    """
     if not 2 <= levels <= MAX_LEVELS:
         raise UserError(f"--levels {levels}: use a number from 2 to {MAX_LEVELS}.")
     if method not in get_args(Method):
         raise UserError(f"--method {method}: use quantile or uniform.")
-    if not any(len(scores) for scores in iter_scores(dataset, score_column)):
+
+    def scan() -> Iterator[Floats]:
+        return iter_scores(dataset, score_column)
+
+    counts = dataset.score_counts(score_column) or Counts.of(scan())
+    if not counts.total:
         raise UserError(
             f"{dataset.path}: no pair has a {score_column}, so there is nothing to bucket; run `aligncurate score` "
             "on it, or see with `aligncurate inspect` why its rows failed."
         )
-    values, count, low, high = find_thresholds(lambda: iter_scores(dataset, score_column), levels, method)
+    try:
+        values, count, low, high = find_thresholds(scan, levels, method, counts)
+    except WrongCounts:  # parts that something else has rewritten since
+        values, count, low, high = find_thresholds(scan, levels, method)
     numbers = tuple(float(v) for v in values)
     return Thresholds(method, numbers, score_column, count, low, high, _encoder(dataset))
 

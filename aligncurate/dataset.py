@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 
 from aligncurate import __version__
 from aligncurate.errors import UserError
+from aligncurate.levels import Counts
 from aligncurate.pairs import FINE, Status
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ THRESHOLDS = "thresholds.json"
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _FACTS = b"aligncurate.facts"
+SCORE_COUNTS = "score_counts"
+_MEASURED = ("row", "width", "height", "score", "level", "status")  # columns whose range is worth knowing when scanning
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class PartInfo:
     sha256: str
     statuses: dict[str, int]
     facts: dict[str, Any] = field(default_factory=dict)
+    """What the verb noted. The counts of scores (`score_counts`) are in the part itself; the manifest has their sum."""
 
     @property
     def ok(self) -> int:
@@ -59,7 +65,7 @@ class PartInfo:
     def to_json(self) -> dict[str, Any]:
         line = {"name": self.name, "rows": self.rows, "ok": self.ok, "bytes": self.bytes}
         line |= {"sha256": self.sha256, "statuses": self.statuses}
-        return line | self.facts
+        return line | {name: fact for name, fact in self.facts.items() if name != SCORE_COUNTS}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Self:
@@ -75,7 +81,7 @@ def part_name(index: int) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that scores and parts depend on."""
-    names = ("torch", "torchvision", "open_clip_torch", "pillow", "numpy", "pyarrow", "polars")
+    names = ("torch", "torchvision", "open_clip_torch", "pillow", "simplejpeg", "numpy", "pyarrow", "polars")
     found = {"aligncurate": __version__}
     for name in names:
         try:
@@ -152,6 +158,14 @@ class Dataset:
             total.update(part.statuses)
         return dict(total.most_common())
 
+    def score_counts(self, column: str) -> Counts | None:
+        """Counts of a column's usable scores that `score` left in the manifest; None where there are none that fit."""
+        try:
+            counts = Counts.from_json(self.manifest[SCORE_COUNTS][column])
+        except (KeyError, TypeError, ValueError):
+            return None
+        return counts if counts.total == sum(part.ok for part in self.parts) else None
+
     def scan(self) -> "pl.LazyFrame":
         """All rows as a polars LazyFrame; nothing is read yet."""
         import polars as pl
@@ -160,13 +174,10 @@ class Dataset:
             raise UserError(f"{self.path}: the dataset has no parts.")
         return pl.scan_parquet(self.files, glob=False)  # a folder's name may hold brackets
 
-    def read(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Part number `index` as a table. Raises UserError when the file is damaged."""
-        file = self.files[index]
-        try:
-            return pq.read_table(file, columns=columns, partitioning=None)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
+    def read(self, index: int, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()) -> pa.Table:
+        """Part number `index` as a table; columns in `encoded` as dictionaries. Raises UserError for a damaged file."""
+        with _readable(self.files[index], encoded) as part:
+            return part.read(columns=columns, use_threads=False)
 
     def groups(self, index: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The row groups of part `index`, one at a time, so that embedded images need not all fit in memory."""
@@ -197,10 +208,16 @@ class Dataset:
 
 def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
+    with _readable(file) as part:
+        for group in range(part.num_row_groups):
+            yield part.read_row_group(group, columns=columns)
+
+
+@contextmanager
+def _readable(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(file) as part:
-            for group in range(part.num_row_groups):
-                yield part.read_row_group(group, columns=columns)
+        with pq.ParquetFile(file, read_dictionary=list(encoded)) as part:
+            yield part
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
 
@@ -281,10 +298,19 @@ class DatasetWriter:
         return read_part_info(self.path / part_name(index), self._lines)
 
     @cached_property
+    def _before(self) -> dict[str, Any]:
+        """The manifest as this run found it."""
+        return _read_json(self.path / MANIFEST)
+
+    @cached_property
     def _lines(self) -> dict[str, PartInfo]:
         """Parts that the manifest lists; only a complete one does."""
-        lines = _read_json(self.path / MANIFEST)["parts"]
-        return {line["name"]: PartInfo.from_json(line) for line in lines}
+        return {line["name"]: PartInfo.from_json(line) for line in self._before["parts"]}
+
+    @property
+    def _counted(self) -> bool:
+        """Whether the parts that the manifest lists have counts of scores inside."""
+        return SCORE_COUNTS in self._before
 
     def part(self, index: int) -> "PartWriter":
         """A writer for the part of shard `index`; it commits when its `with` block ends without an error."""
@@ -303,8 +329,24 @@ class DatasetWriter:
                 stranger.unlink()
         if self.head.get("thresholds"):
             write_json(self.path / THRESHOLDS, self.head["thresholds"])
+        if counts := self._score_counts(parts):
+            facts[SCORE_COUNTS] = counts
         self._write_manifest(complete=True, parts=parts, **facts)
         return Dataset(self.path)
+
+    def _score_counts(self, parts: Sequence[PartInfo]) -> dict[str, Any]:
+        """Sums of the counts of scores that all parts have; what does not count each row that is ok is left out."""
+        total: dict[str, Counts] | None = None
+        for part in parts:
+            noted = part.facts.get(SCORE_COUNTS)
+            if noted is None and self._counted and part.name in self._lines:
+                noted = _read_note(self.path / part.name)["facts"].get(SCORE_COUNTS)
+            found = {column: Counts.from_json(counts) for column, counts in (noted or {}).items()}
+            found = {column: counts for column, counts in found.items() if counts.total == part.ok}
+            total = found if total is None else {c: total[c] + found[c] for c in total if c in found}
+            if not total:
+                return {}
+        return {column: counts.to_json() for column, counts in (total or {}).items()}
 
     def _write_manifest(self, *, complete: bool, parts: Sequence[PartInfo], **facts: Any) -> None:
         write_json(
@@ -391,6 +433,8 @@ class PartWriter:
             compression="zstd",
             # Hashes and image bytes do not repeat: a dictionary for them only costs time and space.
             use_dictionary=[n for n in ("source", "status", "error") if n in self.schema.names],
+            # The least and greatest of captions, hashes and the like help no reader, and cost a third of writing.
+            write_statistics=[n for n in _MEASURED if n in self.schema.names],
         )
         return self
 
@@ -479,14 +523,20 @@ def read_part_info(path: Path, known: Mapping[str, PartInfo]) -> PartInfo | None
         return None
     if path.name in known and known[path.name].bytes == path.stat().st_size:
         return known[path.name]
-    try:
-        metadata = pq.read_metadata(path)
-        note = json.loads((metadata.metadata or {})[_FACTS])
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a part that aligncurate wrote ({error!r}); delete it.") from None
+    note = _read_note(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PartInfo(path.name, metadata.num_rows, path.stat().st_size, digest, note["statuses"], note["facts"])
+    rows = sum(note["statuses"].values())
+    return PartInfo(path.name, rows, path.stat().st_size, digest, note["statuses"], note["facts"])
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What a part says of itself: `statuses` and `facts`."""
+    try:
+        note: dict[str, Any] = json.loads((pq.read_metadata(path).metadata or {})[_FACTS])
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a part that aligncurate wrote ({error!r}); delete it.") from None
+    return note
 
 
 def sync_folder(folder: Path) -> None:
@@ -513,6 +563,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, lists of numbers on one line, atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(text + "\n", "utf-8")

@@ -6,7 +6,7 @@ the exact scores of those ranks. Counts are added up over any number of parts, i
 grow with the data.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, Self, get_args
@@ -18,7 +18,7 @@ from aligncurate.errors import UserError
 
 Floats = NDArray[np.float32]
 Scan = Callable[[], Iterable[Floats]]
-"""Gives all finite scores, in any number of arrays; called once per pass."""
+"""Gives all scores, in any number of arrays and in any order; called once per pass. What is not finite is no score."""
 
 Method = Literal["quantile", "uniform"]
 
@@ -27,6 +27,13 @@ MAX_LEVELS = 127
 
 _HALF = 1 << 16
 _SIGN = np.uint32(1 << 31)
+_BLOCK = 1 << 14  # scores counted at once: what is computed of them stays in the processor's cache
+
+# A key's high half depends on the high half of the score's bits alone, so the passes look at the bits as they are.
+_HALVES = np.arange(_HALF, dtype=np.uint32)
+_KEY_HALVES = np.where(_HALVES & 0x8000, _HALVES ^ 0xFFFF, _HALVES | 0x8000)
+_NOT_FINITE = (_HALVES & 0x7F80) == 0x7F80
+_ZERO = 0x8000  # high half of the key of 0.0; also that of the bits of -0.0, which has the same key
 
 
 def score_keys(scores: Floats) -> NDArray[np.uint32]:
@@ -49,10 +56,17 @@ class Counts:
 
     @classmethod
     def of(cls, scans: Iterable[Floats]) -> Self:
-        """Counts of all scores in some arrays."""
-        bins = np.zeros(_HALF, np.int64)
-        for scores in scans:
-            bins += np.bincount(score_keys(scores) >> 16, minlength=_HALF)
+        """Counts of all finite scores in some arrays."""
+        halves = np.zeros(_HALF, np.int64)
+        negative_zeros = 0
+        for block in _blocks(scans):
+            np.add.at(halves, (block >> 16).astype(np.intp), 1)
+            negative_zeros += int(np.count_nonzero(block == _SIGN))
+        halves[_NOT_FINITE] = 0
+        bins = np.empty_like(halves)
+        bins[_KEY_HALVES] = halves
+        bins[_ZERO - 1] -= negative_zeros
+        bins[_ZERO] += negative_zeros
         return cls(bins)
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -83,6 +97,10 @@ class Counts:
         return int(self.bins.sum())
 
 
+class WrongCounts(ValueError):
+    """The given counts are not those of the given scores."""
+
+
 def order_statistics(scan: Scan, ranks: Sequence[int], counts: Counts | None = None) -> Floats:
     """The scores of given ranks (0-based, ascending), exactly as `numpy.sort(scores)[ranks]` gives them.
 
@@ -90,6 +108,8 @@ def order_statistics(scan: Scan, ranks: Sequence[int], counts: Counts | None = N
         scan: the scores.
         ranks: each from 0 to their number less one.
         counts: of the same scores, where they are known already; saves the first pass.
+
+    Raises WrongCounts when `counts` differ from what the second pass finds in the bins it looks into.
     """
     if not ranks:
         return np.empty(0, np.float32)
@@ -102,18 +122,36 @@ def order_statistics(scan: Scan, ranks: Sequence[int], counts: Counts | None = N
     inside = wanted - (ends[highs] - counts.bins[highs])
 
     chosen = np.unique(highs)
+    lows = _count_lows(scan(), chosen)
+    if (lows.sum(axis=1) != counts.bins[chosen]).any():
+        raise WrongCounts("the counts are not those of these scores")
+    ends_low = np.cumsum(lows, axis=1)
+    slots = np.searchsorted(chosen, highs)
+    found = [np.searchsorted(ends_low[slot], rank, side="right") for slot, rank in zip(slots, inside, strict=True)]
+    return key_scores((highs.astype(np.uint32) << np.uint32(16)) | np.asarray(found, np.uint32))
+
+
+def _count_lows(scans: Iterable[Floats], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many scores have each low half of their key, in some bins (ascending): int64 [len(chosen), 65536]."""
     slot = np.full(_HALF, -1, np.int64)
     slot[chosen] = np.arange(len(chosen))
+    looked_at = (slot >= 0)[_KEY_HALVES]
+    looked_at[0x8000] |= slot[_ZERO] >= 0  # -0.0, beside negative numbers next to it
     lows = np.zeros(len(chosen) * _HALF, np.int64)
-    for scores in scan():
-        keys = score_keys(scores)
+    for block in _blocks(scans):
+        keys = score_keys(block[looked_at[block >> 16]].view(np.float32))
         slots = slot[keys >> 16]
-        keep = slots >= 0
-        places = slots[keep] * _HALF + (keys[keep] & np.uint32(_HALF - 1))
-        lows += np.bincount(places, minlength=len(lows))
-    ends_low = np.cumsum(lows.reshape(len(chosen), _HALF), axis=1)
-    found = [np.searchsorted(ends_low[slot[h]], r, side="right") for h, r in zip(highs, inside, strict=True)]
-    return key_scores((highs.astype(np.uint32) << np.uint32(16)) | np.asarray(found, np.uint32))
+        places = slots * _HALF + (keys & np.uint32(_HALF - 1))
+        np.add.at(lows, places[slots >= 0], 1)
+    return lows.reshape(len(chosen), _HALF)
+
+
+def _blocks(scans: Iterable[Floats]) -> Iterator[NDArray[np.uint32]]:
+    """The bits of all scores, a few thousand at a time."""
+    for scores in scans:
+        bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
+        for start in range(0, len(bits), _BLOCK):
+            yield bits[start : start + _BLOCK]
 
 
 @dataclass(frozen=True)
@@ -195,12 +233,15 @@ def uniform_thresholds(minimum: float, maximum: float, levels: int) -> Floats:
     return np.where(rounded < edges, np.nextafter(rounded, np.float32(np.inf)), rounded).astype(np.float32)
 
 
-def find_thresholds(scan: Scan, levels: int, method: Method) -> tuple[Floats, int, float, float]:
+def find_thresholds(
+    scan: Scan, levels: int, method: Method, counts: Counts | None = None
+) -> tuple[Floats, int, float, float]:
     """Threshold values by either method, with number, minimum and maximum of the scores (at least one).
 
-    `quantile` makes levels of equal size (but for ties), exactly as sorting all scores would.
+    `quantile` makes levels of equal size (but for ties), exactly as sorting all scores would. `counts` of the same
+    scores save the first pass.
     """
-    counts = Counts.of(scan())
+    counts = counts or Counts.of(scan())
     count = counts.total
     inner = quantile_ranks(count, levels) if method == "quantile" else []
     low, *middle, high = order_statistics(scan, [0, *inner, count - 1], counts)

@@ -13,6 +13,7 @@ from aligncurate.errors import UserError
 from aligncurate.levels import (
     Counts,
     Thresholds,
+    WrongCounts,
     assign_levels,
     find_thresholds,
     key_scores,
@@ -55,6 +56,38 @@ def test_counts_merge_by_addition(scores, cuts) -> None:
     merged = sum((Counts.of([part]) for part in split(scores, cuts)), Counts.of([]))
     np.testing.assert_array_equal(merged.bins, Counts.of([scores]).bins)
     assert merged.total == len(scores)
+
+
+@settings(deadline=None)
+@given(arrays(np.float32, st.integers(1, 400), elements=st.floats(width=32)), st.integers(2, 20))
+def test_what_is_not_finite_is_no_score(scores, levels) -> None:
+    finite = scores[np.isfinite(scores)]
+    np.testing.assert_array_equal(Counts.of([scores]).bins, Counts.of([finite]).bins)
+    if len(finite):
+        assert Counts.of([scores]).total == len(finite)
+        found, *rest = find_thresholds(lambda: [scores], levels, "quantile")
+        np.testing.assert_array_equal(found, np.sort(finite)[quantile_ranks(len(finite), levels)])
+        assert rest == [len(finite), finite.min(), finite.max()]
+
+
+@settings(deadline=None)
+@given(SCORES | TIED)
+def test_given_counts_save_the_first_pass(scores) -> None:
+    scans = []
+
+    def scan() -> list[np.ndarray]:
+        scans.append(1)
+        return [scores]
+
+    ranks = list(range(len(scores)))
+    np.testing.assert_array_equal(order_statistics(scan, ranks, Counts.of([scores])), np.sort(scores))
+    assert len(scans) == 1
+
+
+def test_counts_of_other_scores_are_noticed() -> None:
+    scores = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    with pytest.raises(WrongCounts):
+        find_thresholds(lambda: [scores], 8, "quantile", Counts.of([scores + 1]))
 
 
 @given(SCORES | TIED)
