@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aligncurate.errors import UserError
 from aligncurate.images import Preprocess, preprocess_of
+from aligncurate.tokenizing import Tokenize, quick
+from aligncurate.towers import Towers
 
 if TYPE_CHECKING:
     import torch
@@ -26,51 +28,30 @@ TINY_FOLDER = Path(__file__).parent / "models"
 
 Precision = Literal["auto", "fp32", "bf16"]
 
-# Beyond these a caption lies outside every encoder's context: a word is at least one token, and no token of
-# CLIP's vocabulary is longer than 32 bytes. Byte-pair encoding one endless word takes time with its square.
-MAX_WORD_CHARACTERS = 5_000
-MAX_WORDS = 1_000
-
 
 @dataclass(frozen=True)
 class Encoder:
     """A loaded image-text model, ready to embed.
 
     Attributes:
-        model: the open_clip model, in evaluation mode on `device`.
-        tokenizer: texts to int64 ids [B, context].
+        tokenize: texts to int64 ids [B, context], cut at the context as open_clip cuts them.
         preprocess: what images must go through.
+        towers: the model on its device.
         identity: what the manifest says of the encoder; equal identities give equal scores.
     """
 
-    model: Any
-    tokenizer: Any
+    tokenize: Tokenize
     preprocess: Preprocess
-    device: "torch.device"
-    dtype: "torch.dtype"
+    towers: Towers
     identity: dict[str, Any]
 
-    def tokenize(self, texts: list[str]) -> "torch.Tensor":
-        """Token ids, int64 [len(texts), context], cut at the context as open_clip cuts them."""
-        ids: torch.Tensor = self.tokenizer([bounded(text) for text in texts])
-        return ids
+    @property
+    def device(self) -> "torch.device":
+        return self.towers.device
 
     def embed(self, pixels: "torch.Tensor", tokens: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Unit embeddings of images [B, 3, H, W] and texts [B, context], each float32 [B, D] on the CPU."""
-        import torch
-
-        with torch.inference_mode():
-            image = self.model.encode_image(pixels.to(self.device, self.dtype))
-            text = self.model.encode_text(tokens.to(self.device))
-            unit = torch.nn.functional.normalize
-            return unit(image.float(), dim=-1).cpu(), unit(text.float(), dim=-1).cpu()
-
-
-def bounded(text: str) -> str:
-    """`text` without what lies beyond any encoder's context: endless words are cut, then the whole."""
-    if len(text) <= MAX_WORD_CHARACTERS:
-        return text
-    return " ".join(word[:MAX_WORD_CHARACTERS] for word in text.split(maxsplit=MAX_WORDS)[:MAX_WORDS])
+        """Unit embeddings of images and texts, float32 [n, D] each on the CPU; see `Towers.embed`."""
+        return self.towers.embed(pixels, tokens)
 
 
 def load(
@@ -80,6 +61,7 @@ def load(
     device: str = "auto",
     precision: Precision = "auto",
     *,
+    compiled: bool = False,
     random_weights: bool = False,
 ) -> Encoder:
     """Load an encoder.
@@ -90,6 +72,7 @@ def load(
         model_config: an open_clip JSON config; its file name is the model's name.
         device: `auto`, `cpu`, `cuda` or `cuda:i`.
         precision: `auto` is bf16 on a GPU that has it, fp32 elsewhere.
+        compiled: run the towers through torch.compile, and as CUDA graphs on a GPU.
         random_weights: take an architecture without weights (for benchmarks).
 
     Raises UserError for names, files and devices that are not there.
@@ -135,9 +118,56 @@ def load(
         "preprocess": {k: settings[k] for k in ("size", "mean", "std", "interpolation", "resize_mode")},
         "precision": kind,
         "device": place.type,
+        "compiled": compiled,
     }
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    return Encoder(net, tokenizer, preprocess_of(transform, settings), place, dtype, identity)
+    preprocess = preprocess_of(transform, settings)
+    towers = Towers(net, preprocess.normalize, place, dtype, compiled=compiled)
+    return Encoder(quick(tokenizer), preprocess, towers, identity)
+
+
+def load_all(
+    models: str | None,
+    pretrained: str | None,
+    model_configs: str | Path | Sequence[str | Path] | None,
+    device: str,
+    precision: Precision,
+    *,
+    compiled: bool = False,
+) -> list[tuple[str, Encoder]]:
+    """Encoders by the column for their scores: `score` for the first, `score_<model>` for the others.
+
+    Args:
+        models: names separated by commas.
+        pretrained: as many tags or files, separated by commas; empty for a model's own default.
+        model_configs: configs of some of the models.
+
+    Other arguments and errors as for `load`.
+    """
+    several = isinstance(model_configs, Sequence) and not isinstance(model_configs, str)
+    configs = [Path(c) for c in model_configs] if several else [Path(model_configs)] if model_configs else []  # type: ignore[union-attr, arg-type]
+    names = models.split(",") if models else [config.stem for config in configs]
+    if len(names) < 2:
+        config = configs[0] if configs else None
+        return [("score", load(models, pretrained, config, device, precision, compiled=compiled))]
+    weights = pretrained.split(",") if pretrained else [""] * len(names)
+    if len(weights) != len(names):
+        raise UserError(
+            f"--pretrained {pretrained}: {len(weights)} for {len(names)} models; give one for each, "
+            "separated by commas (nothing between two commas stands for the default)."
+        )
+    by_name = {config.stem: config for config in configs}
+    if unknown := [str(config) for name, config in by_name.items() if name not in names]:
+        raise UserError(f"--model-config {unknown[0]}: --model does not name {Path(unknown[0]).stem}.")
+    found: dict[str, Encoder] = {}
+    for name, tag in zip(names, weights, strict=True):
+        column = f"score_{name.rpartition('/')[2]}" if found else "score"
+        if column in found:
+            column = f"{column}_{Path(tag).stem}"
+        if column in found:
+            raise UserError(f"--model {models}: {name} is there twice with the same weights.")
+        found[column] = load(name, tag or None, by_name.get(name), device, precision, compiled=compiled)
+    return list(found.items())
 
 
 def _names(model: str | None, pretrained: str | None, config: str | Path | None) -> tuple[str, str | None, Path | None]:

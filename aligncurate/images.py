@@ -2,12 +2,14 @@
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from aligncurate.pairs import Status
@@ -26,7 +28,12 @@ _ENDINGS = {
 EXTENSIONS = frozenset({*_ENDINGS.values(), "jpeg", "jpe", "jfif", "tiff", "pgm", "pbm", "pnm", "j2k", "jpx"})
 """File name endings that are taken for images."""
 
-Decode = Literal["exact", "fast"]
+Decode = Literal["exact", "fast", "gpu"]
+
+_FAST = ("bicubic", "bilinear")
+# `fast` decodes to no less than this many times the encoder's input: at 1 the scores move more than twice as far,
+# at 2 hardly any photo is reduced (docs/performance.md).
+_MARGIN = 1.5
 
 _ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
@@ -60,31 +67,50 @@ class Preprocess:
     interpolation: str
 
     def exact(self, image: Image.Image) -> "torch.Tensor":
-        """Pixels as a plain open_clip loop makes them, float32 [3, size, size]."""
-        return self.transform(_eight_bit(image))
+        """Pixels as a plain open_clip loop makes them, uint8 [3, size, size] before normalisation.
 
-    def fast(self, image: Image.Image) -> "torch.Tensor":
-        """Nearly the same pixels, sooner: JPEGs are decoded at reduced size, and only the crop is resized."""
+        A transform that does not end in open_clip's usual two steps gives its own floats.
+        """
         import torch
 
-        if self.size is None or self.resize_mode != "shortest":
-            return self.exact(image)
-        rgb = _eight_bit(image).convert("RGB")
-        width, height = rgb.size
-        edge = min(width, height)
-        left, top = (width - edge) / 2, (height - edge) / 2
-        filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-        crop = rgb.resize((self.size, self.size), filters[self.interpolation], box=(left, top, left + edge, top + edge))
-        scale = 1 / (255 * np.asarray(self.std, np.float32))
-        shift = np.asarray(self.mean, np.float32) / np.asarray(self.std, np.float32)
-        pixels = np.asarray(crop, np.float32) * scale - shift
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        image = _eight_bit(image)
+        steps = getattr(self.transform, "transforms", [])
+        if not _splits(steps):
+            return self.transform(image)
+        for step in steps[:-2]:
+            image = step(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def draft_size(self, width: int, height: int) -> tuple[int, int]:
-        """Smallest decoded size that loses nothing in resizing to the encoder's input."""
-        edge = self.size or max(width, height)
-        scale = edge / min(width, height)
-        return max(1, round(width * scale)), max(1, round(height * scale))
+    def fast(self, rgb: NDArray[np.uint8], original: tuple[int, int]) -> "torch.Tensor":
+        """Nearly the same pixels, sooner: torch resizes in uint8 with vector code.
+
+        Args:
+            rgb: the image [height, width, 3], maybe decoded at reduced size.
+            original: its height and width at full size.
+        """
+        import torch
+
+        return fit(torch.from_numpy(rgb).permute(2, 0, 1), original, self.size or 0, self.interpolation)
+
+    @property
+    def shape(self) -> str:
+        """Equal for encoders that want the same pixels, whatever they do to normalise them."""
+        steps = getattr(self.transform, "transforms", None)
+        return repr(steps[:-2] if steps and _splits(steps) else self.transform)
+
+    @property
+    def has_fast(self) -> bool:
+        """Whether `fast` knows this preprocessing; for any other, exact decoding stands in."""
+        return self.size is not None and self.resize_mode == "shortest" and self.interpolation in _FAST
+
+    def normalize(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        """Pixels [..., 3, H, W] as float32 for the encoder: uint8 as open_clip normalises them, floats as they are."""
+        import torch
+
+        if pixels.dtype != torch.uint8:
+            return pixels
+        mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def check(self, width: int, height: int) -> None:
         """Raise ImageError for shapes whose resized form would not fit in memory (20,000 x 1 pixels, say)."""
@@ -95,6 +121,11 @@ class Preprocess:
             raise ImageError(
                 Status.TOO_LARGE, f"{width}x{height} pixels: too narrow to be resized to {self.size} pixels"
             )
+
+
+def _splits(steps: Sequence[Any]) -> bool:
+    """Whether a transform ends in ToTensor and Normalize, which `Preprocess.normalize` does for a whole batch."""
+    return [type(s).__name__.removeprefix("Maybe") for s in steps[-2:]] == ["ToTensor", "Normalize"]
 
 
 @contextmanager
@@ -129,17 +160,71 @@ def open_image(data: bytes) -> tuple[Image.Image, int, int]:
     return image, width, height
 
 
-def decode(image: Image.Image, preprocess: Preprocess, mode: Decode) -> "torch.Tensor":
-    """Pixels for the encoder, float32 [3, size, size]. Raises ImageError for damaged images."""
-    preprocess.check(*image.size)
+def decode(data: bytes, image: Image.Image, wanted: Sequence[Preprocess], mode: Decode) -> "list[torch.Tensor]":
+    """Pixels for each encoder, uint8 [3, size, size] (see `Preprocess.exact`), from decoding once.
+
+    Args:
+        data, image: the file, and what `open_image` made of it.
+        wanted: what the encoders want.
+        mode: `exact`, or `fast`: JPEGs at reduced size, resized in uint8; `gpu` here is `fast`.
+
+    Raises ImageError for damaged images.
+    """
+    for preprocess in wanted:
+        preprocess.check(*image.size)
     try:
-        if mode == "fast" and image.format == "JPEG":
-            image.draft(image.mode, preprocess.draft_size(*image.size))
+        if mode != "exact" and all(preprocess.has_fast for preprocess in wanted):
+            edge = round(_MARGIN * max(preprocess.size or 0 for preprocess in wanted))
+            rgb, original = _fast_rgb(data, image, edge)
+            return [preprocess.fast(rgb, original) for preprocess in wanted]
         image.load()
-        upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-        return preprocess.fast(upright) if mode == "fast" else preprocess.exact(upright)
+        turned = image if upright(image) else ImageOps.exif_transpose(image)
+        return [preprocess.exact(turned) for preprocess in wanted]
     except Exception as error:  # see open_image
         raise ImageError(Status.DECODE_ERROR, f"the image is damaged: {error}") from None
+
+
+def _fast_rgb(data: bytes, image: Image.Image, edge: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """The upright image [height, width, 3], and its height and width at full size.
+
+    A JPEG's short edge is decoded no smaller than `edge`, where the file has that much. simplejpeg was the quickest
+    decoder measured (docs/performance.md). What it refuses (any damage) and what must be turned goes to Pillow,
+    which also has the last word on whether a file is damaged.
+    """
+    width, height = image.size
+    if image.format == "JPEG":
+        if upright(image):
+            with suppress(ValueError):
+                rgb = simplejpeg.decode_jpeg(data, "RGB", min_height=edge, min_width=edge, min_factor=2)
+                return rgb, (height, width)
+        scale = edge / min(width, height)
+        image.draft(image.mode, (max(1, round(width * scale)), max(1, round(height * scale))))
+    if _orientation(image) in _TURNED and image.format != "TIFF":  # see open_image
+        width, height = height, width
+    image.load()
+    turned = image if upright(image) else ImageOps.exif_transpose(image)
+    return np.array(_eight_bit(turned).convert("RGB")), (height, width)
+
+
+def fit(image: "torch.Tensor", original: tuple[int, int], size: int, interpolation: str) -> "torch.Tensor":
+    """The middle square of an image [3, H, W], resized as open_clip does it: short edge to `size`, then cut.
+
+    uint8 or float, on any device; the result [3, size, size] has the same type. `original` is the full height
+    and width of an image that was decoded at reduced size, by which the long edge is rounded as open_clip rounds it.
+    """
+    from torch.nn.functional import interpolate
+
+    short = min(original)
+    tall, wide = (max(size, int(size * edge / short)) for edge in original)
+    if (tall, wide) != tuple(image.shape[1:]):
+        image = interpolate(image[None], (tall, wide), mode=interpolation, antialias=True)[0]
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    return image[:, top : top + size, left : left + size]
+
+
+def upright(image: Image.Image) -> bool:
+    """Whether an image needs no EXIF rotation."""
+    return _orientation(image) == 1
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,49 +1,31 @@
-"""One source shard to one scored part: read, decode, batch, encode, write."""
+"""The verbs `score` and `ingest`: from sources to a dataset."""
 
-import hashlib
+import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+import pyarrow as pa
 
 from aligncurate import storage
-from aligncurate.dataset import Dataset, DatasetWriter, PartInfo, row_groups
+from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter, PartInfo
 from aligncurate.engines import local
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images import Decode, ImageError, decode, open_image, pillow_unheard
-from aligncurate.pairs import (
-    FINE,
-    IMAGE_EMBEDDING,
-    TEXT_EMBEDDING,
-    Pair,
-    Status,
-    schema,
-    to_table,
-)
-from aligncurate.progress import Meter, meter, notice
+from aligncurate.images import Decode, pillow_unheard
+from aligncurate.pairs import schema
+from aligncurate.pipeline import ScoreText, Settings, ShardScorer
+from aligncurate.progress import meter, notice
 from aligncurate.sources import Shard, Source, SourceOptions, open_source
 from aligncurate.sources.base import limit_shards
-from aligncurate.sources.texts import scored_text
+from aligncurate.stages import STAGES, Times
 
 if TYPE_CHECKING:
-    import torch
-
     from aligncurate.encoders import Encoder, Precision
 
-ScoreText = Literal["assistant", "user", "all"]
-
-_ROWS_PER_GROUP = 10_000
-_ROWS_PER_GROUP_WITH_IMAGES = 512  # image bytes wait in memory until their row group is written
-# A row of an earlier run is taken over only for a pair that is the very same: its text and where its image lies.
-_SAME = ("key", "caption", "conversations", "source", "image_path", "image_offset", "image_length", "row")
-_CHECKED = 64  # pairs of the first shard that `--decode fast` also decodes exactly, to say how far it strays
+_SHARDS = 2  # in flight: the encoder need not wait between the end of one and the beginning of the next
 
 
 @dataclass(frozen=True)
@@ -63,6 +45,7 @@ class Summary:
         rows, seconds: done by this run, without what earlier runs had committed.
         resumed: parts that earlier runs had committed.
         failures: shards that could not be read.
+        times: where this run's time went.
     """
 
     dataset: Dataset | None
@@ -70,217 +53,7 @@ class Summary:
     seconds: float
     resumed: int
     failures: list[Failure]
-
-
-@dataclass
-class _Prepared:
-    """A pair after reading and decoding."""
-
-    pair: Pair
-    pixels: "torch.Tensor | None" = None
-    exact: "torch.Tensor | None" = None
-    text: str = ""
-    kept: bool = False  # taken over from an earlier run
-
-
-class _ShardScorer:
-    """Makes parts; shared by the threads of a run.
-
-    Without an encoder images are only measured and hashed, which is what `ingest` does.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        writer: DatasetWriter,
-        encoder: "Encoder | None",
-        *,
-        mode: Decode,
-        batch_size: int,
-        workers: int,
-        score_text: ScoreText,
-        embeddings: bool,
-        embed_images: bool,
-        retry_errors: bool,
-        shown: Meter,
-    ) -> None:
-        self._source, self._writer, self._encoder = source, writer, encoder
-        self._mode, self._batch_size, self._score_text = mode, batch_size, score_text
-        self._embeddings, self._embed_images = embeddings, embed_images
-        self._retry = retry_errors
-        self._meter = shown
-        self._lookahead = batch_size + 2 * workers  # enough to keep the workers busy while a batch is encoded
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        self._encoding = Lock()  # one batch on the device at a time, whichever shard it is from
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def part(self, shard: Shard, check: Callable[[], None]) -> PartInfo:
-        """Commit the part of `shard`. Raises ShardError when its file cannot be read at all."""
-        done, facts = self._reusable(shard)
-        with self._writer.part(shard.index) as part:
-            part.facts.update(facts)
-            rows: list[Pair] = []
-            limit = _ROWS_PER_GROUP_WITH_IMAGES if self._embed_images else _ROWS_PER_GROUP
-            for batch in self._batches(self._prepared(shard, done, check)):
-                rows += self._encode(batch, part.facts, shard)
-                ok = sum(p.pair.status is Status.OK and not p.kept for p in batch)
-                kept = sum(p.kept for p in batch)
-                self._meter.skip(kept)
-                self._meter.add(len(batch) - kept, ok, sum(p.pair.status not in FINE for p in batch))
-                while len(rows) >= limit:
-                    part.write(to_table(rows[:limit], self._writer.schema))
-                    rows = rows[limit:]
-            if rows:
-                part.write(to_table(rows, self._writer.schema))
-        assert part.info is not None
-        return part.info
-
-    def _reusable(self, shard: Shard) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:
-        """Rows of the committed part, which --retry-errors keeps where they did not fail, and what else it says."""
-        info = self._writer.committed(shard.index) if self._retry else None
-        if info is None:
-            return iter(()), {}
-        tables = row_groups(self._writer.path / info.name)
-        return (row for table in tables for batch in table.to_batches(256) for row in batch.to_pylist()), info.facts
-
-    def _prepared(self, shard: Shard, done: Iterator[dict[str, Any]], check: Callable[[], None]) -> Iterator[_Prepared]:
-        """Pairs of `shard` in order, decoded by the pool a little ahead of their use."""
-        waiting: deque[Future[_Prepared]] = deque()
-        try:
-            for number, pair in enumerate(self._read(shard)):
-                check()
-                checked = shard.index == 0 and number < _CHECKED and not self._retry
-                waiting.append(self._pool.submit(self._prepare, pair, next(done, None), checked))
-                if len(waiting) > self._lookahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                check()
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def _read(self, shard: Shard) -> Iterator[Pair]:
-        try:
-            yield from self._source.read(shard)
-        except OSError as error:
-            raise ShardError(f"{shard}: cannot be read: {error.strerror or error}") from None
-
-    def _prepare(self, pair: Pair, row: dict[str, Any] | None, checked: bool) -> _Prepared:
-        """Read, measure, hash and decode; whatever is wrong becomes the pair's status."""
-        prepared = _Prepared(pair)
-        if row is not None and row["status"] in FINE and all(getattr(pair, n) == row[n] for n in _SAME):
-            _restore(pair, row)
-            prepared.kept = True
-            return prepared
-        # Scores and levels of the input are kept by `ingest`; scoring makes them anew.
-        if self._encoder is not None:
-            pair.score = pair.level = None
-        text = scored_text(pair, self._score_text)
-        if pair.load is not None and pair.status not in (Status.UNSAFE_PATH, Status.MULTI_IMAGE):
-            try:
-                self._see(prepared, checked)
-            except ImageError as error:
-                pair.fail(error.status, str(error))
-            except (FileNotFoundError, NotADirectoryError):
-                pair.fail(Status.MISSING_IMAGE, f"there is no image {pair.image_path}")
-            except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-                reason = getattr(error, "strerror", None) or error
-                pair.fail(Status.READ_ERROR, f"the image cannot be read: {reason}")
-        if pair.conversations is not None and not text:
-            pair.fail(Status.MISSING_CAPTION, f"the conversation has no text to score ({self._score_text})")
-        prepared.text = text or ""
-        if pair.status is not Status.OK:
-            prepared.pixels = prepared.exact = pair.score = pair.level = None
-        return prepared
-
-    def _see(self, prepared: _Prepared, checked: bool) -> None:
-        pair = prepared.pair
-        assert pair.load is not None
-        data = pair.load()
-        pair.load = None  # let the bytes go as soon as nothing needs them
-        pair.sha256 = hashlib.sha256(data).digest()
-        if self._embed_images:
-            pair.image = data
-        image, pair.width, pair.height = open_image(data)
-        if self._encoder is not None and pair.status is Status.OK:
-            prepared.pixels = decode(image, self._encoder.preprocess, self._mode)
-            if checked and self._mode == "fast":
-                prepared.exact = decode(open_image(data)[0], self._encoder.preprocess, "exact")
-
-    def _batches(self, prepared: Iterable[_Prepared]) -> Iterator[list[_Prepared]]:
-        """Consecutive pairs with `batch_size` to encode among them: the same whatever ran before."""
-        batch: list[_Prepared] = []
-        waiting = 0
-        for item in prepared:
-            batch.append(item)
-            waiting += item.pixels is not None
-            if waiting == self._batch_size or len(batch) == 10 * self._batch_size:
-                yield batch
-                batch, waiting = [], 0
-        if batch:
-            yield batch
-
-    def _encode(self, batch: list[_Prepared], facts: dict[str, Any], shard: Shard) -> list[Pair]:
-        pairs = [item.pair for item in batch]
-        chosen = [item for item in batch if item.pixels is not None]
-        if self._encoder is None or not chosen:
-            return pairs
-        import torch
-
-        pixels = torch.stack([item.pixels for item in chosen if item.pixels is not None])
-        tokens = self._encoder.tokenize([item.text for item in chosen])
-        with self._encoding:
-            images, texts = self._encoder.embed(pixels, tokens)
-        scores = (images * texts).sum(-1).numpy()
-        for item, score, image, text in zip(chosen, scores, images, texts, strict=True):
-            if not np.isfinite(score):
-                item.pair.fail(Status.READ_ERROR, "the encoder gave no finite score")
-                continue
-            item.pair.score = float(score)
-            if self._embeddings:
-                item.pair.image_embedding = image.numpy().astype(np.float16)
-                item.pair.text_embedding = text.numpy().astype(np.float16)
-        self._compare(chosen, tokens, texts, facts)
-        for item in chosen:
-            item.pixels = item.exact = None
-        return pairs
-
-    def _compare(
-        self, chosen: list[_Prepared], tokens: "torch.Tensor", texts: "torch.Tensor", facts: dict[str, Any]
-    ) -> None:
-        """Note how far fast decoding strays, on the pairs that were decoded both ways."""
-        import torch
-
-        both = [i for i, item in enumerate(chosen) if item.exact is not None and item.pair.score is not None]
-        if not both or self._encoder is None:
-            return
-        pixels = torch.stack([x for i in both if (x := chosen[i].exact) is not None])
-        with self._encoding:
-            images, _ = self._encoder.embed(pixels, tokens[both])
-        exact = (images * texts[both]).sum(-1).numpy()
-        changes = [abs(float(e) - float(chosen[i].pair.score or 0.0)) for e, i in zip(exact, both, strict=True)]
-        before = facts.get("fast_against_exact", {"pairs": 0, "mean": 0.0, "max": 0.0})
-        pairs = before["pairs"] + len(changes)
-        facts["fast_against_exact"] = {
-            "pairs": pairs,
-            "mean": (before["mean"] * before["pairs"] + sum(changes)) / pairs,
-            "max": max(before["max"], *changes),
-        }
-
-
-def _restore(pair: Pair, row: dict[str, Any]) -> None:
-    """Take over what an earlier run found for this pair."""
-    for name in ("width", "height", "sha256", "score", "level", "error"):
-        setattr(pair, name, row[name])
-    pair.image = row.get("image")
-    pair.status = Status(row["status"])
-    pair.load = None
-    for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING):
-        if row.get(name) is not None:
-            setattr(pair, name, np.asarray(row[name], np.float16))
+    times: Times
 
 
 def score(
@@ -289,9 +62,10 @@ def score(
     *,
     model: str | None = None,
     pretrained: str | None = None,
-    model_config: str | Path | None = None,
+    model_config: str | Path | Sequence[str | Path] | None = None,
     device: str = "auto",
     precision: "Precision" = "auto",
+    compiled: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
     decode: Decode = "exact",
@@ -308,11 +82,14 @@ def score(
     Args:
         sources: what to read; see `open_source`.
         out: folder of the new dataset. A folder that an interrupted run left is finished.
-        model, pretrained, model_config, device, precision: the encoder; see `encoders.load`.
-        batch_size: pairs encoded at once; by default 256 on a GPU, 32 on the CPU.
+        model, pretrained, model_config, device, precision, compiled: the encoder; see `encoders.load`. Several,
+            separated by commas, share one pass over the images: scores of the first are the column `score`, those
+            of each further model `score_<model>`.
+        batch_size: pairs encoded at once; by default what fits into the GPU's free memory, 32 on the CPU.
         workers: decoding threads; by default one per core, at most 16.
-        decode: `exact` follows open_clip's own preprocessing; `fast` decodes JPEGs at reduced size.
-        embeddings: `fp16` keeps the embeddings of image and text as columns.
+        decode: `exact` follows open_clip's own preprocessing; `fast` decodes large JPEGs at reduced size and
+            resizes in uint8; `gpu` decodes JPEGs on the GPU.
+        embeddings: `fp16` keeps the (first) encoder's embeddings of image and text as columns.
         embed_images: copy the images' bytes into the dataset.
         score_text: turns of conversations that are compared with the image.
         limit: only the first so many pairs.
@@ -326,31 +103,16 @@ def score(
 
     opened = _open(sources, source)
     _check_numbers(batch_size=batch_size, workers=workers, limit=limit)
-    encoder = encoders.load(model, pretrained, model_config, device, precision)
-    batch = batch_size or (256 if encoder.device.type == "cuda" else 32)
-    options = {
-        "batch_size": batch,
-        "decode": decode,
-        "embeddings": embeddings,
-        "score_text": score_text,
-    }
-    return _run(
-        "score",
-        opened,
-        out,
-        encoder,
-        options,
-        mode=decode,
-        batch_size=batch,
-        workers=workers,
-        score_text=score_text,
-        embeddings=embeddings == "fp16",
-        embed_images=embed_images,
-        limit=limit,
-        retry_errors=retry_errors,
-        source_options=source,
-        quiet=quiet,
+    loaded = encoders.load_all(model, pretrained, model_config, device, precision, compiled=compiled)
+    _check_decode(decode, loaded[0][1])
+    batch = batch_size or _earlier_batch(out) or min(_default_batch(encoder) for _, encoder in loaded)
+    for _, encoder in loaded:
+        encoder.towers.batch = batch
+    settings = Settings(
+        decode, batch, workers or _workers(), score_text, embeddings == "fp16", embed_images, retry_errors
     )
+    options = {"batch_size": batch, "decode": decode, "embeddings": embeddings, "score_text": score_text}
+    return _run("score", opened, out, loaded, options, settings, limit, source, quiet)
 
 
 def ingest(
@@ -367,23 +129,31 @@ def ingest(
     """Make a dataset without scores: images are measured and hashed, no model is loaded. Args as for `score`."""
     opened = _open(sources, source)
     _check_numbers(workers=workers, limit=limit)
-    return _run(
-        "ingest",
-        opened,
-        out,
-        None,
-        {},
-        mode="exact",
-        batch_size=256,
-        workers=workers,
-        score_text="all",
-        embeddings=False,
-        embed_images=embed_images,
-        limit=limit,
-        retry_errors=retry_errors,
-        source_options=source,
-        quiet=quiet,
-    )
+    settings = Settings("exact", 256, workers or _workers(), "all", False, embed_images, retry_errors)
+    return _run("ingest", opened, out, [], {}, settings, limit, source, quiet)
+
+
+def _workers() -> int:
+    return min(16, os.cpu_count() or 1)
+
+
+def _check_decode(mode: Decode, encoder: "Encoder") -> None:
+    if mode == "gpu" and encoder.device.type != "cuda":
+        raise UserError("--decode gpu: it needs a CUDA device; use --decode fast here.")
+
+
+def _earlier_batch(out: str | Path) -> int | None:
+    """The batch size that an earlier run of the same folder chose: all of its parts must share one."""
+    try:
+        return int(json.loads((Path(out) / MANIFEST).read_text("utf-8"))["options"]["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):  # no such run, or nothing that this one could finish
+        return None
+
+
+def _default_batch(encoder: "Encoder") -> int:
+    if encoder.device.type != "cuda":
+        return 32
+    return encoder.towers.fitting_batch(encoder.preprocess.size or 224, encoder.identity["context_length"])
 
 
 def _open(sources: str | Path | Sequence[str | Path], options: SourceOptions | None) -> Source:
@@ -401,17 +171,10 @@ def _run(
     verb: str,
     source: Source,
     out: str | Path,
-    encoder: "Encoder | None",
+    encoders: "Sequence[tuple[str, Encoder]]",
     options: dict[str, Any],
-    *,
-    mode: Decode,
-    batch_size: int,
-    workers: int | None,
-    score_text: ScoreText,
-    embeddings: bool,
-    embed_images: bool,
+    settings: Settings,
     limit: int | None,
-    retry_errors: bool,
     source_options: SourceOptions | None,
     quiet: bool,
 ) -> Summary:
@@ -420,49 +183,48 @@ def _run(
     reading = vars(source_options or SourceOptions())
     if reading["image_root"] is not None:  # the same folder, wherever the command is given
         reading = {**reading, "image_root": storage.absolute(reading["image_root"])}
-    width = _embedding_width(encoder) if embeddings else 0
     head = {
         "verb": verb,
-        "options": {**options, "embed_images": embed_images, "limit": limit, **reading},
+        "options": {**options, "embed_images": settings.embed_images, "limit": limit, **reading},
         "inputs": source.describe(),
-        "encoder": encoder.identity if encoder else None,
+        "encoder": encoders[0][1].identity if encoders else None,
         "thresholds": None,
         "history": [],
     }
-    columns = schema(source.extras, embed_images=embed_images, embedding=width)
-    writer = DatasetWriter(out, head, columns, mended=retry_errors)
+    if len(encoders) > 1:
+        head["encoders"] = {column: encoder.identity for column, encoder in encoders}
+    width = _embedding_width(encoders[0][1]) if settings.embeddings else 0
+    further = {column: pa.float32() for column, _ in encoders[1:]}
+    columns = schema(source.extras | further, embed_images=settings.embed_images, embedding=width)
+    writer = DatasetWriter(out, head, columns, mended=settings.retry_errors)
     shards = limit_shards(source, limit)
     with ExitStack() as stack:
         stack.enter_context(pillow_unheard())
         stack.enter_context(writer.open())
-        parts, todo = _split(writer, shards, retry_errors)
+        parts, todo = _split(writer, shards, settings.retry_errors)
         if todo:
             writer.reopen()
         shown = stack.enter_context(meter(verb, _total(source, shards), quiet=quiet))
         shown.skip(sum(part.rows for part in parts.values()))
         resumed = len(parts)
-        scorer = _ShardScorer(
-            source,
-            writer,
-            encoder,
-            mode=mode,
-            batch_size=batch_size,
-            workers=workers or min(16, os.cpu_count() or 1),
-            score_text=score_text,
-            embeddings=embeddings,
-            embed_images=embed_images,
-            retry_errors=retry_errors,
-            shown=shown,
-        )
+        scorer = ShardScorer(source, writer, encoders, settings, shown)
         stack.callback(scorer.close)
         failures = []
-        for outcome in local.run(scorer.part, todo, threads=2):
+        for outcome in local.run(scorer.part, todo, threads=_SHARDS):
             if outcome.result is not None:
                 parts[outcome.shard.index] = outcome.result
             else:
                 failures.append(Failure(str(outcome.shard), str(outcome.error)))
         dataset = None if failures else writer.finish([parts[shard.index] for shard in shards])
-        return Summary(dataset, shown.done, shown.seconds, resumed, failures)
+        times = scorer.clock.times(shown.seconds, _threads(bool(encoders), settings.workers, len(todo)))
+        return Summary(dataset, shown.done, shown.seconds, resumed, failures, times)
+
+
+def _threads(encoding: bool, workers: int, shards: int) -> dict[str, int]:
+    """How many threads can be in each stage at once."""
+    own = max(1, min(shards, _SHARDS))
+    found = dict.fromkeys(STAGES, own) | {"read": workers, "decode": workers, "encode": 1}
+    return found if encoding else {stage: found[stage] for stage in ("read", "decode", "write")}
 
 
 def _split(
@@ -489,8 +251,7 @@ def _total(source: Source, shards: Sequence[Shard]) -> int | None:
         return None
 
 
-def _embedding_width(encoder: "Encoder | None") -> int:
-    assert encoder is not None
+def _embedding_width(encoder: "Encoder") -> int:
     import torch
 
     size = encoder.preprocess.size or 224

@@ -1,0 +1,229 @@
+"""Runs the two towers of an open_clip model: captions cut and grouped by length, compiled on request, within memory."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from aligncurate.errors import UserError
+from aligncurate.progress import notice
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_ROUND = 16  # compiled towers see texts of 16, 32, … tokens, so that few shapes are compiled
+_LARGEST_BATCH = 1_024  # beyond this a GPU gains nothing
+_SHARE = 0.6  # of the free memory that a batch may need; the rest is for fragments and for images on their way
+
+
+class Towers:
+    """The towers on their device.
+
+    Args:
+        model: an open_clip model in evaluation mode on `device`.
+        normalize: from pixels as decoded to float32 for the model.
+        dtype: that the model computes in.
+        batch: most rows that go through a tower at once.
+        compiled: use torch.compile for fixed shapes, and CUDA graphs on a GPU.
+
+    `batch` is halved, for good, when the device runs out of memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        normalize: "Callable[[Tensor], Tensor]",
+        device: "torch.device",
+        dtype: "torch.dtype",
+        *,
+        batch: int = 32,
+        compiled: bool = False,
+    ) -> None:
+        self.device, self.dtype, self.batch = device, dtype, batch
+        self._model, self._normalize, self._fixed = model, normalize, compiled
+        self._cut = cuttable(model)
+        wrap: Callable[[Any], Any] = _Compiled if compiled else lambda tower: tower
+        self._image, self._text = wrap(model.encode_image), wrap(self._encode_text)
+
+    def embed(self, pixels: "Tensor", tokens: "Tensor") -> "tuple[Tensor, Tensor]":
+        """Unit embeddings, float32 [n, D] each on the CPU, of any number of images and texts.
+
+        Args:
+            pixels: uint8 as decoded or float32 as normalised, [n, 3, H, W], on any device.
+            tokens: int64 [n, context].
+
+        Texts of like length go together, cut at the longest of them: the tower is causal and pools at the end
+        token, so what comes after it changes nothing. A tower that is not causal gets the full context.
+        Raises UserError when not even one row fits into memory.
+        """
+        import torch
+
+        with torch.inference_mode():
+            images = self._in_batches(pixels, self._embed_images)
+            lengths = self._lengths(tokens)
+            order = torch.argsort(lengths, stable=True)
+            texts = self._in_batches(tokens[order], self._embed_texts)[torch.argsort(order)]
+        return images, texts
+
+    def upload(self, pixels: "Tensor") -> "Tensor":
+        """Pixels on the device. On a GPU a copy from pinned memory, beside what the GPU computes meanwhile."""
+        import torch
+
+        if self.device.type != "cuda":
+            return pixels
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            moved = pixels.pin_memory().to(self.device, non_blocking=True)
+        stream.synchronize()  # the calling thread waits, not the one that encodes
+        return moved
+
+    def fitting_batch(self, size: int, context: int) -> int:
+        """The batch that a GPU's free memory allows for images of `size` pixels, measured with two small ones."""
+        import torch
+
+        peaks = []
+        for rows in (8, 8, 24):  # the first one also pays for what every later one shares
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            pixels = torch.zeros(rows, 3, size, size, dtype=torch.uint8)
+            self.embed(pixels, torch.ones(rows, context, dtype=torch.long))
+            peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
+        torch.cuda.empty_cache()
+        return batch_that_fits(torch.cuda.mem_get_info(self.device)[0], (8, peaks[1]), (24, peaks[2]))
+
+    def _in_batches(self, rows: "Tensor", embed: "Callable[[Tensor], Tensor]") -> "Tensor":
+        """`embed` over `rows`, a batch at a time, in smaller ones once memory has run out."""
+        import torch
+
+        found: list[Tensor] = []
+        done = 0
+        while done < len(rows):
+            piece = rows[done : done + self.batch]
+            try:
+                found.append(embed(piece))
+            except torch.OutOfMemoryError:
+                smaller = len(piece) // 2
+            else:
+                done += len(piece)
+                continue
+            # Outside of the handler, whose traceback would keep the tensors of the failed attempt.
+            if not smaller:
+                raise UserError("the device has no memory for even one pair; take a smaller --model, or --device cpu.")
+            self.batch = smaller
+            notice(f"the device ran out of memory; going on with {smaller} pairs at once.")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return torch.cat([piece.cpu() for piece in found])
+
+    def _embed_images(self, pixels: "Tensor") -> "Tensor":
+        ready = self._normalize(pixels.to(self.device)).to(self.dtype)
+        return self._unit(self._image, ready)
+
+    def _embed_texts(self, tokens: "Tensor") -> "Tensor":
+        longest = int(self._lengths(tokens).max())
+        if self._fixed:
+            longest = min(-(-longest // _ROUND) * _ROUND, tokens.shape[1])
+        return self._unit(self._text, tokens[:, :longest].to(self.device))
+
+    def _unit(self, tower: "Callable[[Tensor], Tensor]", rows: "Tensor") -> "Tensor":
+        import torch
+
+        count = len(rows)
+        if self._fixed and count < self.batch:
+            rows = torch.cat([rows, rows[:1].expand(self.batch - count, *rows.shape[1:])])
+        return torch.nn.functional.normalize(tower(rows)[:count].float(), dim=-1)
+
+    def _lengths(self, tokens: "Tensor") -> "Tensor":
+        """How many tokens of each text count, int64 [n]."""
+        import torch
+
+        if self._cut is None:
+            return torch.full((len(tokens),), tokens.shape[1])
+        return _pooled_at(self._cut, tokens) + 1
+
+    def _encode_text(self, tokens: "Tensor") -> "Tensor":
+        """open_clip's encode_text (CLIP and TextTransformer), for the first L tokens only."""
+        import torch
+
+        tower = self._cut
+        if tower is None:
+            return cast("Tensor", self._model.encode_text(tokens))
+        length = tokens.shape[1]
+        x: Tensor = tower.token_embedding(tokens).to(self.dtype) + tower.positional_embedding[:length].to(self.dtype)
+        x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
+        x = x[torch.arange(len(x), device=x.device), _pooled_at(tower, tokens)]
+        if tower.text_projection is None:
+            return x
+        if isinstance(tower.text_projection, torch.nn.Linear):
+            return cast("Tensor", tower.text_projection(x))
+        return x @ cast("Tensor", tower.text_projection)
+
+
+def cuttable(model: Any) -> Any:
+    """The part of an open_clip model that encodes texts, when it is causal and pools at the end token; else None."""
+    from open_clip.model import CLIP
+    from open_clip.transformer import TextTransformer
+
+    tower: Any = model if isinstance(model, CLIP) else getattr(model, "text", None)
+    plain = type(tower) is TextTransformer and tower.cls_emb is None and not tower.output_tokens
+    fits = (plain or isinstance(tower, CLIP)) and tower.attn_mask is not None
+    return tower if fits and _pool(tower) in ("argmax", "eos") else None
+
+
+def _pool(tower: Any) -> str:
+    return str(tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type)
+
+
+def _pooled_at(tower: Any, tokens: "Tensor") -> "Tensor":
+    """Where the tower takes its embedding from: the greatest id or the end token, int64 [n]."""
+    if _pool(tower) == "argmax":
+        return tokens.argmax(-1)
+    end: int = tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id
+    return (tokens == end).int().argmax(-1)
+
+
+def batch_that_fits(free: int, few: tuple[int, int], many: tuple[int, int]) -> int:
+    """The greatest power of two, up to 1,024, of rows whose memory fits.
+
+    Args:
+        free: bytes.
+        few, many: two numbers of rows with the bytes that they took; memory grows evenly between and beyond.
+    """
+    each = max(1.0, (many[1] - few[1]) / (many[0] - few[0]))
+    rows = (free * _SHARE - max(0.0, few[1] - few[0] * each)) / each
+    return int(2 ** min(_LARGEST_BATCH.bit_length() - 1, max(0, int(rows).bit_length() - 1))) if rows >= 1 else 1
+
+
+class _Compiled:
+    """A tower compiled for each shape that it meets; on a GPU captured as a CUDA graph, and replayed from then on."""
+
+    def __init__(self, tower: "Callable[[Tensor], Tensor]") -> None:
+        import torch
+
+        self._tower = torch.compile(tower, dynamic=False)
+        self._graphs: dict[tuple[int, ...], tuple[Any, Tensor, Tensor]] = {}
+
+    def __call__(self, rows: "Tensor") -> "Tensor":
+        if rows.device.type != "cuda":
+            return self._tower(rows)
+        shape = tuple(rows.shape)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(rows)
+        graph, given, result = self._graphs[shape]
+        given.copy_(rows)
+        graph.replay()
+        return result.clone()
+
+    def _capture(self, rows: "Tensor") -> "tuple[Any, Tensor, Tensor]":
+        import torch
+
+        given = rows.clone()
+        side = torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(rows.device))
+        with torch.cuda.stream(side):  # compiling and choosing kernels must be over before the capture
+            for _ in range(3):
+                self._tower(given)
+        torch.cuda.current_stream(rows.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on copying
+            result = self._tower(given)
+        return graph, given, result
