@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
@@ -24,7 +26,22 @@ from .processing import AlignGPTProcessor
 
 _SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # of the model, fixed for good
 _MODES = ("align_mode", "gate_text")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 LLM_TEMPLATE = "llm_chat_template.jinja"
+
+TINY = "tiny"
+"""Name of the built-in LLM and of the built-in vision tower, which read and see drawn scenes; for trying things out."""
+_MODELS = Path(__file__).parent / "models"
+
+
+def llm_of(config: StageConfig) -> str | None:
+    """Where the LLM of the settings is: a folder, or a name on the Hugging Face hub."""
+    return str(_MODELS / "tiny-llm") if config.llm == TINY else config.llm
+
+
+def vision_of(config: StageConfig) -> str | None:
+    """Where the vision tower of the settings is: a folder, or a name on the Hugging Face hub."""
+    return str(_MODELS / "tiny-vision") if config.vision == TINY else config.vision
 
 
 def build_processor(config: StageConfig) -> AlignGPTProcessor:
@@ -42,7 +59,7 @@ def build_processor(config: StageConfig) -> AlignGPTProcessor:
             shape = _given(config, "vision_select", "s2_scales")
             align, gate_text = config.align_mode != "none", config.gate_text or "instruction"
             return AlignGPTProcessor.from_components(
-                config.llm, str(config.vision), align=align, gate_text=gate_text, **shape, **own
+                llm_of(config), str(vision_of(config)), align=align, gate_text=gate_text, **shape, **own
             )
         before = AlignGPTProcessor.from_pretrained(config.init)
         model = AlignGPTConfig.from_pretrained(config.init)
@@ -83,8 +100,8 @@ def build_model(
         if config.init is None:
             settings = _given(config, *_SHAPE, *_MODES)
             model = AlignGPTForConditionalGeneration.from_components(
-                Path(str(config.llm)),
-                str(config.vision),
+                Path(str(llm_of(config))),
+                str(vision_of(config)),
                 dtype=_load_dtype(config),
                 attn_implementation=config.attention,
                 image_token_id=processor.image_token_id,
@@ -117,7 +134,7 @@ def build_config(config: StageConfig) -> AlignGPTConfig:
     with _user_errors(config):
         if config.init is not None:
             return _config_of_init(config)
-        text, vision = (AutoConfig.from_pretrained(folder) for folder in (config.llm, config.vision))
+        text, vision = (AutoConfig.from_pretrained(folder) for folder in (llm_of(config), vision_of(config)))
         vision = getattr(vision, "vision_config", vision)
         return AlignGPTConfig(
             text_config=text.to_dict(), vision_config=vision.to_dict(), **_given(config, *_SHAPE, *_MODES)
@@ -234,18 +251,36 @@ def _user_errors(config: StageConfig) -> Iterator[None]:
     if config.init is None and (config.llm is None or config.vision is None):
         missing = "--init, the pretrained model" if config.stage == "finetune" else "--llm and --vision"
         raise UserError(f"there is no model to start from; say {missing}.")
-    folders = [config.init] if config.init is not None else [config.llm, config.vision]
+    folders = [config.init] if config.init is not None else [llm_of(config), vision_of(config)]
     for folder in folders:
-        # What looks like a path is one; anything else may be a model's name on the Hugging Face hub.
-        if folder is not None and folder.startswith(("/", ".", "~")) and not Path(folder).expanduser().is_dir():
-            raise UserError(f"{folder}: there is no such folder; give a folder with a model.")
+        _check_is_there(str(folder))
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(f"{' and '.join(map(str, folders))}: no model can be made of this ({reason}).") from error
+
+
+def _check_is_there(name: str) -> None:
+    """Raise UserError where a name is neither a folder nor a model on the Hugging Face hub that can be reached.
+
+    The hub is asked once, and only for what is not here already: loading would ask five times, and wait in between.
+    """
+    if Path(name).is_dir():
+        return
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name}: there is no such folder; give a folder with a model.")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # whatever is wrong with the network
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: there is no such folder, and no model of that name can be had from the Hugging Face hub ({reason})."
+        ) from None
 
 
 def _linear_names(language_model: Any) -> list[str]:

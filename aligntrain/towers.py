@@ -7,9 +7,6 @@ from typing import Any
 
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-TINY_LLM = Path(__file__).parent / "models" / "tiny-llm"
-TINY_VISION = Path(__file__).parent / "models" / "tiny-vision"
-
 _BLOCK = {
     "ln_1": "layer_norm1",
     "attn.out_proj": "self_attn.out_proj",

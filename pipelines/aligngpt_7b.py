@@ -29,10 +29,11 @@ from aligncurate.errors import UserError
 from aligncurate.pairs import Pair
 from aligncurate.progress import duration
 from aligncurate.sources import SourceOptions, open_source
-from aligntrain import StageConfig, train
+from aligntrain import StageConfig
 from aligntrain.build import build_config
 from aligntrain.memory import Memory, estimate_memory
 from aligntrain.preview import ASSUMED_UTILISATION, Preview, preview
+from pipelines.stage import run_stage
 
 PAIRS, INSTRUCTIONS = 558_128, 665_298  # rows of LLaVA's two files
 LOOKED_AT = 200  # rows of each file whose images a dry run opens
@@ -90,9 +91,9 @@ def run(recipe: Recipe, only: str | None = None) -> None:
     if only in (None, "curate"):
         curate(recipe)
     if only in (None, "pretrain"):
-        train(recipe.pretrain())
+        run_stage(recipe.pretrain())
     if only in (None, "finetune"):
-        train(recipe.finetune())
+        run_stage(recipe.finetune())
 
 
 def curate(recipe: Recipe) -> None:

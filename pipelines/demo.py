@@ -18,11 +18,11 @@ from aligncurate.dataset import Dataset
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
 from aligncurate.report import render
-from aligntrain import StageConfig, train
+from aligntrain import StageConfig
 from aligntrain.evaluate import Question, answer_accuracy
 from aligntrain.generate import load
-from aligntrain.towers import TINY_LLM, TINY_VISION
 from pipelines import scenes
+from pipelines.stage import run_stage
 
 SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
 NAMES = {
@@ -34,7 +34,7 @@ NAMES = {
 FRESH = "fresh.png"
 ASKED = 40  # fresh scenes
 _SMALL: dict[str, Any] = {
-    "dtype": "fp32", "batch_size": 64, "max_length": 512, "token_budget": 4096, "learning_rate": 3e-3, "log_every": 20,
+    "dtype": "fp32", "batch_size": 64, "max_length": 512, "token_budget": 1024, "learning_rate": 3e-3, "log_every": 20,
 }  # fmt: skip
 _MARK = "made-by-aligncurate-demo"
 
@@ -66,10 +66,10 @@ def run(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
     exported = aligncurate.export(best, out / "shards", shard_size=1_000, quiet=quiet)
     console.print(f"kept {best.rows:,} of {levelled.rows:,} pairs: {', '.join(exported.files)} in {out / 'shards'}")
     _step(6, "Pretrain AlignGPT on all levels (aligncurate train pretrain … --llm tiny --vision tiny)")
-    train(pretraining(out))
+    run_stage(pretraining(out))
     _step(7, f"Draw {count // 2:,} more scenes with questions, and finetune (aligncurate train finetune)")
     scenes.write_conversations(out / "questions", count // 2, SEED + 1)
-    train(finetuning(out))
+    run_stage(finetuning(out))
     _step(8, "Ask about scenes that nothing was trained on (aligncurate generate, aligncurate chat)")
     console.print(_ask(out, quiet=quiet))
     console.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. Where to look, and what to try next:")
@@ -86,8 +86,8 @@ def run(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
 def pretraining(out: Path) -> StageConfig:
     """Stage 1 of the demo: the shipped LLM and tower stay as they are, projector and level embeddings learn."""
     return StageConfig.pretrain(
-        data=[out / "levelled"], out=out / "pretrained", llm=TINY_LLM, vision=TINY_VISION, vision_layer=-1,
-        epochs=4, **_SMALL,
+        data=[out / "levelled"], out=out / "pretrained", llm="tiny", vision="tiny", vision_layer=-1,
+        epochs=3, **_SMALL,
     )  # fmt: skip
 
 

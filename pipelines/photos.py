@@ -28,12 +28,13 @@ from aligncurate import encoders
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
 from aligncurate.report import render
-from aligntrain import StageConfig, train
+from aligntrain import StageConfig
 from aligntrain.build import build_model, build_processor
 from aligntrain.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
 from aligntrain.generate import load
 from aligntrain.towers import vision_tower_from_open_clip
 from pipelines.language_model import Text, fit, make_llama, make_tokenizer, pad, save
+from pipelines.stage import run_stage
 
 INSTRUCTION = "Answer the question using a single word or phrase."
 FILES = ("flickr8k/captions.csv", "daquar/llava_train.json", "daquar/llava_test.json", "flickr-clip/flickr-clip.json")
@@ -109,7 +110,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     )  # fmt: skip
     held = first.replace(data=(str(out / "levelled-dev"),))
     before = _loss_at_start(held)
-    train(first)
+    run_stage(first)
     pretrain = before, held_out_loss(*load(out / "pretrained"), held)
 
     clock.step("Finetune: projector, gate and LLM")
@@ -123,7 +124,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     testing = _conversations(data / "daquar/llava_test.json", out / "daquar-test.json", asked)
     held = second.replace(data=(str(testing),))
     before = _loss_at_start(held)
-    train(second)
+    run_stage(second)
     model, processor = load(out / "finetuned")
     finetune = before, held_out_loss(model, processor, held)
 
