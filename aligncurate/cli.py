@@ -21,6 +21,7 @@ from aligntrain import cli as training
 if TYPE_CHECKING:
     from aligncurate.dataset import Dataset
     from aligncurate.scoring import Summary
+    from aligncurate.stages import Times
 
 app = typer.Typer(
     help="Score image-text pairs with CLIP, give them alignment levels, curate and export them.",
@@ -46,6 +47,7 @@ class Precision(StrEnum):
 class Decode(StrEnum):
     exact = "exact"
     fast = "fast"
+    gpu = "gpu"
 
 
 class Embeddings(StrEnum):
@@ -177,27 +179,43 @@ def score(
     model: Annotated[
         str | None,
         typer.Option(
-            rich_help_panel="Encoder", help="open_clip model, hf-hub: name, or tiny.", show_default="ViT-L-14-quickgelu"
+            rich_help_panel="Encoder",
+            help="open_clip model, hf-hub: name, or tiny; several, separated by commas, share one pass.",
+            show_default="ViT-L-14-quickgelu",
         ),
     ] = None,
     pretrained: Annotated[
         str | None,
-        typer.Option(rich_help_panel="Encoder", help="open_clip tag, or a file of weights.", show_default="openai"),
+        typer.Option(
+            rich_help_panel="Encoder", help="open_clip tag, or a file of weights; one per model.", show_default="openai"
+        ),
     ] = None,
     model_config: Annotated[
-        Path | None,
-        typer.Option(rich_help_panel="Encoder", help="An open_clip JSON config; names the model.", show_default=False),
+        list[Path] | None,
+        typer.Option(
+            rich_help_panel="Encoder",
+            help="An open_clip JSON config; names the model. May be repeated.",
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(rich_help_panel="Encoder", help="auto, cpu, cuda or cuda:0.")] = "auto",
     precision: Annotated[
         Precision, typer.Option(rich_help_panel="Encoder", help="auto: bf16 on a GPU that has it, else fp32.")
     ] = Precision.auto,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", rich_help_panel="Encoder", help="torch.compile and CUDA graphs: a slow start, then quicker."
+        ),
+    ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Pairs encoded at once.", show_default="256 on a GPU, else 32")
+        int | None,
+        typer.Option(help="Pairs encoded at once.", show_default="what fits into the GPU's memory, else 32"),
     ] = None,
     workers: Workers = None,
     decode: Annotated[
-        Decode, typer.Option(help="exact: open_clip's own preprocessing; fast: JPEGs at reduced size.")
+        Decode,
+        typer.Option(help="exact: open_clip's own preprocessing; fast: nearly that, sooner; gpu: JPEGs on the GPU."),
     ] = Decode.exact,
     embeddings: Annotated[
         Embeddings, typer.Option(help="Keep the embeddings of image and text as columns.")
@@ -230,6 +248,7 @@ def score(
         model_config=model_config,
         device=device,
         precision=precision.value,
+        compiled=compiled,
         batch_size=batch_size,
         workers=workers,
         decode=decode.value,
@@ -444,12 +463,23 @@ def _summarize(done: str, summary: "Summary", out: Path, following: str, quiet: 
         _stdout.print(f"{done} {_rows(summary.rows)} in {took}{rate} into {escape(str(out))}", soft_wrap=True)
         if summary.resumed:
             _stdout.print(f"{summary.resumed:,} of its parts were there from an earlier run")
+        if summary.rows:
+            _print_times(summary.times)
         if summary.dataset is not None:
             _print_statuses(summary.dataset)
             _next(following)
     if summary.failures:
         _complain(f"{len(summary.failures)} of the shards could not be read; the same command tries them again.")
         raise typer.Exit(1)
+
+
+def _print_times(times: "Times") -> None:
+    """Where the time went: seconds of work in each stage, and how busy the busiest was."""
+    seconds = ", ".join(f"{stage} {taken:.1f} s" for stage, taken in times.seconds.items())
+    worst = times.bottleneck
+    threads = f" of its {times.threads[worst]} threads" if times.threads[worst] > 1 else ""
+    busy = min(times.busy[worst], 1.0)
+    _stdout.print(f"time: {seconds}; bottleneck: {worst}, {busy:.0%}{threads} busy", soft_wrap=True)
 
 
 def _print_statuses(dataset: "Dataset") -> None:

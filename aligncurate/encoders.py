@@ -162,7 +162,7 @@ def load_all(
     found: dict[str, Encoder] = {}
     for name, tag in zip(names, weights, strict=True):
         column = f"score_{name.rpartition('/')[2]}" if found else "score"
-        if column in found:
+        if column in found and tag:
             column = f"{column}_{Path(tag).stem}"
         if column in found:
             raise UserError(f"--model {models}: {name} is there twice with the same weights.")

@@ -129,13 +129,17 @@ def _splits(steps: Sequence[Any]) -> bool:
 
 
 @contextmanager
-def pillow_unheard() -> Iterator[None]:
-    """Keep Pillow's warnings from the user: on size, EXIF and palettes they say nothing that a row's status does not.
+def decoders_unheard() -> Iterator[None]:
+    """Keep decoders' warnings from the user.
+
+    Pillow's on size, EXIF and palettes say nothing that a row's status does not; torchvision's says that its
+    decoders will move to another package.
 
     Warning filters belong to the whole process, so this goes around a run, not around each image.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
         yield
 
 

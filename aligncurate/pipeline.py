@@ -378,8 +378,7 @@ class _Rows:
         with self._clock.stage("write"):
             table = to_table(pairs, self._part.schema)
             for column in self._counts:
-                scores = usable_scores(table, column)
-                self._counts[column] += Counts.of([scores[~np.isnan(scores)]])
+                self._counts[column] += Counts.of([usable_scores(table, column)])
             self._part.write(table)
 
 

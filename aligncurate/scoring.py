@@ -14,7 +14,7 @@ from aligncurate import storage
 from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter, PartInfo
 from aligncurate.engines import local
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images import Decode, pillow_unheard
+from aligncurate.images import Decode, decoders_unheard
 from aligncurate.pairs import schema
 from aligncurate.pipeline import ScoreText, Settings, ShardScorer
 from aligncurate.progress import meter, notice
@@ -199,7 +199,7 @@ def _run(
     writer = DatasetWriter(out, head, columns, mended=settings.retry_errors)
     shards = limit_shards(source, limit)
     with ExitStack() as stack:
-        stack.enter_context(pillow_unheard())
+        stack.enter_context(decoders_unheard())
         stack.enter_context(writer.open())
         parts, todo = _split(writer, shards, settings.retry_errors)
         if todo:

@@ -25,7 +25,7 @@ class Towers:
         batch: most rows that go through a tower at once.
         compiled: use torch.compile for fixed shapes, and CUDA graphs on a GPU.
 
-    `batch` is halved, for good, when the device runs out of memory.
+    These are attributes too, and `batch` is halved, for good, when the device runs out of memory.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Towers:
         compiled: bool = False,
     ) -> None:
         self.device, self.dtype, self.batch = device, dtype, batch
-        self._model, self._normalize, self._fixed = model, normalize, compiled
+        self.model, self._normalize, self._fixed = model, normalize, compiled
         self._cut = cuttable(model)
         wrap: Callable[[Any], Any] = _Compiled if compiled else lambda tower: tower
         self._image, self._text = wrap(model.encode_image), wrap(self._encode_text)
@@ -146,7 +146,7 @@ class Towers:
 
         tower = self._cut
         if tower is None:
-            return cast("Tensor", self._model.encode_text(tokens))
+            return cast("Tensor", self.model.encode_text(tokens))
         length = tokens.shape[1]
         x: Tensor = tower.token_embedding(tokens).to(self.dtype) + tower.positional_embedding[:length].to(self.dtype)
         x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))

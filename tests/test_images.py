@@ -12,13 +12,13 @@ from inputs import encoded, picture
 from PIL import Image
 
 from aligncurate import images
-from aligncurate.images import ImageError, Preprocess, decode, open_image, pillow_unheard, preprocess_of
+from aligncurate.images import ImageError, Preprocess, decode, open_image, decoders_unheard, preprocess_of
 from aligncurate.pairs import Status
 
 
 @pytest.fixture(autouse=True)
 def _as_in_a_run():
-    with pillow_unheard():
+    with decoders_unheard():
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import aligncurate
-from aligncurate import encoders, storage
+from aligncurate import encoders, scoring, storage
 from aligncurate.errors import UserError
 from aligncurate.sources import SourceOptions
 
@@ -215,6 +215,105 @@ def test_retry_errors_does_only_the_failed_rows(tmp_path, dev) -> None:
     )
     same = [name for name in whole.schema.names if name != "score"]
     assert retried.scan().select(same).collect().equals(whole.scan().select(same).collect())
+
+
+def rows_of(dataset) -> dict[str, dict]:
+    return {row["key"]: row for row in dataset.scan().collect().iter_rows(named=True)}
+
+
+def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monkeypatch) -> None:
+    tar = data_root / "flickr8k/dev-00000.tar"
+    config, weights = flickr_clip["model_config"], flickr_clip["pretrained"]
+    alone = aligncurate.score(tar, tmp_path / "flickr", **flickr_clip, limit=40, quiet=True).dataset
+    tiny = aligncurate.score(tar, tmp_path / "tiny", model="tiny", limit=40, quiet=True).dataset
+    decoded = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **o: (decoded.append(1), real(*a, **o))[1])
+    both = aligncurate.score(
+        tar, tmp_path / "both", model="tiny,flickr-clip", pretrained=f",{weights}", model_config=[config],
+        limit=40, quiet=True,
+    ).dataset  # fmt: skip
+    assert len(decoded) == 40
+    found = both.scan().collect()
+    assert found["score"].equals(tiny.scan().collect()["score"])
+    assert found["score_flickr-clip"].equals(alone.scan().collect()["score"].rename("score_flickr-clip"))
+    assert both.manifest["encoder"] == tiny.manifest["encoder"]
+    assert both.manifest["encoders"] == {
+        "score": tiny.manifest["encoder"], "score_flickr-clip": alone.manifest["encoder"]
+    }  # fmt: skip
+    levelled = aligncurate.bucket(both, tmp_path / "levels", score_column="score_flickr-clip", levels=4, quiet=True)
+    assert set(levelled.scan().collect()["level"]) == {1, 2, 3, 4}
+
+
+def test_a_retry_keeps_and_completes_all_scores_and_their_counts(tmp_path, dev, flickr_clip) -> None:
+    good = {key: {"jpg": image, "txt": caption.encode()} for key, image, caption in dev[:6]}
+    broken = {k: dict(v) for k, v in good.items()}
+    key = list(good)[2]
+    broken[key]["jpg"] = b"<html>not found</html>".ljust(len(good[key]["jpg"]))
+    tar = write_tar(tmp_path / "pairs.tar", broken)
+    options = {
+        "model": "tiny,flickr-clip", "pretrained": f",{flickr_clip['pretrained']}",
+        "model_config": flickr_clip["model_config"], "quiet": True,
+    }  # fmt: skip
+    first = aligncurate.score(tar, tmp_path / "out", **options).dataset
+    before = rows_of(first)
+    assert before[key]["score_flickr-clip"] is None and before[key]["score"] is None
+    assert counted(first) == 5
+    write_tar(tar, good)
+    after = aligncurate.score(tar, tmp_path / "out", **options, retry_errors=True).dataset
+    assert counted(after) == 6
+    whole = rows_of(aligncurate.score(tar, tmp_path / "whole", **options).dataset)
+    for name, row in rows_of(after).items():
+        for column in ("score", "score_flickr-clip"):
+            assert row[column] == pytest.approx(whole[name][column], abs=1e-6)
+            assert name == key or row[column] == before[name][column]
+
+
+def counted(dataset) -> int:
+    """How many scores the manifest's counts speak of, after comparing them with the scores."""
+    columns = [n for n in dataset.schema.names if n == "score" or n.startswith("score_")]
+    assert list(dataset.manifest["score_counts"]) == columns
+    for column in columns:
+        scores = dataset.scan().collect()[column].drop_nulls().to_numpy()
+        halves, expected = np.unique(scores.view(np.uint32) >> 16, return_counts=True)
+        # Bits of positive floats ascend, of negative ones descend; keys put the negative ones first.
+        keys = [int(h) + 0x8000 if h < 0x8000 else 0xFFFF - int(h) for h in halves]
+        found = dataset.manifest["score_counts"][column]
+        assert dict(zip(found["bins"], found["counts"], strict=True)) == dict(zip(keys, expected.tolist(), strict=True))
+    return sum(dataset.manifest["score_counts"]["score"]["counts"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "tiny,tiny,tiny"}, "tiny is there twice"),
+        ({"model": "tiny,ViT-B-32", "pretrained": "openai"}, "1 for 2 models"),
+        ({"model": "tiny,ViT-B-32", "pretrained": ","}, "say which weights"),
+    ],
+)
+def test_mistakes_with_several_encoders_are_named(tmp_path, data_root, options, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        aligncurate.score(data_root / "coco", tmp_path / "out", **options, quiet=True)
+
+
+def test_the_summary_says_where_the_time_went(tmp_path, dev) -> None:
+    tar = write_tar(tmp_path / "a.tar", {k: {"jpg": i, "txt": c.encode()} for k, i, c in dev[:40]})
+    scored = aligncurate.score(tar, tmp_path / "scored", model="tiny", workers=2, quiet=True)
+    assert list(scored.times.seconds) == ["read", "decode", "tokenize", "copy", "encode", "write"]
+    assert all(seconds >= 0 for seconds in scored.times.seconds.values()) and scored.times.seconds["decode"] > 0
+    assert scored.times.bottleneck == max(scored.times.busy, key=scored.times.busy.get)
+    assert all(0 <= share <= 1.01 for share in scored.times.busy.values())
+    ingested = aligncurate.ingest(tar, tmp_path / "ingested", quiet=True)
+    assert list(ingested.times.seconds) == ["read", "decode", "write"]
+
+
+def test_an_unfinished_run_keeps_the_batch_size_that_it_chose(tmp_path, dev, monkeypatch) -> None:
+    tar = write_tar(tmp_path / "a.tar", {k: {"jpg": i, "txt": c.encode()} for k, i, c in dev[:4]})
+    monkeypatch.setattr(scoring, "_default_batch", lambda encoder: 5)
+    aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True)
+    monkeypatch.setattr(scoring, "_default_batch", lambda encoder: 9)  # as if the GPU had more room now
+    again = aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True)
+    assert again.dataset.manifest["options"]["batch_size"] == 5 and again.resumed == 1
 
 
 def test_a_dataset_can_be_scored_later(tmp_path, data_root, flickr_clip) -> None:

@@ -15,8 +15,9 @@ from aligncurate.tokenizing import quick
 TRICKY = [
     "", "   ", "a photo of a dog", "A DOG'S bone isn't theirs, they'LL see", "it's İstanbul ǅ ß ſ 'ſ 'S ΣΑΣ",
     "fish &amp; chips &amp;amp; &lt;b&gt;", "fish & chips", "schÃ¶n mojibake â€™", "ﬁne ﬂags", "“quotes” it’s",
-    "<start_of_text> inside <END_OF_TEXT> too", "<end_of_text>", "日本語のテキスト 12345", "emoji 👩‍👩‍👧 🏳️‍🌈", "e\u0301 e\u0301",
+    "<start_of_text> inside <END_OF_TEXT> too", "<end_of_text>", "日本語のテキスト 12345", "emoji 👩‍👩‍👧 🏳️‍🌈",
     "tab\tand\nline\r\nends\x0b\x0c\x1c\x85", "\x00\x1b[31mred\x1b[0m\x7f", "half \u2028 line", "a_b__c-d.e/f",
+    "e\u0301",
     "no\u00a0break \u3000 space", "x" * 200, "word " * 200, "\ufeffbom", "Ａｌｐｈａ wide", "\ud7ff \U0010ffff",
 ]  # fmt: skip
 
