@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +38,8 @@ _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _FACTS = b"aligncurate.facts"
 SCORE_COUNTS = "score_counts"
+_BATCH = 10_000  # values that Arrow encodes at once; its 1,024 make more work
+_RANDOM = ("score", "sha256")
 _MEASURED = ("row", "width", "height", "score", "level", "status")  # columns whose range is worth knowing when scanning
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
 
@@ -210,13 +212,13 @@ def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.
     """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
     with _readable(file) as part:
         for group in range(part.num_row_groups):
-            yield part.read_row_group(group, columns=columns)
+            yield part.read_row_group(group, columns=columns, use_threads=False)
 
 
 @contextmanager
 def _readable(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(file, read_dictionary=list(encoded)) as part:
+        with pq.ParquetFile(file, read_dictionary=list(encoded), pre_buffer=False) as part:
             yield part
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
@@ -331,6 +333,7 @@ class DatasetWriter:
             write_json(self.path / THRESHOLDS, self.head["thresholds"])
         if counts := self._score_counts(parts):
             facts[SCORE_COUNTS] = counts
+        sync_folder(self.path)  # the parts' names; until now a power cut could only take whole parts back
         self._write_manifest(complete=True, parts=parts, **facts)
         return Dataset(self.path)
 
@@ -430,11 +433,13 @@ class PartWriter:
         self._writer = pq.ParquetWriter(
             self._file,
             self.schema,
-            compression="zstd",
-            # Hashes and image bytes do not repeat: a dictionary for them only costs time and space.
+            # What is as good as random is stored as it is: compressing it costs time, and saves nothing.
+            compression={leaf: "none" if leaf in _RANDOM else "zstd" for leaf in _leaves(self.schema)},
+            # Keys, captions and the like do not repeat: a dictionary for them only costs time and space.
             use_dictionary=[n for n in ("source", "status", "error") if n in self.schema.names],
             # The least and greatest of captions, hashes and the like help no reader, and cost a third of writing.
             write_statistics=[n for n in _MEASURED if n in self.schema.names],
+            write_batch_size=_BATCH,
         )
         return self
 
@@ -465,6 +470,18 @@ class PartWriter:
                 self._file.abandon()
                 with suppress(Exception):  # Arrow insists on writing a footer, which goes nowhere now
                     self._writer.close()
+
+
+def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:
+    """Parquet's names of the columns that some fields are stored in."""
+    for column in fields:
+        name, kind = prefix + column.name, column.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            name, kind = f"{name}.list.element", kind.value_type
+        if pa.types.is_struct(kind):
+            yield from _leaves(kind, f"{name}.")
+        else:
+            yield name
 
 
 class _HashingFile:
@@ -507,7 +524,6 @@ class _HashingFile:
         os.fsync(self._file.fileno())
         self._file.close()
         self._path.replace(path)
-        sync_folder(path.parent)
 
     def abandon(self) -> None:
         if not self._file.closed:

@@ -12,6 +12,8 @@ from aligncurate.engines import local
 from aligncurate.errors import UserError
 from aligncurate.progress import Meter, meter
 
+_THREADS = min(8, 2 * (os.cpu_count() or 1))  # at any time some wait for the disk
+
 Rewrite = Callable[[int, Iterable[pa.Table]], Iterable[pa.Table]]
 """Given a part's number and its row groups, the row groups of the new part."""
 
@@ -40,7 +42,7 @@ def derive(
         with meter(str(head["verb"]), dataset.rows, quiet=quiet, unit="rows") as shown:
             shown.skip(sum(dataset.parts[i].rows for i in done))
             todo = [i for i in range(len(dataset.parts)) if i not in done]
-            for outcome in local.run(part, todo, threads=min(4, os.cpu_count() or 1)):
+            for outcome in local.run(part, todo, threads=_THREADS):
                 assert outcome.result is not None
                 done[outcome.shard] = outcome.result
         return writer.finish([done[i] for i in range(len(dataset.parts))])

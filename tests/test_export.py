@@ -100,8 +100,10 @@ def test_llava_json_is_the_official_format_and_is_read_back(tmp_path, levelled) 
         assert "<image>" in human["value"] and gpt["value"] == row["caption"]
         assert hashlib.sha256((tmp_path / "llava" / entry["image"]).read_bytes()).digest() == row["sha256"]
     again = aligncurate.score(tmp_path / "llava/annotations.json", tmp_path / "again", model="tiny", quiet=True)
-    same = ["key", "caption", "sha256", "score"]
-    assert again.dataset.scan().select(same).collect().equals(levelled.scan().select(same).collect())
+    found, before = again.dataset.scan().collect(), levelled.scan().collect()
+    assert found.select("key", "caption", "sha256").equals(before.select("key", "caption", "sha256"))
+    # Other batches than those of the tars, so the last bits may differ.
+    np.testing.assert_allclose(found["score"], before["score"], atol=1e-6)
 
 
 def test_conversations_and_text_only_rows_keep_their_turns(tmp_path) -> None:
