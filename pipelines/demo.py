@@ -86,9 +86,8 @@ def run(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
 def pretraining(out: Path) -> StageConfig:
     """Stage 1 of the demo: the shipped LLM and tower stay as they are, projector and level embeddings learn."""
     return StageConfig.pretrain(
-        data=[out / "levelled"], out=out / "pretrained", llm="tiny", vision="tiny", vision_layer=-1,
-        epochs=3, **_SMALL,
-    )  # fmt: skip
+        data=[out / "levelled"], out=out / "pretrained", llm="tiny", vision="tiny", epochs=3, **_SMALL
+    )
 
 
 def finetuning(out: Path) -> StageConfig:

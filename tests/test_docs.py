@@ -34,11 +34,13 @@ def user_data(tmp_path, monkeypatch) -> Path:
         rows.append(f'{pair.key}.png,"{pair.caption}"')
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": pair.caption}]
         talks.append({"id": pair.key, "image": f"photos/{pair.key}.png", "conversations": turns})
+    pair.image.save(tmp_path / "photo.png")
     (tmp_path / "photos/captions.csv").write_text("\n".join(rows))
     (tmp_path / "llava.json").write_text(json.dumps(talks))
     return tmp_path
 
 
+@pytest.mark.filterwarnings("default::UserWarning", "default::FutureWarning")  # of transformers and torch
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.name)
 def test_the_commands_of_a_page_run(page, user_data) -> None:
     for block in blocks(page, "bash"):
@@ -53,9 +55,11 @@ def test_the_commands_of_a_page_run(page, user_data) -> None:
             assert result.exit_code == 0, f"{line}\n{result.output}"
 
 
-def test_the_python_example_runs(user_data) -> None:
+def test_the_python_examples_run(user_data) -> None:
     for block in blocks(ROOT / "README.md", "python"):
         exec(compile(block, "README.md", "exec"), {})
+        for training in blocks(ROOT / "docs/training.md", "python"):  # goes on with the dataset that the first made
+            exec(compile(training, "training.md", "exec"), {})
 
 
 def test_the_columns_table_is_the_schema() -> None:

@@ -51,7 +51,7 @@ def _row(key: str, image: str | None, turns: list[tuple[str, str]]) -> dict[str,
     return row if image is None else {**row, "image": image}
 
 
-SMALL = {"dtype": "fp32", "max_length": 256, "token_budget": 512, "vision_layer": -1, "log_every": 1}
+SMALL = {"dtype": "fp32", "max_length": 256, "token_budget": 512, "log_every": 1}
 
 
 def test_it_runs_from_captions_to_a_model(llava: dict[str, Any]) -> None:
