@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import webdataset
 
 from aligncurate import storage
 from aligncurate.dataset import Dataset, atomic_file, lock, make_folder, write_json
@@ -25,11 +24,14 @@ from aligncurate.images import EXTENSIONS, extension
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.progress import Meter, meter
 from aligncurate.sources.pointers import POINTER_COLUMNS, has_image, read_image
+from aligncurate.tars import TarWriter
 
 Format = Literal["webdataset", "llava-json", "datacomp-uids"]
 
 RECORD = "export.json"
 FAILURES = "failed.jsonl"
+_HIDDEN = {*POINTER_COLUMNS, "image", "error", IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}  # not in the JSON
+_BUFFER = 1 << 16  # bytes; larger images go to the file as they are, without being copied once more
 _PER_FOLDER = 10_000  # images in one folder of a LLaVA export
 _NO_KEY = re.compile(r'[.\x00-\x1f\x7f\\:*?"<>|]')  # webdataset splits names at dots; the rest trouble file systems
 _NAME_BYTES = 180  # of a file name, which most file systems end at 255
@@ -173,8 +175,8 @@ def _webdataset(dataset: Dataset, done: Exported, shard_size: int, per_level: bo
         shown.add(tar.rows, note["rows"], len(note["failed"]))
         return {"tar": tar, **note}
 
-    # In memory at once are the rows of one tar per thread, without their images.
-    results = [outcome.result for outcome in local.run(write, tars, threads=min(4, os.cpu_count() or 1))]
+    # In memory at once are the rows of one tar per thread, without their images. Some threads wait for the disk.
+    results = [outcome.result for outcome in local.run(write, tars, threads=min(4, 2 * (os.cpu_count() or 1)))]
     for result in sorted((r for r in results if r is not None), key=lambda r: str(r["tar"].name)):
         done.rows += result["rows"]
         done.bytes += result["bytes"]
@@ -215,7 +217,7 @@ def _plan(dataset: Dataset, shard_size: int, per_level: bool) -> list[_Tar]:
     return tars
 
 
-def _tar_rows(dataset: Dataset, tar: _Tar, per_level: bool) -> Iterator[dict[str, Any]]:
+def _tar_batches(dataset: Dataset, tar: _Tar, per_level: bool) -> Iterator[pa.RecordBatch]:
     for part, start, count in tar.pieces:
         seen = 0
         for table in dataset.groups(part):
@@ -226,56 +228,62 @@ def _tar_rows(dataset: Dataset, tar: _Tar, per_level: bool) -> Iterator[dict[str
             low, high = max(start - seen, 0), min(start + count - seen, good.num_rows)
             seen += good.num_rows
             if low < high:
-                for batch in good.slice(low, high - low).to_batches(500):
-                    yield from batch.to_pylist()
+                yield from good.slice(low, high - low).to_batches(500)
 
 
 def _write_tar(dataset: Dataset, tar: _Tar, per_level: bool, target: Path, check: Callable[[], None]) -> None:
-    written: list[dict[str, Any]] = []
+    schema = pa.schema([f for f in dataset.schema if f.name != "image"])
+    written: list[pa.RecordBatch] = []
     failed: list[dict[str, str]] = []
     names: set[str] = set()
     size = 0
     with (
         atomic_file(target / f"{tar.name}.tar") as temporary,
-        temporary.open("wb") as file,
-        # Times and owners are fixed, so that the same dataset always gives the same bytes.
-        webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as sink,
+        temporary.open("wb", buffering=_BUFFER) as file,
     ):
-        for row in _tar_rows(dataset, tar, per_level):
+        members = TarWriter(file)
+        for batch in _tar_batches(dataset, tar, per_level):
             check()
-            try:
-                data = read_image(row) if has_image(row) else None
-            except OSError as error:
-                failed.append({"key": row["key"], "error": str(error)})
-                continue
-            size += len(data or b"")
-            row.pop("image", None)
-            sink.write(_sample(row, data, _free(_safe(row["key"]), names)))
-            written.append(row)
-    schema = pa.schema([f for f in dataset.schema if f.name != "image"])
+            there = []
+            for row in batch.to_pylist():
+                try:
+                    data = read_image(row) if has_image(row) else None
+                except OSError as error:
+                    failed.append({"key": row["key"], "error": str(error)})
+                    there.append(False)
+                    continue
+                there.append(True)
+                size += len(data or b"")
+                key = _free(_safe(row["key"]), names)
+                for ending, content in sorted(_sample(row, data).items()):
+                    members.add(f"{key}.{ending}", content)
+            written.append(batch.select(schema.names).filter(pa.array(there)))
+        members.end()
     note = json.dumps({"failed": failed, "bytes": size}).encode()
-    table = pa.Table.from_pylist(written, schema.with_metadata({b"aligncurate.export": note}))
+    table = pa.Table.from_batches(written, schema).replace_schema_metadata({b"aligncurate.export": note})
     with atomic_file(target / f"{tar.name}.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def _sample(row: dict[str, Any], data: bytes | None, key: str) -> dict[str, Any]:
-    """A webdataset sample: image, `.txt` for captions, everything else in `.json`."""
-    sample: dict[str, Any] = {"__key__": key}
+def _sample(row: dict[str, Any], data: bytes | None) -> dict[str, bytes]:
+    """A webdataset sample's files by their endings: the image, `txt` for captions, everything else in `json`."""
+    sample: dict[str, bytes] = {}
     if data is not None:
         sample[_ending(row, data)] = data
     if row["caption"] is not None:
         sample["txt"] = row["caption"].encode()
-    hidden = {*POINTER_COLUMNS, IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}
-    kept = {k: v for k, v in row.items() if k not in hidden and v is not None and k != "error"}
+    kept = {k: v for k, v in row.items() if v is not None and k not in _HIDDEN}
     kept["sha256"] = row["sha256"].hex() if row["sha256"] else None
-    sample["json"] = json.dumps(kept, ensure_ascii=False, default=_plain).encode()
+    sample["json"] = _JSON(kept).encode()
     return sample
 
 
 def _plain(value: Any) -> Any:
     """JSON for what JSON has no type for: bytes as hex, the rest as text."""
     return value.hex() if isinstance(value, bytes) else str(value)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
 
 
 def _ending(row: dict[str, Any], data: bytes) -> str:

@@ -69,7 +69,7 @@ def version(uri: str) -> object:
     """Something that changes when a local file is replaced; None for remote files. Raises OSError."""
     if is_remote(uri):
         return None
-    stat = Path(uri).stat()
+    stat = os.stat(uri)
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

@@ -1,0 +1,61 @@
+"""Writes tar members as `tarfile` does, many times faster: of small files most of its time goes into headers."""
+
+import tarfile
+from functools import cache
+from typing import BinaryIO
+
+_NAME_BYTES = 100  # of the header's name field
+_SIZE_LIMIT = 8**11  # sizes have eleven octal digits
+
+
+class TarWriter:
+    """Appends members to a file that is open for writing.
+
+    Times, owners and modes are fixed, so that the same members always give the same bytes: those of
+    `tarfile.open(file, "w")` for members of mode 644 at time 0.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = 0
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append the file `name`."""
+        padding = -len(data) % tarfile.BLOCKSIZE
+        head = header(name, len(data))
+        self._file.write(head)
+        self._file.write(data)
+        self._file.write(bytes(padding))
+        self._size += len(head) + len(data) + padding
+
+    def end(self) -> None:
+        """Mark the tar's end."""
+        size = self._size + 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(2 * tarfile.BLOCKSIZE + -size % tarfile.RECORDSIZE))
+
+
+def header(name: str, size: int) -> bytes:
+    """The header blocks of a file. Names and sizes that need more than one block are left to `tarfile`."""
+    if len(name) > _NAME_BYTES or not name.isascii() or "\0" in name or name.endswith("/") or size >= _SIZE_LIMIT:
+        return _slow_header(name, size)
+    blank, total = _blank()
+    written, digits = name.encode(), b"%011o" % size
+    total += sum(written) + sum(digits)
+    return b"".join(
+        (written.ljust(_NAME_BYTES, b"\0"), blank[100:124], digits, blank[135:148], b"%06o\0 " % total, blank[156:])
+    )
+
+
+@cache
+def _blank() -> tuple[bytes, int]:
+    """A header without name and size, and the checksum of what it holds."""
+    blank = bytearray(_slow_header("", 0))
+    blank[124:135] = bytes(11)
+    blank[148:156] = b" " * 8
+    return bytes(blank), sum(blank)
+
+
+def _slow_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
