@@ -279,7 +279,7 @@ def _check_is_there(name: str) -> None:
     except Exception as error:  # whatever is wrong with the network
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name}: there is no such folder, and no model of that name can be had from the Hugging Face hub ({reason})."
+            f"{name}: there is no such folder, and the Hugging Face hub gives no model of that name ({reason})."
         ) from None
 
 

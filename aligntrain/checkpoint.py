@@ -5,8 +5,11 @@
         optimizer-00000.safetensors   AdamW's two moments of each of them
         position.json                 stage, seed, epoch, step, plan hash, settings
 
-It is written under another name, synced and renamed. Tensors are stored whole, so any number of ranks can go on from
-it. There is no random state to keep: learning rates are a function of the step, and every step seeds its own.
+    OUT/finished.json                 the last position.json, once the model is exported
+
+A checkpoint is written under another name, synced and renamed. Tensors are stored whole, so any number of ranks can
+go on from it. There is no random state to keep: learning rates are a function of the step, and every step seeds its
+own.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from aligncurate.errors import UserError
 
 from .build import build_model, merge_lora, quiet_transformers, save_processor
 from .config import StageConfig
-from .distributed import World, whole
+from .distributed import World, attempt, whole
 from .processing import AlignGPTProcessor
 
 _NAME = re.compile(r"step-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FILE_BYTES = 4 << 30
+_FINISHED = "finished.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Position:
         step: optimizer steps that are done.
         epoch: the epoch of the next one.
         plan: hash of that epoch's plan.
+        data: digest of the index.
         settings: those of StageConfig that alter the result.
         unreadable: images that could not be decoded so far.
     """
@@ -53,6 +58,7 @@ class Position:
     step: int
     epoch: int
     plan: str
+    data: str
     settings: dict[str, Any]
     unreadable: int = 0
 
@@ -70,13 +76,19 @@ def save(
     """Write a checkpoint and delete all but the newest ``keep``. All ranks call it; the first one writes."""
     target = out / "checkpoints" / f"step-{position.step:08d}"
     temporary = target.with_name(f".tmp-{target.name}")
-    if world.first:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def clear() -> None:
+        for left in target.parent.glob(".tmp-*"):  # by a run that was killed
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
-    _write(temporary, "weights", _weights(model), world)
-    _write(temporary, "optimizer", _moments(model, optimizer), world)
+
+    world.first_does(clear)
+    error = _write(temporary, "weights", _weights(model), world)
+    error = _write(temporary, "optimizer", _moments(model, optimizer), world) or error
 
     def commit() -> None:
+        if error is not None:
+            raise UserError(f"{target}: the checkpoint cannot be written ({error}); the one before it stays.")
         (temporary / "position.json").write_text(json.dumps(asdict(position), indent=1), "utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
@@ -84,8 +96,8 @@ def save(
             shutil.rmtree(target)
         temporary.replace(target)
         _sync(target.parent)
-        for old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
+        for old in checkpoints(out)[:-keep]:  # renamed first, so that none is ever there in part
+            shutil.rmtree(old.replace(old.with_name(f".tmp-{old.name}")))
 
     world.first_does(commit)
     return target
@@ -94,6 +106,30 @@ def save(
 def read_position(folder: Path) -> Position:
     """Where the run stood that wrote this checkpoint."""
     return Position(**json.loads((folder / "position.json").read_text("utf-8")))
+
+
+def read_finished(out: Path) -> Position | None:
+    """Where the run ended whose model is in ``out``; None where there is none, or it is not whole."""
+    file = out / _FINISHED
+    if not (file.is_file() and (out / "config.json").is_file()):
+        return None
+    return Position(**json.loads(file.read_text("utf-8")))
+
+
+def mark_finished(out: Path, position: Position) -> None:
+    """Say that the model in ``out`` is whole, and what it was made of."""
+    temporary = out / f".tmp-{_FINISHED}"
+    temporary.write_text(json.dumps(asdict(position), indent=1), "utf-8")
+    _sync(temporary)
+    temporary.replace(out / _FINISHED)
+
+
+def forget(out: Path) -> int:
+    """Delete an earlier run's checkpoints; its model stays until the new one is there. Returns how many there were."""
+    found = len(checkpoints(out))
+    (out / _FINISHED).unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return found
 
 
 def check_settings(folder: Path, before: Position, config: StageConfig) -> None:
@@ -111,27 +147,34 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 
     Raises UserError when the checkpoint is of other shapes.
     """
-    weights, moments = dict(read_tensors(folder, "weights")), dict(read_tensors(folder, "optimizer"))
-    load_weights(folder, model, weights)
-    for name, parameter in _learning(model):
-        state: dict[str, Any] = {moment: _like(moments[f"{name}|{moment}"], parameter) for moment in _MOMENTS}
-        steps = moments[f"{name}|step"]
-        # A fused AdamW counts its steps on the GPU, the others on the CPU.
-        state["step"] = steps.to(parameter.device) if optimizer.defaults.get("fused") else steps
-        optimizer.state[parameter] = state
-
-
-def load_weights(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put whole tensors into the model's learning parameters. Raises UserError where they do not fit."""
+    load_weights(folder, model)
     learning = dict(_learning(model))
-    for name in weights.keys() ^ learning.keys():
+    for entry, tensor in read_tensors(folder, "optimizer"):
+        name, _, kind = entry.rpartition("|")
+        parameter = learning[name]
+        if kind in _MOMENTS:
+            tensor = _like(tensor, parameter)
+        elif optimizer.defaults.get("fused"):  # counts its steps on the GPU, other AdamWs on the CPU
+            tensor = tensor.to(parameter.device)
+        optimizer.state[parameter][kind] = tensor
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into the model, one tensor after the other.
+
+    Raises UserError where they do not fit.
+    """
+    learning = dict(_learning(model))
+    shapes = tensor_shapes(folder, "weights")
+    for name in sorted(shapes.keys() ^ learning.keys()):
         raise UserError(f"{folder}: {name} is in only one of the checkpoint and the model; name another --out.")
     for name, parameter in learning.items():
-        if parameter.shape != weights[name].shape:
-            raise UserError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, but the model needs "
+        if parameter.shape != shapes[name]:
+            raise UserError(f"{folder}: {name} has shape {shapes[name]}, but the model needs "
                             f"{tuple(parameter.shape)}; name another --out.")  # fmt: skip
-        with torch.no_grad():
-            parameter.copy_(_like(weights[name], parameter))
+    with torch.no_grad():
+        for name, tensor in read_tensors(folder, "weights"):
+            learning[name].copy_(_like(tensor, learning[name]))
 
 
 def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) -> None:
@@ -140,7 +183,7 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     The model is built anew around them, which needs no other rank, and LoRA adapters are merged.
     """
     model, _ = build_model(config.replace(checkpointing=False), processor)
-    load_weights(checkpoint, model, dict(read_tensors(checkpoint, "weights")))
+    load_weights(checkpoint, model)
     if config.lora_rank is not None:
         merge_lora(model)
     model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
@@ -150,9 +193,9 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     with quiet_transformers():
         model.save_pretrained(temporary)
     save_processor(processor, temporary)
-    for stale in out.glob("*.safetensors*"):
-        stale.unlink()
-    # The configuration last: a folder that has one has everything.
+    # The configuration goes first and comes last: a folder that has one has everything.
+    for stale in (out / "config.json", *out.glob("*.safetensors*")):
+        stale.unlink(missing_ok=True)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
         _sync(path)
         path.replace(out / path.name)
@@ -166,6 +209,15 @@ def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no dict
                 yield name, tensors.get_tensor(name)
+
+
+def tensor_shapes(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors, without reading these."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
 def _learning(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -183,18 +235,26 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tup
         yield f"{name}|step", state["step"]
 
 
-def _write(folder: Path, kind: str, tensors: Iterable[tuple[str, Tensor]], world: World) -> None:
-    """Every rank goes through the tensors, for each is put together from all of them; the first one keeps them."""
-    files, held, size = 0, {}, 0
+def _write(folder: Path, kind: str, tensors: Iterable[tuple[str, Tensor]], world: World) -> Exception | None:
+    """Every rank goes through the tensors, for each is put together from all of them; the first one keeps them.
+
+    Where writing fails (a full disk) it goes on through the tensors, or the other ranks would wait for ever, and
+    returns the error in the end.
+    """
+    files, size, error = 0, 0, None
+    held: dict[str, Tensor] = {}
+
+    def flush() -> Exception | None:
+        return attempt(lambda: save_file(held, folder / f"{kind}-{files:05d}.safetensors"))[1]
+
     for name, tensor in tensors:
-        if world.first:
+        if world.first and error is None:
             held[name] = tensor.cpu().contiguous()
             size += tensor.nbytes
             if size >= _FILE_BYTES:
-                save_file(held, folder / f"{kind}-{files:05d}.safetensors")
+                error = flush()
                 files, held, size = files + 1, {}, 0
-    if held:
-        save_file(held, folder / f"{kind}-{files:05d}.safetensors")
+    return error or (flush() if held else None)
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _plain(command: Callable[P, R]) -> Callable[P, R]:
             _stderr.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            _stderr.print("[red]error:[/] stopped; the same command goes on from the last checkpoint.")
+            _stderr.print("[red]error:[/] interrupted.")
             raise typer.Exit(130) from None
         except RuntimeError as error:
             if type(error).__name__ != "NonFiniteError":  # its module is heavy to import
@@ -122,8 +122,8 @@ Sets = Annotated[
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained model.", show_default=False)]
 Picture = Annotated[Path | None, typer.Option("--image", help="Picture to ask about.", show_default=False)]
-MaxTokens = Annotated[int, typer.Option(help="Tokens after which an answer is cut.")]
-Temperature = Annotated[float, typer.Option(help="0: the likeliest token each time.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens after which an answer is cut.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")]
 ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weights over the levels.")]
 
 
@@ -181,8 +181,8 @@ def generate(
     picture = open_picture(image) if image is not None else None
     trained, processor = load(model)
     turns = [{"role": "user", "content": prompt}]
-    if show_alignment and picture is not None:
-        _show_gate(alignment(trained, processor, turns, picture))
+    if show_alignment:
+        _show_gate(alignment(trained, processor, turns, picture) if picture is not None else None, picture is not None)
     print(answer(trained, processor, turns, picture, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
@@ -203,13 +203,14 @@ def chat(
     while True:
         try:
             question = _stdout.input("[bold cyan]you[/]  ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         if not question:
             break
         turns.append({"role": "user", "content": question})
-        if show_alignment and picture is not None:
-            _show_gate(alignment(trained, processor, turns, picture))
+        if show_alignment:
+            with_image = picture is not None
+            _show_gate(alignment(trained, processor, turns, picture) if picture is not None else None, with_image)
         _stdout.print("[bold green]model[/]  ", end="")
         told = answer(
             trained,
@@ -270,7 +271,14 @@ def _train(config: StageConfig) -> None:
         return
     if summary.stopped:
         _stdout.print(f"stopped after step {summary.steps:,} of {summary.total:,}; the same command goes on from there")
-        raise typer.Exit(143)
+        raise typer.Exit(128 + summary.stopped)
+    if summary.again:
+        _stdout.print(
+            f"nothing to do: these {summary.steps:,} steps were done before, and the model is in "
+            f"{escape(str(summary.out))}; to train anew name another --out, or say --no-resume",
+            soft_wrap=True,
+        )
+        return
     done = {"pretrain": "pretrained", "finetune": "finetuned"}[config.stage]
     loss = f", loss {summary.loss:.4f}" if summary.loss is not None else ""
     _stdout.print(
@@ -298,7 +306,9 @@ def _show_preview(found: Preview, config: StageConfig, ranks: int) -> None:
     table.add_row("micro-batches", f"{found.micro_batches:,} an epoch and rank, {ranks} ranks")
     table.add_row("tokens", f"{found.tokens:,} an epoch")
     table.add_row("images", f"{found.images:,} an epoch")
-    table.add_row("packing efficiency", f"{found.efficiency:.1%}")
+    how = {"auto": "several samples in a row, if the LLM can keep them apart, which training finds out",
+           "on": "several samples in a row", "off": "one sample in a row"}[config.packing]  # fmt: skip
+    table.add_row("packing efficiency", f"{found.efficiency:.1%} ({how})")
     table.add_row("cut at max_length", f"{facts.truncated:,}")
     how = "measured" if found.measured else "data sheet"
     table.add_row(
@@ -317,7 +327,10 @@ def _show_preview(found: Preview, config: StageConfig, ranks: int) -> None:
         _stdout.print(skipped)
 
 
-def _show_gate(weights: list[float] | None) -> None:
+def _show_gate(weights: list[float] | None, with_image: bool) -> None:
+    if not with_image:
+        _stdout.print("without a picture there is no alignment vector (--image gives one)", style="dim")
+        return
     if weights is None:
         _stdout.print("the model's alignment vector does not depend on the question (it has no gate)", style="dim")
         return

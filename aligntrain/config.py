@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from math import inf
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ _AT_LEAST: dict[str, float] = {
     "batch_size": 1, "epochs": 1, "max_steps": 1, "max_length": 8, "token_budget": 8, "learning_rate": 0,
     "warmup_ratio": 0, "weight_decay": 0, "max_grad_norm": 0, "num_levels": 2, "workers": 1, "prefetch": 1,
     "save_every": 1, "keep": 1, "log_every": 1, "lora_rank": 1, "lora_alpha": 0, "lora_dropout": 0, "seed": 0,
+    "epsilon": 0,
 }  # fmt: skip
 _PAPER: dict[str, dict[str, Any]] = {
     "pretrain": {"learning_rate": 1e-3, "batch_size": 256, "template": "plain", "image_mode": "crop"},
@@ -54,8 +56,10 @@ class StageConfig:
     data: tuple[str, ...] = _setting("Dataset folders, tars, or any source.", ())
     out: str = _setting("Folder to write; made if needed.", "", alters=False)
 
-    llm: str | None = _setting("Folder of the LLM, for a new model.", None)
-    vision: str | None = _setting("Folder of the CLIP or SigLIP vision tower, for a new model.", None)
+    llm: str | None = _setting("Folder of the LLM, for a new model; tiny: the built-in one.", None)
+    vision: str | None = _setting(
+        "Folder of the vision tower (CLIP, SigLIP), for a new model; tiny: the built-in one.", None
+    )
     init: str | None = _setting("Folder of the model to start from, such as what pretraining wrote.", None)
 
     num_levels: int | None = _setting("Alignment levels N; a new model has 8.", None)
@@ -191,11 +195,15 @@ class StageConfig:
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:  # not <, for NaN
-                raise UserError(f"{name} is {value}; it must be at least {least:g}.")
+            if value is not None and not least <= value < inf:  # so put that NaN is refused
+                raise UserError(f"{name} is {value}; it must be at least {least:g}, and finite.")
         for name in ("beta1", "beta2", "warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+        if 1 in (self.beta1, self.beta2):
+            raise UserError(f"beta1 is {self.beta1} and beta2 {self.beta2}; they must be less than 1.")
+        if self.seed >= 2**63:
+            raise UserError(f"seed is {self.seed}; it must be less than 2**63.")
         for name in self.log_to:
             if name not in self.LOGGERS:
                 raise UserError(f"log_to names {name!r}; choose from {', '.join(self.LOGGERS)}.")

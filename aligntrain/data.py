@@ -68,6 +68,7 @@ class Reader:
     ) -> None:
         self._index, self._processor = index, processor
         self._packed, self._with_levels, self._pin = packed, with_levels, pin
+        self._reasons: dict[int, str] = {}
 
     def __call__(self, pack: Pack) -> MicroBatch:
         """The pack as a batch; of an empty one, a row of padding that the model can compute all the same."""
@@ -129,8 +130,14 @@ class Reader:
             data = self._index.image(number)
             assert data is not None
             return self._processor.process_images([decode(data)])[0]
-        except (OSError, ImageError):
+        except (OSError, ImageError) as error:
+            self._reasons[number] = f"{self._index.key(number)}: the image cannot be read ({error})"
             return None
+
+    def reasons(self, step: Sequence[MicroBatch]) -> list[str]:
+        """For every image of the step that could not be read, its key and why; each is told once."""
+        lost = (number for micro in step for number in micro.unreadable)
+        return [self._reasons.pop(number) for number in lost if number in self._reasons]
 
 
 def decode(data: bytes) -> Image.Image:

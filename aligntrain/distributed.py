@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,9 @@ from .config import StageConfig
 from .modeling import AlignGPTForConditionalGeneration
 
 T = TypeVar("T")
+# Ranks wait for the first one to tokenise the data and to write checkpoints and the model. Where a process dies its
+# launcher ends the others, so that waiting long costs nothing.
+_PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -54,22 +58,42 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def first_does(self, work: Callable[[], None]) -> None:
-        """The first rank does something and the others wait; its error is everybody's: nobody waits for ever."""
-        error: Exception | None = None
-        if self.first:
-            try:
-                work()
-            except Exception as caught:
-                error = caught
+    def together(self, work: Callable[[], T]) -> T:
+        """Every rank does something; the error of one is everybody's: nobody waits for ever for one that has left."""
+        if self.size == 1:
+            return work()
+        value, error = attempt(work)
+        self.agree(error)
+        return value  # type: ignore[return-value]  # there was no error
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """The first rank does something and the others wait for what it returns; its error is everybody's."""
+        value, error = attempt(work) if self.first else (None, None)
+        self.agree(error)
         if self.size > 1:
-            told: list[Any] = [None if error is None else (isinstance(error, UserError), str(error))]
+            told = [value]
             dist.broadcast_object_list(told, src=0)
-            if error is None and told[0] is not None:
-                mistake, message = told[0]
-                raise UserError(message) if mistake else RuntimeError(message)
+            value = told[0]
+        return value  # type: ignore[return-value]  # as above
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise this rank's error, or where it has none that of the first rank which has one; all ranks must ask."""
+        told = None if error is None else (isinstance(error, UserError), str(error) or type(error).__name__)
+        others = self.gather(told)
         if error is not None:
             raise error
+        for rank, other in enumerate(others):
+            if other is not None:
+                mistake, message = other
+                raise UserError(message) if mistake else RuntimeError(f"rank {rank}: {message}")
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What it returns, or what it raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 @contextmanager
@@ -82,7 +106,9 @@ def world_of_environment() -> Iterator[World]:
         torch.cuda.set_device(device)
     joins = size > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # What is no tensor on a GPU goes over gloo, which can wait while the first rank writes or tokenises for long.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield World(rank, size, device)
     finally:

@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aligncurate import storage
+from aligncurate import __version__, storage
 from aligncurate.errors import ShardError, UserError
 from aligncurate.pairs import FINE, Pair, Status
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
 from aligncurate.sources.base import Source
+from aligncurate.sources.curated import row_of
 from aligncurate.sources.pointers import read_image
 
 from .config import StageConfig
@@ -38,6 +39,7 @@ _SCHEMA = pa.schema(
         "image_offset": pa.int64(),
         "image_length": pa.int64(),
         "row": pa.int64(),
+        "sha256": pa.binary(32),  # of the image, where the dataset knows it: it is compared when the image is read
         "level": pa.int8(),  # 0: none
         "length": pa.int32(),
         "tokens": pa.list_(pa.int32()),  # the image's placeholders as one
@@ -45,6 +47,7 @@ _SCHEMA = pa.schema(
     }
 )
 _ROWS = 2_000  # of a record batch
+_NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
 
 
 @dataclass
@@ -89,11 +92,13 @@ class Index:
 
     Attributes:
         facts: what became of the data's rows.
+        digest: of the samples' keys, texts, levels and images, in order; names the data in checkpoints.
         lengths, levels, images: int64 [samples]; level 0 for none, images 0 or 1.
     """
 
     def __init__(self, file: Path, processor: AlignGPTProcessor) -> None:
-        self.facts = Facts.from_json(json.loads(_notes(file).read_text("utf-8"))["facts"])
+        notes = json.loads(_notes(file).read_text("utf-8"))
+        self.facts, self.digest = Facts.from_json(notes["facts"]), str(notes["digest"])
         self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._image_id, self._patches = processor.image_token_id, processor.num_patches
         self.lengths: NDArray[np.int64] = self._table["length"].to_numpy().astype(np.int64)
@@ -151,13 +156,14 @@ def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: i
     if notes.is_file() and file.is_file() and json.loads(notes.read_text("utf-8"))["made_of"] == made_of:
         return Index(file, processor)
     notes.unlink(missing_ok=True)
-    facts = Facts()
+    facts, digest = Facts(), hashlib.sha256()
     temporary = file.with_suffix(".arrow.tmp")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             rows: list[dict[str, Any]] = []
             for row in _rows(source, config, processor, num_levels, facts):
                 rows.append(row)
+                digest.update(repr([row[name] for name in _NAMING]).encode())
                 if len(rows) == _ROWS:
                     writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
                     rows = []
@@ -167,7 +173,9 @@ def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: i
     finally:
         temporary.unlink(missing_ok=True)
     scratch = notes.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"made_of": made_of, "facts": facts.to_json()}), "utf-8")
+    scratch.write_text(
+        json.dumps({"made_of": made_of, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}), "utf-8"
+    )
     scratch.replace(notes)
     return Index(file, processor)
 
@@ -178,9 +186,17 @@ def _notes(file: Path) -> Path:
 
 def _fingerprint(source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int) -> str:
     """Of everything that the index depends on."""
-    made_of: list[Any] = [config.stage, num_levels, source.describe(), config.caption_column, config.image_column]
+    made_of: list[Any] = [
+        __version__,
+        config.stage,
+        num_levels,
+        source.describe(),
+        config.caption_column,
+        config.image_column,
+    ]
     made_of += [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.max_length]
-    made_of += [processor.num_patches, processor.align, config.image_root]
+    made_of += [processor.num_patches, processor.align, config.image_root, processor.template]
+    made_of.append({name: str(token) for name, token in processor.tokenizer.special_tokens_map.items()})
     for uri in dict.fromkeys(shard.uri for shard in source.shards):
         made_of.append(storage.size(uri))
         if not storage.is_remote(uri):
@@ -219,8 +235,12 @@ def _row(
 ) -> dict[str, Any] | None:
     """The pair as a row of the index, or None with the cause counted."""
     has_image = pair.load is not None
-    if pair.status not in FINE or (pair.status is Status.OK and not has_image):
-        facts.skip(str(pair.status if pair.status not in FINE else Status.MISSING_IMAGE), pair.key)
+    found = row_of(pair) or {}
+    status = Status(found.get("status", pair.status))  # of an image that scoring could not read, nothing is learned
+    if status in FINE and pair.status not in FINE:
+        status = pair.status
+    if status not in FINE or (status is Status.OK and not has_image):
+        facts.skip(str(status if status not in FINE else Status.MISSING_IMAGE), pair.key)
         return None
     if config.stage == "pretrain" and not has_image:
         facts.skip("no image, which pretraining needs", pair.key)
@@ -244,6 +264,7 @@ def _row(
     facts.levels[pair.level or 0] += 1
     row = {name: getattr(pair, name) for name in ("key", "source", "image_offset", "image_length", "row")}
     row |= {"image_path": pair.image_path if has_image else None, "level": pair.level or 0}
+    row["sha256"] = found.get("sha256")
     return row | {"length": len(sample.input_ids), **_folded(sample, processor)}
 
 

@@ -186,7 +186,7 @@ class Log:
         world.first_does(lambda: self._open(config, step))
 
     def _open(self, config: StageConfig, step: int) -> None:
-        self._sinks = [_open_logger(name, config) for name in config.log_to]
+        self._sinks = [_open_logger(name, config, step) for name in config.log_to]
         path = Path(config.out) / "log.jsonl"
         kept = []
         if path.is_file() and step:
@@ -254,8 +254,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _open_logger(name: str, config: StageConfig) -> tuple[Any, Any]:
-    """How to close a logger, and how to send it numbers."""
+def _open_logger(name: str, config: StageConfig, step: int) -> tuple[Any, Any]:
+    """How to close a logger, and how to send it numbers from ``step`` on."""
     module = {"tensorboard": "torch.utils.tensorboard"}.get(name, name)
     try:
         library = importlib.import_module(module)
@@ -264,14 +264,16 @@ def _open_logger(name: str, config: StageConfig) -> tuple[Any, Any]:
             f"log_to names {name}, which is not installed; `pip install {name}`, or leave it out."
         ) from None
     if name == "tensorboard":
-        writer = library.SummaryWriter(str(Path(config.out) / "tensorboard"))
+        # What a run wrote after the checkpoint from which this one goes on is not shown twice.
+        writer = library.SummaryWriter(str(Path(config.out) / "tensorboard"), purge_step=step + 1)
 
         def send(numbers: Mapping[str, float], step: int) -> None:
             for key, value in numbers.items():
                 writer.add_scalar(key, value, step)
 
         return writer.close, send
-    run = library.init(project="aligntrain", name=Path(config.out).name, config=config.to_json())
+    place = {"dir": config.out} if name == "wandb" else {}  # rather than where the command happened to be run
+    run = library.init(project="aligntrain", name=Path(config.out).name, config=config.to_json(), **place)
     return run.finish, lambda numbers, step: run.log(dict(numbers), step=step)
 
 

@@ -50,8 +50,12 @@ def can_pack(language_model: nn.Module) -> bool:
 
     Two short random samples are run packed and separately, on the device and in the dtype the LLM is in. LLMs with a
     recurrent state, or whose attention ignores positions, fail; batches grouped by length are then the way to train.
+    On a CPU, where FlashAttention does not run and flex attention takes long to compile, SDPA stands in for them:
+    transformers makes the masks of all three from the same positions.
     """
     lm: Any = language_model
+    attention = lm.config._attn_implementation
+    stand_in = lm.device.type == "cpu" and attention not in ("eager", "sdpa")
     table = lm.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, table.shape[0], (1, 24), generator=generator).to(table.device)
@@ -59,9 +63,13 @@ def can_pack(language_model: nn.Module) -> bool:
     was_training = lm.training
     lm.eval()
     try:
+        if stand_in:
+            lm.set_attn_implementation("sdpa")
         packed = lm(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 11:].float()
         alone = lm(input_ids=ids[:, 11:], use_cache=False).logits[0].float()
     finally:
         lm.train(was_training)
+        if stand_in:
+            lm.set_attn_implementation(attention)
     tolerance = 1e-4 if table.dtype == torch.float32 else 5e-2
     return bool((packed - alone).abs().max() <= tolerance * alone.abs().max().clamp(min=1e-3))

@@ -32,6 +32,8 @@ from transformers import (
 )
 from transformers.image_utils import load_image
 
+from aligncurate.images import MAX_PIXELS
+
 from .configuration import AlignGPTConfig
 from .loss import IGNORE
 from .templates import ALIGN, IMAGE, PLAIN, V1, Rendered, messages_of, render
@@ -377,6 +379,13 @@ def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[
 
 
 def _squared(image: Image.Image, mode: str, mean: Any, size: int, resample: int) -> Image.Image:
+    short, long = sorted(image.size)
+    if mode == "pad" and long * long > MAX_PIXELS:
+        # A strip of which the square, or of which the resized form, would fill the memory is cut or shrunk before.
+        image = image.resize([max(1, edge * size // long) for edge in image.size], Image.Resampling(resample))
+    elif mode == "crop" and long * size * size > MAX_PIXELS * short:
+        left, top = ((edge - min(edge, 3 * short)) // 2 for edge in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     if mode == "pad" and image.width != image.height:
         side = max(image.size)
         colour = tuple(int(channel * 255) for channel in mean.tolist())

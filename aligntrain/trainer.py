@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -16,21 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+import aligncurate
 from aligncurate.errors import UserError
 from aligncurate.progress import notice
 
 from . import checkpoint
-from .build import build_model, build_processor
+from .build import build_config, build_model, build_processor
 from .checkpoint import Position
 from .config import StageConfig
 from .data import MicroBatch, Reader, read_ahead
-from .distributed import Engine, World, whole, world_of_environment
+from .distributed import Engine, World, attempt, world_of_environment
 from .index import Facts, Index, build_index
 from .metrics import Flops, Log, Meters, level_cosines, trains_llm
 from .packing import can_pack
 from .plan import Pack, Plan, plan
+
+_BLIND = 100  # so many unreadable images, and no other among them, are no accident
+_TOLD = 5  # unreadable images that are named on the terminal, on every rank
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,9 @@ class Summary:
         facts: what became of the data's rows.
         unreadable: images that could not be decoded, of which nothing was learned.
         seconds: that this run took.
-        stopped: by SIGTERM, with a checkpoint; the same call goes on from there.
+        stopped: 0, or the number of the signal (SIGTERM, SIGINT) that stopped it; there is a checkpoint, and the same
+            call goes on from there.
+        again: the run had come to its end before, and this call found nothing left to do.
     """
 
     out: Path
@@ -55,7 +62,8 @@ class Summary:
     facts: Facts
     unreadable: int
     seconds: float
-    stopped: bool
+    stopped: int = 0
+    again: bool = False
 
 
 class NonFiniteError(RuntimeError):
@@ -80,22 +88,35 @@ def train(config: StageConfig) -> Summary:
 def _train(config: StageConfig, world: World) -> Summary:
     started = time.perf_counter()
     out = Path(config.out)
-    processor = build_processor(config)
-    model, learning = build_model(config, processor)
-    levels = model.config.num_levels if model.config.align_mode != "none" else 0
+    world.together(lambda: _check_place(config, world))
+    before = world.first_does(lambda: _earlier(out, config)) if config.resume else None
 
     # The data: tokenised by the first rank, read by all.
+    processor = world.together(lambda: build_processor(config))
+    shape = world.together(lambda: build_config(config))
+    levels = shape.num_levels if shape.align_mode != "none" else 0
     index_file = out / "index.arrow"
     world.first_does(lambda: _prepare(config, processor, levels, index_file))
-    index = Index(index_file, processor)
-    packed = config.packing == "on" or (config.packing == "auto" and can_pack(model.language_model))
+    index = world.together(lambda: Index(index_file, processor))
+    if before is not None and before.data != index.digest:
+        raise UserError(f"{out}: the data is not what it was when the run began; name another --out, or say "
+                        "--no-resume to begin anew.")  # fmt: skip
+    if before is not None and checkpoint.read_finished(out) is not None:
+        seconds = time.perf_counter() - started
+        return Summary(out, before.step, before.step, None, index.facts, before.unreadable, seconds, again=True)
+
+    model, learning = world.together(lambda: build_model(config, processor))
+    packed = config.packing == "on"
+    if config.packing == "auto":
+        packed = world.first_does(lambda: can_pack(model.language_model))
 
     @lru_cache(maxsize=2)
     def plan_of(epoch: int) -> Plan:
         return plan_epoch(config, index, epoch, packed=packed, world_size=world.size)
 
-    total = total_steps(config, len(plan_of(0)))
-    if world.first and (efficiency := plan_of(0).efficiency(range(min(50, len(plan_of(0)))))) < 0.8:
+    per_epoch = len(plan_of(0))
+    total = total_steps(config, per_epoch)
+    if world.first and (efficiency := plan_of(0).efficiency(range(min(50, per_epoch)))) < 0.8:
         notice(
             f"only {efficiency:.0%} of what is computed are samples' tokens; a step of {config.batch_size} samples "
             f"makes too few micro-batches of {config.token_budget} tokens for {world.size} ranks, or too uneven ones."
@@ -105,22 +126,29 @@ def _train(config: StageConfig, world: World) -> Summary:
     flops = Flops(model, trains_llm(config))
     engine = Engine(model, config, world)
     optimizer = make_optimizer(model, config, world.device)
-    position = Position(0, 0, plan_of(0).hash, config.to_json(altering=True))
-    if not config.resume:
-        world.first_does(lambda: shutil.rmtree(out / "checkpoints", ignore_errors=True))
-    found = checkpoint.checkpoints(out)
-    if found:
-        position = checkpoint.read_position(found[-1])
-        checkpoint.check_settings(found[-1], position, config)
-        if position.step < total and position.plan != plan_of(position.epoch).hash:
-            raise UserError(f"{found[-1]}: the data is not what it was when the run began; name another --out, or say "
-                            "--no-resume to begin anew.")  # fmt: skip
-        checkpoint.load(found[-1], model, optimizer)
-    first, unreadable, loss, stopped = position.step, position.unreadable, None, False
+    first = unreadable = stopped = 0
+    loss = None
+    if before is None and (gone := world.first_does(lambda: checkpoint.forget(out))) and world.first:
+        notice(f"{gone} checkpoints of an earlier run in {out} were deleted")
+    last = checkpoint.checkpoints(out)[-1:]
+    if last:
+        position = checkpoint.read_position(last[0])
+        first, unreadable = position.step, position.unreadable
+        if position.plan != plan_of(position.epoch).hash:
+            raise UserError(f"{last[0]}: the steps would not be those that the run began with; name another --out, or "
+                            "say --no-resume to begin anew.")  # fmt: skip
+        world.together(lambda: checkpoint.load(last[0], model, optimizer))
+
+    def position_at(step: int) -> Position:
+        epoch = step // per_epoch
+        return Position(step, epoch, plan_of(epoch).hash, index.digest, config.to_json(altering=True), unreadable)
+
+    def save(step: int) -> list[Path]:
+        return [checkpoint.save(out, model, optimizer, position_at(step), keep=config.keep, world=world)]
 
     def packs_of_rank() -> Iterator[tuple[Pack, ...]]:
         for step in range(first, total):
-            epoch, number = divmod(step, len(plan_of(0)))
+            epoch, number = divmod(step, per_epoch)
             yield plan_of(epoch)[number].ranks[world.rank]
 
     reader = Reader(
@@ -131,27 +159,42 @@ def _train(config: StageConfig, world: World) -> Summary:
         pin=world.device.type == "cuda",
     )
     batches = read_ahead(packs_of_rank(), reader, workers=config.workers, ahead=config.prefetch)
-    meters = Meters(int(index.levels.max()), levels, flops, world)
+    saved, blind, told = first, 0, 0
 
-    with closing(batches), sigterm() as asked_to_stop, Log(config, world, first) as log:
+    with closing(batches), stop_signals() as asked_to_stop, Log(config, world, first) as log:
+        meters = Meters(int(index.levels.max()), levels, flops, world)
         for step in range(first, total):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch, error = attempt(lambda: next(batches))
+            batch = batch or []
             meters.waited(time.perf_counter() - waiting)
-            epoch, number = divmod(step, len(plan_of(0)))
+            epoch, number = divmod(step, per_epoch)
 
             # Every step has its own seed, so a resumed run draws the same dropout without any kept state.
-            torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
+            torch.manual_seed(((config.seed * 1_000_003 + step) * 65_537 + world.rank) % 2**63)
 
             # What the ranks must know of each other before they begin, in one exchange.
             labels = sum(len(micro.token_levels) for micro in batch)
             lost = sum(len(micro.unreadable) for micro in batch)
-            shared = torch.tensor([labels, lost, asked_to_stop.is_set()], dtype=torch.float64, device=world.device)
-            count, lost, asked = (int(number) for number in world.sum(shared))
+            seen = sum(micro.images for micro in batch)
+            mine = [labels, lost, seen, bool(asked_to_stop), error is not None]
+            shared = world.sum(torch.tensor(mine, dtype=torch.float64, device=world.device))
+            count, lost, seen, asked, failed = (int(number) for number in shared)
+            if failed:
+                world.agree(error)
             if asked:
-                stopped = True
+                stopped = asked_to_stop[0] if asked_to_stop else signal.SIGTERM
                 break
             unreadable += lost
+            blind = 0 if seen else blind + lost
+            if blind >= _BLIND:
+                reasons = [reason for of_rank in world.gather(reader.reasons(batch)) for reason in of_rank]
+                raise UserError(f"step {step + 1}: none of the last {blind:,} images could be read (such as "
+                                f"{reasons[0]}); put them where the data says that they are.")  # fmt: skip
+            if lost and told < _TOLD:
+                for reason in reader.reasons(batch)[: _TOLD - told]:
+                    notice(f"{reason}; nothing is learned from it")
+                    told += 1
 
             losses = []
             divisor = torch.tensor(max(count, 1), dtype=torch.float32, device=world.device)
@@ -163,10 +206,10 @@ def _train(config: StageConfig, world: World) -> Summary:
             for packs in zip(*plan_of(epoch)[number].ranks, strict=True):
                 meters.paid(max(plan_of(epoch).computed(pack) for pack in packs))
 
-            norms = gradient_norms(model)
+            norms = gradient_norms(model, world)
             norm = math.sqrt(sum(n * n for n in norms.values()))
             if not math.isfinite(norm):
-                raise NonFiniteError(_not_finite(step, batch, losses, index, world, found))
+                raise NonFiniteError(_not_finite(step, batch, losses, index, world, last))
             scale = min(1.0, config.max_grad_norm / (norm + 1e-6)) if config.max_grad_norm else 1.0
             rate = learning_rate(config, step, total)
             for group in optimizer.param_groups:
@@ -191,16 +234,19 @@ def _train(config: StageConfig, world: World) -> Summary:
                     total,
                 )  # fmt: skip
             if done % config.save_every == 0 or done == total:
-                found = [_save(out, model, optimizer, config, done, plan_of, unreadable, world)]
+                last, saved = save(done), done
 
-        if stopped and step > first:
-            _save(out, model, optimizer, config, step, plan_of, unreadable, world)
-    done = step if stopped else total
+        if stopped and step > saved:
+            save(step)
+
+    def finish() -> None:
+        checkpoint.export(last[0], config, processor)
+        checkpoint.mark_finished(out, checkpoint.read_position(last[0]))
+
     if not stopped:
-        last = checkpoint.checkpoints(out)[-1]
-        world.first_does(lambda: checkpoint.export(last, config, processor))
+        world.first_does(finish)
     seconds = time.perf_counter() - started
-    return Summary(out, done, total, loss, index.facts, unreadable, seconds, stopped)
+    return Summary(out, step if stopped else total, total, loss, index.facts, unreadable, seconds, stopped)
 
 
 def plan_epoch(config: StageConfig, index: Index, epoch: int, *, packed: bool, world_size: int) -> Plan:
@@ -256,50 +302,83 @@ def make_optimizer(model: nn.Module, config: StageConfig, device: torch.device) 
 
 
 @torch.no_grad()
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """2-norm of the gradient of every module that learns: projector, level_embeddings, gate, language_model."""
-    squares: dict[str, list[Tensor]] = {}
+def gradient_norms(model: nn.Module, world: World) -> dict[str, float]:
+    """2-norm of the gradient of every module that learns: projector, level_embeddings, gate, language_model.
+
+    Where gradients are spread over the ranks, each adds up its own part, and all ranks must ask.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    spread = False
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} has no gradient"
-            squares.setdefault(name.partition(".")[0], []).append(torch.linalg.vector_norm(parameter.grad))
-    return {name: float(torch.stack([whole(n) for n in norms]).norm()) for name, norms in squares.items()}
+            grad = parameter.grad
+            spread |= isinstance(grad, DTensor)
+            parts.setdefault(name.partition(".")[0], []).append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    norms = [torch.stack(torch._foreach_norm(grads)).double() for grads in parts.values()]
+    squares = torch.stack([norm.square().sum() for norm in norms])
+    if spread:
+        world.sum(squares)
+    return dict(zip(parts, squares.sqrt().tolist(), strict=True))
 
 
 @contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the step in progress ends and a checkpoint is written."""
-    event = threading.Event()
+def stop_signals() -> Iterator[list[int]]:
+    """A list to which SIGTERM and Ctrl-C are added, so that the step in progress ends and a checkpoint is written.
+
+    A second Ctrl-C is a KeyboardInterrupt.
+    """
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
-        yield event
+        yield caught
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield event
+        yield caught
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_place(config: StageConfig, world: World) -> None:
+    """Raise UserError where the settings cannot be followed here: the folder, the device."""
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: --out must be a folder, but this is a file.")
+    for name in ("init", "llm", "vision"):
+        if (folder := getattr(config, name)) is not None and out.resolve() == Path(folder).resolve():
+            raise UserError(f"{out}: --out is the same folder as --{name}, which would be overwritten; name another.")
+    if world.device.type == "cpu" and config.attention.startswith(("flex", "flash")):
+        raise UserError(f"attention is {config.attention}, which cannot train on a CPU; choose sdpa or eager.")
+
+
+def _earlier(out: Path, config: StageConfig) -> Position | None:
+    """Where an earlier run in ``out`` stands. Raises UserError where it had other settings."""
+    position, where = checkpoint.read_finished(out), out
+    if position is None and (found := checkpoint.checkpoints(out)):
+        position, where = checkpoint.read_position(found[-1]), found[-1]
+    if position is not None:
+        checkpoint.check_settings(where, position, config)
+    return position
 
 
 def _prepare(config: StageConfig, processor: Any, levels: int, index_file: Path) -> None:
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: --out must be a folder, but this is a file.")
     out.mkdir(parents=True, exist_ok=True)
     index = build_index(config, processor, levels, index_file)
-    (out / "stage.json").write_text(json.dumps(config.to_json(), indent=1), "utf-8")
+    versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
+    (out / "stage.json").write_text(json.dumps({**config.to_json(), "versions": versions}, indent=1), "utf-8")
     facts = index.facts
     for cause, count in facts.skipped.most_common(5):
         notice(f"{count:,} rows were left out: {cause} (such as {facts.examples[cause]})")
     if facts.truncated:
         notice(f"{facts.truncated:,} samples were cut at {config.max_length} tokens")
-
-
-def _save(
-    out: Path, model: nn.Module, optimizer: Any, config: StageConfig, done: int, plan_of: Any, lost: int, world: World
-) -> Path:
-    epoch = done // len(plan_of(0))
-    position = Position(done, epoch, plan_of(epoch).hash, config.to_json(altering=True), lost)
-    return checkpoint.save(out, model, optimizer, position, keep=config.keep, world=world)
 
 
 def _not_finite(

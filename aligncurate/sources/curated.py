@@ -51,6 +51,13 @@ class CuratedSource(Source):
                     number += 1
 
 
+def row_of(pair: Pair) -> dict[str, Any] | None:
+    """The dataset's row that a pair with an image was read from: with what an earlier verb found out about the image,
+    which the pair itself leaves to be found out again. None for pairs of other sources."""
+    load = pair.load
+    return load.args[0] if isinstance(load, partial) and load.func is read_image else None
+
+
 def _pair(row: dict[str, Any]) -> Pair:
     extra = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
     fields: dict[str, Any] = {

@@ -56,6 +56,10 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
         ({"log_to": ["tensorbord"]}, "log_to names 'tensorbord'; choose from tensorboard"),
         ({"warmup_ratio": 1.5}, "warmup_ratio is 1.5; it must lie between 0 and 1"),
         ({"lora_rank": 8}, "LoRA is for finetune"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be at least 0, and finite"),
+        ({"beta2": 1.0}, "beta2 1.0; they must be less than 1"),
+        ({"epsilon": -1.0}, "epsilon is -1.0; it must be at least 0"),
+        ({"seed": 2**63}, "must be less than"),
     ],
 )
 def test_mistakes(settings: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligntrain.plan import Plan, plan
+from aligntrain.plan import Plan, _first_fit, plan
 
 
 @st.composite
@@ -125,6 +125,19 @@ def test_stratified_steps_have_the_shares_of_the_whole() -> None:
         assert abs(counts[1] - 60) <= 2
         assert abs(counts[2] - 30) <= 2
         assert abs(counts[3] - 10) <= 2
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
+@settings(deadline=None)
+def test_rows_are_those_of_a_plain_first_fit(lengths: list[int]) -> None:
+    free: list[int] = []
+    expected = []
+    for length in lengths:
+        row = next((row for row, room in enumerate(free) if length <= room), len(free))
+        free += [64] * (row == len(free))
+        free[row] -= length
+        expected.append(row)
+    assert _first_fit(lengths, 64) == expected
 
 
 def test_what_cannot_be_planned() -> None:

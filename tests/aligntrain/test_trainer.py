@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
 
 from aligncurate.errors import UserError
-from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train, trainer
+from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, checkpoint, train, trainer
 from aligntrain.build import build_model, build_processor
 from aligntrain.checkpoint import checkpoints
 from aligntrain.data import MicroBatch, Reader
@@ -181,6 +181,61 @@ def test_what_cannot_be_decoded_changes_nothing_else(models: dict[str, str], tmp
         assert loss == pytest.approx(whole["loss_by_level"][level], abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, on its own workings
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers(
+    folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """torch.compile by layer, also with activations recomputed: the same as without.
+
+    All of it but the last stage, which takes a minute: the C++ that is made of the graphs.
+    """
+    real, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
+    graphs = {"plain": 0, "compiled": 0}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend="aot_eager", **how))
+    for name in graphs:
+        torch._dynamo.reset()
+        counters.clear()
+        made = name == "compiled"
+        train(finetuning(models, str(folder / "q.tar"), tmp_path / name, max_steps=1, compile=made,
+                         checkpointing=made and checkpointing))  # fmt: skip
+        graphs[name] = counters["stats"]["unique_graphs"]
+    assert graphs["plain"] == 0 < graphs["compiled"]
+    ours, theirs = (records(tmp_path / name)[0] for name in graphs)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    assert ours["grad_norm_by_module"] == pytest.approx(theirs["grad_norm_by_module"], rel=1e-5)
+
+
+def test_s2_with_checkpointing(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """Two scales, four tiles of the larger: recomputing the LLM's layers changes nothing."""
+    for name in ("kept", "recomputed"):
+        config = finetuning(models, str(folder / "q.tar"), tmp_path / name, max_steps=1, s2_scales=[24, 48],
+                            checkpointing=name == "recomputed", **LEARNS)  # fmt: skip
+        train(config)
+    assert weights(tmp_path / "kept")["projector.0.weight"].shape[1] == 2 * 16
+    assert_close(weights(tmp_path / "kept"), weights(tmp_path / "recomputed"))
+    assert records(tmp_path / "kept")[0]["grad_norm_by_module"]["projector"] > 0
+
+
+@pytest.mark.parametrize("count", [99, 120])
+def test_images_that_are_all_gone(
+    models: dict[str, str], tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some may be broken; a hundred and no other among them mean that something is wrong with their place."""
+    meta = {"caption": "a thing", "level": 3}
+    tar = write_tar(tmp_path / "c.tar", {f"s{n:03d}": (b"gone", meta) for n in range(count)})
+    config = pretraining(models, tar, tmp_path / "out", batch_size=60)
+    if count == 99:
+        assert train(config).unreadable == 99
+        assert weights(tmp_path / "out")["projector.0.weight"].isfinite().all()
+    else:
+        with pytest.raises(UserError, match=r"step 2: none of the last 120 images could be read \(such as s\d\d\d: "):
+            train(config)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("this is text, not an image") <= 5
+    assert "the image cannot be read (this is text, not an image); nothing is learned from it" in told
+
+
 def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     config = finetuning(
@@ -190,7 +245,8 @@ def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "out", tmp_path / "again")
     assert len(checkpoints(tmp_path / "again")) == 2
     shutil.rmtree(checkpoints(tmp_path / "again")[-1])
-    train(config.replace(out=str(tmp_path / "again")))
+    (tmp_path / "again" / "finished.json").unlink()
+    assert train(config.replace(out=str(tmp_path / "again"))).loss is not None
     before, merged = weights(pretrained), weights(tmp_path / "out")
     assert_close(merged, weights(tmp_path / "again"), 0)
     assert before.keys() == merged.keys()  # merged: no adapter is left
@@ -290,28 +346,85 @@ def test_killed_and_resumed_bit_for_bit(
             assert mine.get(name) == other.get(name)
 
 
-def test_sigterm_saves_and_stops(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize(("sent", "at"), [(signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGINT, 5)])
+def test_signals_save_and_stop(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, at: int) -> None:  # fmt: skip
+    """SIGTERM and Ctrl-C; at step 5 there is a checkpoint already, which is not written a second time."""
+
     def rate_and_signal(config: StageConfig, step: int, total: int) -> float:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if step == at - 1:
+            os.kill(os.getpid(), sent)
         return learning_rate(config, step, total)
 
+    written: list[str] = []
+    sync = checkpoint._sync
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (written.append(path.name), sync(path)))
     config = ten_steps(folder, models, tmp_path / "out")
     monkeypatch.setattr(trainer, "learning_rate", rate_and_signal)
     summary = train(config)
-    assert (summary.stopped, summary.steps, summary.total) == (True, 3, 10)
-    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000003"]
+    assert (summary.stopped, summary.steps, summary.total) == (sent, at, 10)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == [f"step-{at:08d}"]
+    assert written.count("position.json") == 1
+    assert not (tmp_path / "out" / "config.json").exists()
     monkeypatch.undo()
     assert not train(config).stopped
     assert_close(weights(tmp_path / "out"), weights(Path(straight.out)), 0)
 
 
-def test_a_finished_run_is_not_repeated(straight: StageConfig) -> None:
-    before = weights(Path(straight.out))
-    summary = train(straight.replace(workers=1, keep=1))
-    assert (summary.steps, summary.loss) == (10, None)
-    assert_close(before, weights(Path(straight.out)), 0)
+def test_a_finished_run_is_not_repeated(straight: StageConfig, tmp_path: Path) -> None:
+    """Nor is the model written again; not even where the checkpoints were deleted to make room."""
+    out = Path(shutil.copytree(straight.out, tmp_path / "out"))
+    before = weights(out)
+    for _ in range(2):
+        (out / "model.safetensors").unlink()  # would come back if it were written again
+        summary = train(straight.replace(out=str(out), workers=1, keep=1))
+        assert (summary.steps, summary.total, summary.loss, summary.again) == (10, 10, None, True)
+        assert not (out / "model.safetensors").exists()
+        shutil.copy(Path(straight.out) / "model.safetensors", out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    with pytest.raises(UserError, match="other settings"):
+        train(straight.replace(out=str(out), seed=1))
+    # Killed while the model was written: the configuration, which is written last, is not there.
+    shutil.copytree(Path(straight.out) / "checkpoints", out / "checkpoints")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).unlink()
+    assert not train(straight.replace(out=str(out))).again
+    assert_close(before, weights(out), 0)
+
+
+def test_the_old_configuration_goes_before_the_new_weights_come(
+    straight: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model over another one: at no time does a folder with a configuration hold only some of the files."""
+    out = Path(shutil.copytree(straight.out, tmp_path / "out"))
+    (out / "finished.json").unlink()
+    seen: list[bool] = []
+    sync = checkpoint._sync
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (seen.append((out / "config.json").exists()), sync(path)))
+    train(straight.replace(out=str(out)))
+    assert (out / "config.json").exists()
+    moved = len([path for path in out.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")])
+    assert seen[: moved - 5].count(True) == 0  # stage, index, finished and log are not the model's
+
+
+def test_a_full_disk_while_saving(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    config = ten_steps(folder, models, tmp_path / "out")
+    real = checkpoint.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "00000010" in str(path) and "optimizer" in path.name:
+            raise OSError("No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"step-00000010: the checkpoint cannot be written \(No space left"):
+        train(config)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000005"]
+    monkeypatch.undo()
+    train(config)
+    assert_close(weights(tmp_path / "out"), weights(Path(straight.out)), 0)
+    assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-00000005", "step-00000010"}
 
 
 def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
@@ -319,8 +432,13 @@ def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, st
     config = pretraining(models, tar, tmp_path / "out", epochs=3, max_steps=3, save_every=2, keep=9)
     train(config)
     shutil.rmtree(checkpoints(tmp_path / "out")[-1])
+    (tmp_path / "out" / "finished.json").unlink()
     with pytest.raises(UserError, match=r"other settings \(learning_rate: 0.001 before, 0.5 now\).*--no-resume"):
         train(config.replace(learning_rate=0.5))
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["learning_rate"] == 1e-3
+    captions(tmp_path / "c.tar", 16, levels=4)  # as long as before, but of other levels
+    with pytest.raises(UserError, match="the data is not what it was"):
+        train(config)
     captions(tmp_path / "c.tar", 15)
     with pytest.raises(UserError, match="the data is not what it was"):
         train(config)
@@ -428,6 +546,48 @@ def test_loggers_by_name(folder: Path, models: dict[str, str], tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="log_to names wandb, which is not installed"):
         train(config.replace(log_to=["wandb"], resume=False))
+
+
+def test_tensorboard(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """Written by the library, read back by it: every number once, also where a run went on from a checkpoint."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", log_to=["tensorboard"], save_every=2, keep=9)
+    train(config)
+    shutil.rmtree(checkpoints(tmp_path / "out")[-1])
+    (tmp_path / "out" / "finished.json").unlink()
+    train(config)
+    found = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    found.Reload()
+    lines = records(tmp_path / "out")
+    for name in ("loss", "grad_norm"):
+        read = [(event.step, event.value) for event in found.Scalars(name)]
+        assert read == [(line["step"], pytest.approx(line[name])) for line in lines]
+    assert "loss_by_level/1" in found.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_wandb_offline(folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", log_to=["wandb"]))
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_training_cannot_go(models: dict[str, str], pretrained: Path, folder: Path, tmp_path: Path) -> None:
+    data = str(folder / "q.tar")
+    with pytest.raises(UserError, match="--out is the same folder as --init, which would be overwritten"):
+        train(finetuning({"init": str(pretrained)}, data, pretrained))
+    with pytest.raises(UserError, match="attention is flex_attention, which cannot train on a CPU; choose sdpa"):
+        train(finetuning(models, data, tmp_path, attention="flex_attention"))
+
+
+def test_a_large_seed(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    assert train(pretraining(models, str(folder / "c.tar"), tmp_path, seed=2**62, max_steps=1)).steps == 1
 
 
 def test_beginning_anew_deletes_the_old_checkpoints(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
