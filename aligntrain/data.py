@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -145,7 +146,10 @@ def decode(data: bytes) -> Image.Image:
     image, _, _ = open_image(data)
     try:
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # which Pillow would clip to white
+            upright = Image.fromarray((np.asarray(upright, np.uint16) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
     except Exception as error:  # broken files make Pillow raise nearly anything; each is this image's error only
         raise ImageError(Status.DECODE_ERROR, f"the image is damaged: {error}") from None
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from stage_data import captions, finetuning, make_models, picture, pretraining, questions, tokenizer, write_tar
 
 from aligncurate.errors import UserError
 from aligncurate.scoring import ingest
-from aligntrain import AlignGPTProcessor, StageConfig
+from aligntrain import AlignGPTProcessor, StageConfig, processing
 from aligntrain.build import build_processor
-from aligntrain.data import Reader, read_ahead
+from aligntrain.data import Reader, decode, read_ahead
 from aligntrain.index import Index, build_index
 
 LEVELS = 8
@@ -191,6 +195,106 @@ def test_order_does_not_depend_on_threads(models: dict[str, str], tmp_path: Path
         for step, packs in zip(read, steps, strict=True):
             for micro, pack in zip(step, packs, strict=True):
                 assert torch.equal(micro.inputs["pixel_values"], reader(pack).inputs["pixel_values"])
+
+
+def test_images_that_scoring_could_not_read_are_left_out(models: dict[str, str], tmp_path: Path) -> None:
+    """A dataset's rows know; of a tar nobody has looked into, the image becomes a dummy when it is read."""
+    samples = {f"q{n}": (picture(n), turns("what", "a thing")) for n in range(4)}
+    samples["q1"] = (b"no picture", samples["q1"][1])
+    samples["q2"] = (picture(2)[:60], samples["q2"][1])
+    tar = write_tar(tmp_path / "q.tar", samples)
+    ingest([tar], tmp_path / "set", quiet=True)
+    index, _ = index_of(finetuning(models, str(tmp_path / "set"), tmp_path / "a"))
+    kept = [index.key(n) for n in range(len(index))]
+    assert "q1" not in kept
+    assert index.facts.skipped["decode_error"] == 4 - len(kept)
+    assert index.facts.examples["decode_error"] == "q1"
+    assert len(index_of(finetuning(models, tar, tmp_path / "b"))[0]) == 4
+
+
+def test_images_are_those_that_were_scored(models: dict[str, str], tmp_path: Path) -> None:
+    """The tar was written anew, with other pictures in the same places: nothing is learned from them."""
+    tar = captions(tmp_path / "c.tar", 3)
+    ingest([tar], tmp_path / "set", quiet=True)
+    index, processor = index_of(pretraining(models, str(tmp_path / "set"), tmp_path / "out"))
+    data = Path(tar).read_bytes()
+    Path(tar).write_bytes(data.replace(picture(1), picture(1)[:-1] + b"x"))
+    reader = Reader(index, processor, packed=True, with_levels=True)
+    batch = reader((0, 1, 2))
+    assert batch.unreadable == (1,)
+    assert reader.reasons([batch]) == [
+        f"c001: the image cannot be read ({tar}: the image c001.png is not the one that was scored)"
+    ]
+    assert reader.reasons([batch]) == []
+
+
+def test_the_digest_names_the_data(models: dict[str, str], tmp_path: Path) -> None:
+    digests = []
+    for number, (count, levels) in enumerate(((8, 8), (8, 8), (8, 4), (7, 8))):
+        tar = captions(tmp_path / f"{number}.tar", count, levels)
+        digests.append(index_of(pretraining(models, tar, tmp_path / "out"))[0].digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+@pytest.mark.parametrize("size", [(900, 30), (30, 901), (400, 100), (400, 1), (1, 1), (64, 48)])
+def test_strips_do_not_fill_the_memory(
+    models: dict[str, str], mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strip is made a square by way of no large image; and looks as it does when made without that care."""
+    processor = build_processor(pretraining(models, "x", Path("y"), image_mode=mode))
+    y, x = np.mgrid[: size[1], : size[0]]
+    image = Image.fromarray(np.stack([60 + 40 * np.sin(x / 90), 80 + 40 * np.cos(y / 90), 0 * x], 2).astype(np.uint8))
+    expected = processor.process_images([image])
+    monkeypatch.setattr(processing, "MAX_PIXELS", limit := 10_000)
+    areas: list[int] = []
+    for name in ("resize", "crop"):
+        real = getattr(Image.Image, name)
+
+        def spy(self: Image.Image, *given: Any, real: Any = real, **named: Any) -> Image.Image:
+            made = real(self, *given, **named)
+            areas.append(made.width * made.height)
+            return made
+
+        monkeypatch.setattr(Image.Image, name, spy)
+    ours = processor.process_images([image])
+    assert max(areas) <= limit
+    if mode == "crop" or 10 * min(size) > max(size):  # thinner than a pixel, and only its place is rounded otherwise
+        assert (ours - expected).abs().mean() < 0.03
+
+
+def test_any_kind_of_picture(models: dict[str, str]) -> None:
+    """Alpha, palettes, CMYK, one bit, floats: three channels of 8 bits, without a warning."""
+    kinds = {
+        "RGBA": ((200, 10, 10, 0), "PNG", {}, (200, 10, 10)), "CMYK": ((0, 255, 255, 0), "JPEG", {}, (255, 0, 0)),
+        "P": (0, "PNG", {"transparency": b"\x00\x10"}, (0, 0, 0)), "L": (100, "PNG", {}, (100, 100, 100)),
+        "1": (1, "PNG", {}, (255, 255, 255)), "LA": ((9, 0), "PNG", {}, (9, 9, 9)), "F": (7.0, "TIFF", {}, (7, 7, 7)),
+    }  # fmt: skip
+    for mode, (colour, kind, options, expected) in kinds.items():
+        buffer = io.BytesIO()
+        Image.new(mode, (20, 16), colour).save(buffer, kind, **options)
+        image = decode(buffer.getvalue())
+        assert image.mode == "RGB"
+        assert image.getpixel((3, 3)) == pytest.approx(expected, abs=3), mode
+
+
+def test_sixteen_bits_are_not_all_white() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 100 << 8, np.uint16)).save(buffer, "PNG")
+    assert decode(buffer.getvalue()).getpixel((1, 1)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_lines_of_windows(models: dict[str, str], tmp_path: Path, newline: str) -> None:
+    """In JSON Lines and in the settings' file they are only lines' ends."""
+    lines = [json.dumps({"id": f"q{n}", **turns("what", "a thing")}) for n in range(3)]
+    (tmp_path / "q.jsonl").write_bytes(newline.join(lines).encode())
+    index, processor = index_of(finetuning(models, str(tmp_path / "q.jsonl"), tmp_path / "out"))
+    assert len(index) == 3
+    assert index.encoded(1) == processor.encode(turns("what", "a thing")["conversations"], has_image=False)
+    (tmp_path / "run.toml").write_bytes(newline.join(["epochs = 2", 'template = "v1"', ""]).encode())
+    assert StageConfig.from_toml(tmp_path / "run.toml", "finetune").epochs == 2
 
 
 def test_a_tokenizer_without_padding_token(models: dict[str, str]) -> None:

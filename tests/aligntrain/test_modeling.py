@@ -93,6 +93,39 @@ def test_packed_equals_separate(
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_packed_equals_separate_in_gradients_of_flex_attention(
+    samples: list[Sample], pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has no compiled backward of it for CPUs, and so refuses; the one that is not compiled works there too."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    model = tiny({"hidden_size": 64, "intermediate_size": 64}, attention="flex_attention")
+    results = []
+    with torch.compiler.set_stance("force_eager"):
+        for inputs in (batch(samples), packed(samples)):
+            output = model(**inputs, pixel_values=pixels)
+            output.loss.backward()
+            results.append((output.token_losses, gradients(model)))
+    torch.testing.assert_close(results[1][0], results[0][0], **CLOSE)
+    assert any(name.endswith("k_proj.weight") and grad.any() for name, grad in results[0][1].items())
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, **CLOSE, msg=name)
+
+
+def test_can_pack_asks_in_a_way_that_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention needs a GPU, where the model is not yet when this is asked; flex attention takes a minute."""
+    model = tiny(attention="flex_attention").language_model
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it ran")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", refuse)
+    assert can_pack(model)
+    assert model.config._attn_implementation == "flex_attention"
+
+
 def test_packed_rows_of_a_batch(samples: list[Sample], pixels: torch.Tensor) -> None:
     model = tiny(attention="sdpa")
     first, second = packed(samples[:2], padding=0), packed(samples[2:], padding=0)

@@ -68,6 +68,7 @@ def test_plan(folder: Path, run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
     for part in ("samples 24", "steps 3 of 8 samples", "images 21 an epoch", "2 ranks", "packing efficiency", "FLOPs",
+                 "if the LLM can keep them apart",
                  "8 │ 3" if "│" in words else "8 3", "18 no level", "6 no image, which pretraining needs"):  # fmt: skip
         assert part in words, (part, words)
     result = run("train", "plan", folder / "q.tar", "--init", folder / "first", *SMALL, "--template", "chat")
@@ -75,6 +76,41 @@ def test_plan(folder: Path, run: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "c.tar", "first", "llm", "p.png", "q.tar", "run.toml", "second", "vision",
     ]  # fmt: skip
+
+
+def test_a_finished_run_says_so(folder: Path, run: Run) -> None:
+    again = ["--init", folder / "first", "--config", folder / "run.toml", "--set", "epochs=2", *SMALL]
+    result = run("train", "finetune", folder / "q.tar", *again, "--out", folder / "second")
+    assert result.exit_code == 0, result.output
+    assert "nothing to do: these 6 steps were done before" in " ".join(result.output.split())
+
+
+def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is no folder may be a model on the hub; where that cannot be reached, one sentence, at once."""
+    asked: list[str] = []
+
+    def unreachable(self: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    for verb in (["plan"], ["pretrain", "--out", folder / "none"]):
+        new = ["--llm", "someone/model", "--vision", folder / "vision"]
+        result = run("train", verb[0], folder / "c.tar", *new, *verb[1:])
+        assert result.exit_code == 2
+        told = "someone/model: there is no such folder, and the Hugging Face hub gives no model of that name (Name or"
+        assert told in " ".join(result.output.split())
+    assert asked == ["someone/model"] * 2
+    assert not (folder / "none").exists()
+    result = run("train", "plan", folder / "c.tar", "--llm", "some where/else", "--vision", folder / "vision")
+    assert "some where/else: there is no such folder" in result.output
+    assert len(asked) == 2
+
+
+def test_alignment_of_nothing(folder: Path, run: Run) -> None:
+    result = run("generate", folder / "second", "--prompt", "hello", "--show-alignment", "--max-new-tokens", 1)
+    assert "without a picture there is no alignment vector" in result.output
+    assert run("generate", folder / "second", "--prompt", "hello", "--temperature", -1).exit_code == 2
 
 
 def test_generate_and_chat(folder: Path, run: Run) -> None:
