@@ -419,7 +419,8 @@ def models() -> None:
     from rich import box
     from rich.table import Table
 
-    from aligncurate.encoders import DEFAULT_MODEL, known_models
+    from aligncurate.catalogue import known_models
+    from aligncurate.encoders import DEFAULT_MODEL
 
     table = Table("model", "pixels", "width", "--pretrained", box=box.SIMPLE_HEAD)
     for entry in known_models():

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -277,32 +276,3 @@ def _quiet_logging() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-@cache
-def known_models() -> list[dict[str, Any]]:
-    """What `--model` accepts: name, input size in pixels, embedding width and weights of each."""
-    import open_clip
-    from open_clip.pretrained import list_pretrained_tags_by_model
-
-    found = [
-        {
-            "model": TINY,
-            "weights": ["built in"],
-            **_shape(open_clip_config(TINY_FOLDER / "tiny.json")),
-        }
-    ]
-    for name in open_clip.list_models():
-        tags = list_pretrained_tags_by_model(name)
-        if tags and name != TINY:
-            found.append({"model": name, "weights": tags, **_shape(open_clip.get_model_config(name))})
-    return found
-
-
-def open_clip_config(file: Path) -> dict[str, Any]:
-    """An open_clip JSON config as a dictionary."""
-    return dict(json.loads(file.read_text("utf-8")))
-
-
-def _shape(config: dict[str, Any]) -> dict[str, Any]:
-    return {"image_size": config["vision_cfg"].get("image_size", 224), "width": config["embed_dim"]}
