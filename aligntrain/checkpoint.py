@@ -14,6 +14,7 @@ own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -51,6 +52,7 @@ class Position:
         epoch: the epoch of the next one.
         plan: hash of that epoch's plan.
         data: digest of the index.
+        start: names the model that the run started from, see ``start_of``.
         settings: those of StageConfig that alter the result.
         unreadable: images that could not be decoded so far.
     """
@@ -59,6 +61,7 @@ class Position:
     epoch: int
     plan: str
     data: str
+    start: str
     settings: dict[str, Any]
     unreadable: int = 0
 
@@ -130,6 +133,19 @@ def forget(out: Path) -> int:
     (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return found
+
+
+def start_of(config: StageConfig) -> str:
+    """Names the model in ``init``, of which a checkpoint has only what learns; empty where that is not known.
+
+    It is told by its configuration and, where training wrote it, by the data, settings and steps that made it.
+    """
+    digest = hashlib.sha256()
+    files = [Path(config.init or "") / name for name in ("config.json", _FINISHED)]
+    known = [file.read_bytes() for file in files if config.init is not None and file.is_file()]
+    for part in known:
+        digest.update(part)
+    return digest.hexdigest()[:16] if known else ""
 
 
 def check_settings(folder: Path, before: Position, config: StageConfig) -> None:

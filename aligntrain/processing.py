@@ -115,6 +115,8 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            if tokenizer.pad_token is None:
+                raise ValueError("the tokenizer has no padding, unknown or end token; give it one of them.")
         self.image_token = IMAGE
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
         self.align_token_id: int = tokenizer.convert_tokens_to_ids(ALIGN)

@@ -89,7 +89,8 @@ def _train(config: StageConfig, world: World) -> Summary:
     started = time.perf_counter()
     out = Path(config.out)
     world.together(lambda: _check_place(config, world))
-    before = world.first_does(lambda: _earlier(out, config)) if config.resume else None
+    start = world.first_does(lambda: checkpoint.start_of(config))
+    before = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
 
     # The data: tokenised by the first rank, read by all.
     processor = world.together(lambda: build_processor(config))
@@ -141,7 +142,8 @@ def _train(config: StageConfig, world: World) -> Summary:
 
     def position_at(step: int) -> Position:
         epoch = step // per_epoch
-        return Position(step, epoch, plan_of(epoch).hash, index.digest, config.to_json(altering=True), unreadable)
+        settings = config.to_json(altering=True)
+        return Position(step, epoch, plan_of(epoch).hash, index.digest, start, settings, unreadable)
 
     def save(step: int) -> list[Path]:
         return [checkpoint.save(out, model, optimizer, position_at(step), keep=config.keep, world=world)]
@@ -358,13 +360,16 @@ def _check_place(config: StageConfig, world: World) -> None:
         raise UserError(f"attention is {config.attention}, which cannot train on a CPU; choose sdpa or eager.")
 
 
-def _earlier(out: Path, config: StageConfig) -> Position | None:
-    """Where an earlier run in ``out`` stands. Raises UserError where it had other settings."""
+def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
+    """Where an earlier run in ``out`` stands. Raises UserError where it had other settings or another start."""
     position, where = checkpoint.read_finished(out), out
     if position is None and (found := checkpoint.checkpoints(out)):
         position, where = checkpoint.read_position(found[-1]), found[-1]
     if position is not None:
         checkpoint.check_settings(where, position, config)
+        if position.start != start:
+            raise UserError(f"{where}: the model in {config.init} is not the one that the run began with; name another "
+                            "--out, or say --no-resume to begin anew.")  # fmt: skip
     return position
 
 
@@ -377,6 +382,8 @@ def _prepare(config: StageConfig, processor: Any, levels: int, index_file: Path)
     facts = index.facts
     for cause, count in facts.skipped.most_common(5):
         notice(f"{count:,} rows were left out: {cause} (such as {facts.examples[cause]})")
+    if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
+        notice("the data has no levels, so that level_weights and stratified change nothing")
     if facts.truncated:
         notice(f"{facts.truncated:,} samples were cut at {config.max_length} tokens")
 

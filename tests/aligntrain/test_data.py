@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from stage_data import captions, finetuning, make_models, picture, pretraining, questions, tokenizer, write_tar
+from transformers import PreTrainedTokenizerFast
 
 from aligncurate.errors import UserError
 from aligncurate.scoring import ingest
@@ -300,3 +301,6 @@ def test_lines_of_windows(models: dict[str, str], tmp_path: Path, newline: str) 
 def test_a_tokenizer_without_padding_token(models: dict[str, str]) -> None:
     assert tokenizer().pad_token is None
     assert build_processor(pretraining(models, "x", Path("y"))).tokenizer.pad_token == "<unk>"
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
+    with pytest.raises(ValueError, match="no padding, unknown or end token"):
+        AlignGPTProcessor(build_processor(pretraining(models, "x", Path("y"))).image_processor, bare)

@@ -445,6 +445,26 @@ def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, st
     assert train(config.replace(resume=False)).steps == 3
 
 
+def test_another_model_to_start_from_is_not_mixed_in(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """The first stage was run again, with another seed: what the second does not learn would change under it."""
+    init = Path(shutil.copytree(pretrained, tmp_path / "init", ignore=shutil.ignore_patterns("checkpoints")))
+    config = finetuning({"init": str(init)}, str(folder / "q.tar"), tmp_path / "out", max_steps=2, save_every=1)
+    train(config)
+    assert train(config).again
+    made_of = json.loads((init / "finished.json").read_text())
+    made_of["settings"]["seed"] = 9
+    (init / "finished.json").write_text(json.dumps(made_of))
+    with pytest.raises(UserError, match=r"the model in .*init is not the one that the run began with"):
+        train(config)
+
+
+def test_level_weights_of_data_without_levels(
+    folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(finetuning(models, str(folder / "q.tar"), tmp_path / "out", max_steps=1, level_weights={1: 0.5}))
+    assert "the data has no levels, so that level_weights" in " ".join(capsys.readouterr().err.split())
+
+
 def test_only_the_newest_checkpoints_stay(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
     train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", epochs=2, save_every=1, keep=2))
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000005", "step-00000006"]
