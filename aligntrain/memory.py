@@ -96,4 +96,4 @@ def _activations(model: AlignGPTForConditionalGeneration, config: StageConfig, h
     one = norms + attention + mlp
     layers = half * width * depth + one if config.checkpointing else one * depth
     ends = norms // 2 + half * width  # the last norm, and the embeddings
-    return config.token_budget * (layers + ends)
+    return int(config.token_budget * (layers + ends))
