@@ -515,19 +515,17 @@ def write_tars(folder: Path, count: int, seed: int, shard_size: int = 1000) -> l
 
 
 def write_conversations(folder: Path, count: int, seed: int, shard_size: int = 1000) -> list[Path]:
-    """Write scenes with all their `questions` as webdataset shards, in LLaVA's form, and return the shards in order.
+    """Write scenes with all their `questions`, shuffled, as webdataset shards, and return the shards in order.
 
-    A sample is `<key>.jpg` and `<key>.json` with `conversations`, the picture in the first question.
+    A sample is `<key>.jpg` and `<key>.json` with `conversations` in LLaVA's form, the picture in the first question.
     """
     return _write(folder, map(_conversation, (make_scene(seed, k) for k in range(count)), range(count)), shard_size)
 
 
 def _conversation(scene: Scene, number: int) -> dict[str, bytes]:
-    turns = [
-        {"from": who, "value": text}
-        for pair in questions(scene)
-        for who, text in zip(("human", "gpt"), pair, strict=True)
-    ]
+    asked = questions(scene)
+    random.Random(f"order {scene.noise}").shuffle(asked)  # a model must not learn which question comes first
+    turns = [{"from": who, "value": text} for pair in asked for who, text in zip(("human", "gpt"), pair, strict=True)]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     key = f"scene-{number:07d}"
     return {f"{key}.jpg": _jpeg(draw(scene)), f"{key}.json": json.dumps({"conversations": turns}).encode()}
