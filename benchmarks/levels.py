@@ -6,7 +6,8 @@
 Thresholds: N scores, one in a hundred rows without one, in parts of a million rows and row groups of ten thousand, as
 `score` writes them. Every measurement runs in a process of its own, which tells its peak memory, and all must agree on
 the thresholds. Labels: `bucket` with frozen thresholds on all columns, against polars copying the same files with
-`scan_parquet` and `sink_parquet`, in turn in one run. A first run of each is not counted.
+`scan_parquet` and `sink_parquet`, in turn in one run. A first run of each is not counted, unless --rounds is 1.
+"processor s" is how long the cores worked for it together, which other processes change less than the time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import polars as pl
 import pyarrow as pa
 
 from aligncurate.bucketing import bucket, fit, iter_scores
-from aligncurate.dataset import Dataset, DatasetWriter, PartInfo
+from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter, PartInfo
 from aligncurate.levels import Counts, quantile_ranks
 from aligncurate.pairs import Status, schema
 from benchmarks.common import Spread, publish, undisturbed
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--label", type=float, default=1e6, help="rows to label; 0 for none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tries", type=int, default=6, help="of a run that other processes disturb")
-    parser.add_argument("--folder", type=Path, help="where the parts go; by default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="keeps the scores for the next run; by default temporary")
     parser.add_argument("--name", default="levels", help="of the file of results")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)
@@ -88,8 +89,7 @@ def main() -> None:
     with TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         for count in options.scores:
-            rows += thresholds(int(count), options, folder / "scores")
-            shutil.rmtree(folder / "scores")
+            rows += thresholds(int(count), options, (options.folder or folder) / f"scores-{count:.0f}")
         if options.label:
             for per_part in (10_000, 100_000):
                 rows += labels(int(options.label), per_part, options, folder)
@@ -99,7 +99,8 @@ def main() -> None:
 
 def thresholds(count: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Rows of one number of scores: ours from two passes and from counts, polars, numpy."""
-    write_scores(folder, count)
+    if not (folder / MANIFEST).is_file():
+        write_scores(folder, count)
     tasks = ["ours, two passes", "ours, counts left by score"]
     tasks += ["polars, sort"] * (count <= options.polars_up_to) + ["numpy.sort"] * (count <= options.numpy_up_to)
     return measure("thresholds", count, {t: lambda t=t: _apart(t, folder) for t in tasks}, options)
@@ -113,11 +114,11 @@ def labels(count: int, per_part: int, options: argparse.Namespace, folder: Path)
     frozen.write_text(json.dumps(fit(dataset, LEVELS, "quantile").to_json()))
 
     def timed(work: Callable[[], Any]) -> dict[str, Any]:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         work()
-        seconds = time.perf_counter() - started
+        found = {"seconds": time.perf_counter() - started, "worked": time.process_time() - worked}
         shutil.rmtree(target, ignore_errors=True)
-        return {"seconds": seconds}
+        return found
 
     def polars(**settings: Any) -> Callable[[], dict[str, Any]]:
         return lambda: timed(
@@ -161,6 +162,7 @@ def measure(
             "variant": name,
             "million rows/s": Spread.of([count / s / 1e6 for s in seconds[name]]),
             "seconds": Spread.of(seconds[name]),
+            "processor s": Spread.of([run["worked"] for run in runs[name]]),
             "ours is": f"{statistics.median(seconds[name]) / first:.2f}x",
             "peak MiB": max((run["peak"] for run in runs[name] if "peak" in run), default=None),
             "others": f"{others[name]:.0%}",
@@ -191,9 +193,10 @@ def _in_this_process(task: str, folder: str) -> dict[str, Any]:
         "polars, sort": lambda: _polars(dataset),
         "numpy.sort": lambda: _numpy(dataset),
     }[task]
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     values = [float(v) for v in work()]
-    return {"seconds": time.perf_counter() - started, "values": values, "peak": _peak_mib()}
+    found = {"seconds": time.perf_counter() - started, "worked": time.process_time() - worked}
+    return {**found, "values": values, "peak": _peak_mib()}
 
 
 def _ours(dataset: Dataset, *, counted: bool) -> tuple[float, ...]:

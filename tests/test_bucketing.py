@@ -1,15 +1,17 @@
 """The verb `bucket` on datasets: labels, frozen thresholds, resuming, mistakes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 import aligncurate
+from aligncurate import bucketing
 from aligncurate.errors import UserError
 from aligncurate.sources import SourceOptions
-from pipelines.scenes import draw, make_scene
+from pipelines.scenes import draw, make_scene, write_tars
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,80 @@ def test_never_in_place(tmp_path, image) -> None:
     dataset = dataset_of(tmp_path, image, [0.1, 0.2])
     with pytest.raises(UserError, match="nothing is changed in place"):
         aligncurate.bucket(dataset, dataset.path, quiet=True)
+
+
+# Counts that `score` leaves
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> aligncurate.Dataset:
+    folder = tmp_path_factory.mktemp("scored")
+    write_tars(folder / "tars", 90, seed=5, shard_size=40)
+    return aligncurate.score(folder / "tars", folder / "out", model="tiny", quiet=True).dataset
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[str]:
+    """One entry for each pass over a dataset's scores."""
+    found: list[str] = []
+    before = bucketing.iter_scores
+    monkeypatch.setattr(bucketing, "iter_scores", lambda d, column: found.append(column) or before(d, column))
+    return found
+
+
+def edges(scores, count: int) -> list[float]:
+    ordered = np.sort(np.asarray(scores, np.float32))
+    return [float(ordered[-(-k * len(ordered) // count)]) for k in range(1, count)]
+
+
+def test_counts_left_by_score_save_the_first_pass(tmp_path, scored, passes) -> None:
+    labelled = aligncurate.bucket(scored, tmp_path / "out", levels=5, quiet=True)
+    assert passes == ["score"]
+    assert labelled.manifest["thresholds"]["values"] == edges(scored.scan().collect()["score"], 5)
+
+
+def test_counts_are_those_of_the_scores_and_no_part_line_repeats_them(scored) -> None:
+    scores = np.sort(scored.scan().collect()["score"].to_numpy())
+    assert scored.score_counts("score").total == len(scores) == 90
+    assert scored.score_counts("score_other") is None
+    assert all("score_counts" not in line for line in scored.manifest["parts"])
+
+
+def test_a_rerun_finds_the_counts_in_the_parts(tmp_path, scored) -> None:
+    source = Path(scored.scan().collect()["source"][0]).parent
+    first = aligncurate.score(source, tmp_path / "out", model="tiny", quiet=True).dataset
+    for lost in first.files[:2]:
+        lost.unlink()
+        again = aligncurate.score(source, tmp_path / "out", model="tiny", quiet=True).dataset
+        assert again.manifest == first.manifest
+    assert first.manifest["score_counts"] == scored.manifest["score_counts"]
+
+
+def test_fewer_rows_never_use_the_counts_of_all(tmp_path, scored, passes) -> None:
+    fewer = aligncurate.filter(scored, tmp_path / "fewer", top_fraction=0.5, quiet=True)
+    assert fewer.score_counts("score") is None
+    labelled = aligncurate.bucket(fewer, tmp_path / "out", levels=3, quiet=True)
+    assert passes == ["score", "score"]
+    assert labelled.manifest["thresholds"]["values"] == edges(fewer.scan().collect()["score"], 3)
+
+
+@pytest.mark.parametrize("wrong", ["total", "shifted", "broken"])
+def test_counts_that_do_not_fit_are_not_believed(tmp_path, scored, passes, wrong) -> None:
+    dataset = aligncurate.Dataset(scored.path)
+    noted = dataset.manifest["score_counts"]["score"]
+    if wrong == "total":
+        noted["counts"][0] += 1
+    elif wrong == "shifted":
+        noted["bins"] = [b - 100 for b in noted["bins"]]
+    else:
+        noted["bins"].reverse()
+    labelled = aligncurate.bucket(dataset, tmp_path / "out", levels=4, quiet=True)
+    assert len(passes) == (3 if wrong == "shifted" else 2)
+    assert labelled.manifest["thresholds"]["values"] == edges(scored.scan().collect()["score"], 4)
+
+
+def test_rows_that_are_not_ok_and_empty_parts_do_not_count(tmp_path, image) -> None:
+    dataset = dataset_of(tmp_path, image, [None, None, 0.5, 0.25, None, 0.75], per_part=2)
+    empty = aligncurate.filter(dataset, tmp_path / "some", where="score > 0.3", quiet=True)
+    found = [part.tolist() for part in bucketing.iter_scores(empty, "score")]
+    assert found == [[], [0.5], [0.75]]
