@@ -93,6 +93,7 @@ def pretraining(out: Path) -> StageConfig:
         vision="tiny",
         epochs=3,
         token_budget=1024,
+        learning_rate=3e-3,
         **_SMALL,
     )
 
