@@ -315,6 +315,8 @@ def _show_preview(found: Preview, config: StageConfig, ranks: int) -> None:
         "estimated time",
         f"{duration(found.seconds)} for {found.flops:.2e} FLOPs, at 40% of {found.flops_per_s:.2e} FLOP/s ({how})",
     )
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(found.memory).items())
+    table.add_row("estimated memory", f"{found.memory.total / 1e9:.1f} GB a device: {parts}")
     _stdout.print(table)
     counts = Table("level", "samples", box=box.SIMPLE_HEAD)
     for level, count in sorted(facts.levels.items()):

@@ -1,4 +1,4 @@
-"""What a stage would do, without doing it: steps, packing, tokens, levels, rows left out, time."""
+"""What a stage would do, without doing it: steps, packing, tokens, levels, rows left out, time, memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from .build import build_config, build_processor
 from .config import StageConfig
 from .index import Facts, build_index
+from .memory import Memory, estimate_memory
 from .metrics import Flops, peak_flops, trains_llm
 from .modeling import AlignGPTForConditionalGeneration
 from .trainer import plan_epoch, total_steps
@@ -33,6 +34,7 @@ class Preview:
         seconds: estimated, at ASSUMED_UTILISATION of ``flops_per_s``.
         flops_per_s: of one device: the data sheet's, or where that is not known what matrix products reach on it.
         measured: whether it was measured.
+        memory: of one device.
     """
 
     facts: Facts
@@ -45,6 +47,7 @@ class Preview:
     seconds: float
     flops_per_s: float
     measured: bool
+    memory: Memory
 
 
 def preview(config: StageConfig, ranks: int = 1) -> Preview:
@@ -82,6 +85,7 @@ def preview(config: StageConfig, ranks: int = 1) -> Preview:
         seconds=flops / (rate * ASSUMED_UTILISATION * ranks),
         flops_per_s=rate,
         measured=peak is None,
+        memory=estimate_memory(model_config, config, ranks),
     )
 
 

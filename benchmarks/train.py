@@ -132,7 +132,7 @@ def stock(shape: Shape, work: Path, data: list[str], root: str | None) -> dict[s
 
     def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
         padded = processor.pad([encoded for encoded, _ in batch])
-        pixels = processor.process_images([decode(image.read_bytes()) for _, image in batch])
+        pixels = processor.process_images([decode(load()) for _, load in batch])
         return {**{k: padded[k] for k in ("input_ids", "attention_mask", "labels")}, "pixel_values": pixels}
 
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def _config(shape: Shape, work: Path, data: list[str], root: str | None, **setti
 
 def _samples(processor: Any, data: list[str], root: str | None) -> Any:
     for pair in _pairs(data, root):
-        yield processor.encode(pair.conversations, has_image=True), Path(pair.source).parent / str(pair.image_path)
+        yield processor.encode(pair.conversations, has_image=True), pair.load
 
 
 def _pairs(data: list[str], root: str | None) -> Any:

@@ -30,8 +30,6 @@ from aligncurate.pairs import Pair
 from aligncurate.progress import duration
 from aligncurate.sources import SourceOptions, open_source
 from aligntrain import StageConfig
-from aligntrain.build import build_config
-from aligntrain.memory import Memory, estimate_memory
 from aligntrain.preview import ASSUMED_UTILISATION, Preview, preview
 from pipelines.stage import run_stage
 
@@ -128,7 +126,7 @@ def dry_run(recipe: Recipe, gpus: int, gigabytes: float, tflops: float) -> None:
     console.print(_data_table(recipe))
     stages = list(_stages(recipe, gpus))
     console.print(_schedule_table(stages, gpus, tflops))
-    console.print(_memory_table(stages, gpus, gigabytes))
+    console.print(_memory_table(stages, gigabytes))
     console.print("to run it:")
     launch = (
         f"torchrun --nproc-per-node {gpus} -m pipelines.aligngpt_7b" if gpus > 1 else "python -m pipelines.aligngpt_7b"
@@ -214,8 +212,8 @@ def _stage_table(title: str, stages: list[tuple[StageConfig, Preview]]) -> Table
     return shown
 
 
-def _memory_table(stages: list[tuple[StageConfig, Preview]], gpus: int, gigabytes: float) -> Table:
-    parts: list[Memory] = [estimate_memory(build_config(stage), stage, gpus) for stage, _ in stages]
+def _memory_table(stages: list[tuple[StageConfig, Preview]], gigabytes: float) -> Table:
+    parts = [found.memory for _, found in stages]
     shown = _stage_table("memory of one GPU, GB", stages)
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         shown.add_row(name, *(f"{getattr(part, name) / 1e9:.1f}" for part in parts))
