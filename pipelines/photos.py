@@ -53,8 +53,8 @@ class Size:
     width: int = 192
     layers: int = 4
     vocabulary: int = 4_000
-    language_steps: int = 900
-    epochs: tuple[int, int] = (2, 4)  # of pretraining and of finetuning
+    language_steps: int = 500
+    epochs: tuple[int, int] = (1, 3)  # of pretraining and of finetuning
     batch_sizes: tuple[int, int] = (64, 16)
 
 
@@ -100,7 +100,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     clock.step("Teach a small LLM the language of the captions and questions")
     _language_model(data, Path(llm), size)
     eyes = encoders.load(**_named(clip))
-    vision_tower_from_open_clip(eyes.model.visual, eyes.preprocess.mean, eyes.preprocess.std, Path(vision))
+    vision_tower_from_open_clip(eyes.towers.model.visual, eyes.preprocess.mean, eyes.preprocess.std, Path(vision))
 
     clock.step("Pretrain: projector and level embeddings")
     first = StageConfig.pretrain(
