@@ -159,7 +159,8 @@ def test_what_is_ok_has_the_score_of_a_plain_loop(zoo, mini) -> None:
 
 
 def test_the_form_of_the_source_changes_no_status(zoo, mini, tmp_path) -> None:
-    expected = zoo.head(len(IMAGES)).select("key", "status", "error", "score", "width").rows()
+    facts = ["key", "status", "error", "width"]
+    expected = zoo.head(len(IMAGES)).select(*facts, "score")
     rows = [{"id": n, "caption": "a picture", "image": f"{n}.{ending}"} for n, (ending, *_) in IMAGES.items()]
     for row, (_, data, _, _) in zip(rows, IMAGES.values(), strict=True):
         (tmp_path / row["image"]).write_bytes(data)
@@ -170,8 +171,11 @@ def test_the_form_of_the_source_changes_no_status(zoo, mini, tmp_path) -> None:
     )
     for name in ("a.csv", "a.jsonl", "a.parquet"):
         run = aligncurate.score(tmp_path / name, tmp_path / f"out-{name}", **mini, quiet=True)
-        found = run.dataset.scan().select("key", "status", "error", "score", "width").collect().rows()
-        assert found == expected, name
+        found = run.dataset.scan().collect()
+        assert found.select(facts).rows() == expected.select(facts).rows(), name
+        # Other neighbours in a batch may change a score's last bits.
+        scores = (frame["score"].fill_null(9).to_numpy() for frame in (found, expected))
+        np.testing.assert_allclose(*scores, atol=1e-6, rtol=0, err_msg=name)
 
 
 def test_a_score_run_with_bad_rows_ends_well_and_counts_them(tmp_path, mini) -> None:

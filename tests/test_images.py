@@ -12,7 +12,7 @@ from inputs import encoded, picture
 from PIL import Image
 
 from aligncurate import images
-from aligncurate.images import ImageError, Preprocess, decode, open_image, decoders_unheard, preprocess_of
+from aligncurate.images import ImageError, Preprocess, decode, decoders_unheard, open_image, preprocess_of
 from aligncurate.pairs import Status
 
 

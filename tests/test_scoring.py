@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
+from inputs import cli
 from PIL import Image
 
 import aligncurate
@@ -305,6 +307,10 @@ def test_the_summary_says_where_the_time_went(tmp_path, dev) -> None:
     assert all(0 <= share <= 1.01 for share in scored.times.busy.values())
     ingested = aligncurate.ingest(tar, tmp_path / "ingested", quiet=True)
     assert list(ingested.times.seconds) == ["read", "decode", "write"]
+    told = cli("score", tar, "--out", tmp_path / "told", "--model", "tiny").stdout
+    assert re.search(
+        r"^time: read [\d.]+ s, decode .*, write [\d.]+ s; bottleneck: \w+, \d+%.* busy$", told, re.MULTILINE
+    )
 
 
 def test_an_unfinished_run_keeps_the_batch_size_that_it_chose(tmp_path, dev, monkeypatch) -> None:
