@@ -209,7 +209,7 @@ def run(shape_name: str, data: list[str], root: str | None, runs: int) -> list[d
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 found[way].append(json.loads(told.read_text()))
         packing = {
-            budget: preview(_config(shape, work, data, root, batch_size=128, token_budget=budget)).efficiency
+            budget: preview(_config(shape, work, data, root).replace(batch_size=128, token_budget=budget)).efficiency
             for budget in BUDGETS
         }
     rows: list[dict[str, Any]] = []
