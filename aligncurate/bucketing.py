@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aligncurate.dataset import THRESHOLDS, Dataset
-from aligncurate.derive import derive
+from aligncurate.derive import replace_column
 from aligncurate.errors import UserError
 from aligncurate.levels import MAX_LEVELS, Counts, Floats, Method, Thresholds, WrongCounts, find_thresholds
 from aligncurate.pairs import COLUMNS, Status, usable_scores
@@ -55,13 +55,9 @@ def bucket(
     options = {"levels": found.levels, "method": found.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
     head = opened.derived("bucket", options, thresholds=found.to_json())
-
-    def label(_: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        for table in tables:
-            place = table.schema.get_field_index("level")
-            yield table.set_column(place, table.schema.field(place), _levels(table, found))
-
-    return derive(opened, out, head, label, quiet=quiet)
+    return replace_column(
+        opened, out, head, "level", ["status", score_column], lambda table: _levels(table, found), quiet=quiet
+    )
 
 
 def check_score_column(dataset: Dataset, name: str) -> None:

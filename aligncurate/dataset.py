@@ -5,19 +5,15 @@ is written twice: when a run begins (`complete: false`, which pins the options t
 when all parts are there. Nothing in the folder depends on time or on which run wrote it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
@@ -25,8 +21,18 @@ import pyarrow.parquet as pq
 
 from aligncurate import __version__
 from aligncurate.errors import UserError
+from aligncurate.files import LOCK, TEMPORARY, lock, make_folder, sync_folder, write_json
 from aligncurate.levels import Counts
-from aligncurate.pairs import FINE, Status
+from aligncurate.parts import (
+    SCORE_COUNTS,
+    PartInfo,
+    PartWriter,
+    part_name,
+    read_note,
+    read_part_info,
+    readable,
+    row_groups,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -34,51 +40,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 THRESHOLDS = "thresholds.json"
-_TEMPORARY = ".tmp-"
-_LOCK = ".lock"
-_FACTS = b"aligncurate.facts"
-SCORE_COUNTS = "score_counts"
-_BATCH = 10_000  # values that Arrow encodes at once; its 1,024 make more work
-_RANDOM = ("score", "sha256")
-_MEASURED = ("row", "width", "height", "score", "level", "status")  # columns whose range is worth knowing when scanning
-_LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
-
-
-@dataclass(frozen=True)
-class PartInfo:
-    """What the manifest says of one part."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-    statuses: dict[str, int]
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the verb noted. The counts of scores (`score_counts`) are in the part itself; the manifest has their sum."""
-
-    @property
-    def ok(self) -> int:
-        return self.statuses.get(Status.OK, 0)
-
-    @property
-    def failed(self) -> int:
-        return self.rows - sum(self.statuses.get(s, 0) for s in FINE)
-
-    def to_json(self) -> dict[str, Any]:
-        line = {"name": self.name, "rows": self.rows, "ok": self.ok, "bytes": self.bytes}
-        line |= {"sha256": self.sha256, "statuses": self.statuses}
-        return line | {name: fact for name, fact in self.facts.items() if name != SCORE_COUNTS}
-
-    @classmethod
-    def from_json(cls, line: Mapping[str, Any]) -> Self:
-        known = ("name", "rows", "bytes", "sha256", "statuses")
-        facts = {k: v for k, v in line.items() if k not in (*known, "ok")}
-        return cls(**{k: line[k] for k in known}, facts=facts)
-
-
-def part_name(index: int) -> str:
-    """File name of the part that input shard `index` becomes."""
-    return f"part-{index:05d}.parquet"
 
 
 def library_versions() -> dict[str, str]:
@@ -178,7 +139,7 @@ class Dataset:
 
     def read(self, index: int, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()) -> pa.Table:
         """Part number `index` as a table; columns in `encoded` as dictionaries. Raises UserError for a damaged file."""
-        with _readable(self.files[index], encoded) as part:
+        with readable(self.files[index], encoded) as part:
             return part.read(columns=columns, use_threads=False)
 
     def groups(self, index: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -206,22 +167,6 @@ class Dataset:
             "history": [*self.manifest.get("history", []), step],
         }
         return head | changes
-
-
-def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
-    with _readable(file) as part:
-        for group in range(part.num_row_groups):
-            yield part.read_row_group(group, columns=columns, use_threads=False)
-
-
-@contextmanager
-def _readable(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    try:
-        with pq.ParquetFile(file, read_dictionary=list(encoded), pre_buffer=False) as part:
-            yield part
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -267,7 +212,7 @@ class DatasetWriter:
         make_folder(self.path)
         with lock(self.path):
             self._check()
-            for leftover in self.path.glob(f"{_TEMPORARY}*"):
+            for leftover in self.path.glob(f"{TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
             if not (self.path / MANIFEST).is_file():
                 self._write_manifest(complete=False, parts=[])
@@ -277,7 +222,7 @@ class DatasetWriter:
         file = self.path / MANIFEST
         if not file.is_file():
             strangers = [p.name for p in self.path.iterdir()]
-            strangers = [n for n in strangers if not n.startswith((_TEMPORARY, _LOCK))]
+            strangers = [n for n in strangers if not n.startswith((TEMPORARY, LOCK))]
             if strangers:
                 raise UserError(
                     f"{self.path}: the output folder holds other files ({strangers[0]}); name a new folder."
@@ -343,7 +288,7 @@ class DatasetWriter:
         for part in parts:
             noted = part.facts.get(SCORE_COUNTS)
             if noted is None and self._counted and part.name in self._lines:
-                noted = _read_note(self.path / part.name)["facts"].get(SCORE_COUNTS)
+                noted = read_note(self.path / part.name)["facts"].get(SCORE_COUNTS)
             found = {column: Counts.from_json(counts) for column, counts in (noted or {}).items()}
             found = {column: counts for column, counts in found.items() if counts.total == part.ok}
             total = found if total is None else {c: total[c] + found[c] for c in total if c in found}
@@ -356,33 +301,6 @@ class DatasetWriter:
             self.path / MANIFEST,
             {**self.head, "complete": complete, **facts, "parts": [p.to_json() for p in parts]},
         )
-
-
-def make_folder(path: Path) -> None:
-    """Make an output folder, if it is not there. Raises UserError where a file is in the way."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: --out must be a folder, but this is a file.")
-    path.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; the kernel lets go of it however the run ends."""
-    path = folder / _LOCK
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another run is writing to this folder; wait for it to end.") from None
-            # Another run may have ended, and removed the file, between our opening and locking it.
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -411,176 +329,3 @@ def changed_files(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-class PartWriter:
-    """Writes one part under a temporary name and commits it atomically.
-
-    Use as a context manager: leaving it normally commits and sets `info`; an exception leaves nothing behind.
-    """
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path = path
-        self.schema = schema
-        self.facts: dict[str, Any] = {}
-        self.info: PartInfo | None = None
-        self._temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-        self._statuses: Counter[str] = Counter()
-        self._writer: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> Self:
-        self._file = _HashingFile(self._temporary)
-        self._writer = pq.ParquetWriter(
-            self._file,
-            self.schema,
-            # What is as good as random is stored as it is: compressing it costs time, and saves nothing.
-            compression={leaf: "none" if leaf in _RANDOM else "zstd" for leaf in _leaves(self.schema)},
-            # Keys, captions and the like do not repeat: a dictionary for them only costs time and space.
-            use_dictionary=[n for n in ("source", "status", "error") if n in self.schema.names],
-            # The least and greatest of captions, hashes and the like help no reader, and cost a third of writing.
-            write_statistics=[n for n in _MEASURED if n in self.schema.names],
-            write_batch_size=_BATCH,
-        )
-        return self
-
-    def write(self, table: pa.Table) -> None:
-        """Append rows as one row group."""
-        assert self._writer is not None
-        self._writer.write_table(table)
-        for item in table["status"].value_counts().to_pylist():
-            self._statuses[item["values"]] += item["counts"]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._writer is not None
-        try:
-            if error is None:
-                # The facts travel in the part itself, so that a resumed run knows them without a second file.
-                statuses = dict(sorted(self._statuses.items()))
-                note = {"statuses": statuses, "facts": self.facts}
-                self._writer.add_key_value_metadata({_FACTS: json.dumps(note).encode()})
-                self._writer.close()
-                self._file.commit(self.path)
-                rows = sum(statuses.values())
-                digest = self._file.digest.hexdigest()
-                self.info = PartInfo(self.path.name, rows, self._file.count, digest, statuses, self.facts)
-        finally:
-            if self.info is None:
-                self._file.abandon()
-                with suppress(Exception):  # Arrow insists on writing a footer, which goes nowhere now
-                    self._writer.close()
-
-
-def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:
-    """Parquet's names of the columns that some fields are stored in."""
-    for column in fields:
-        name, kind = prefix + column.name, column.type
-        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-            name, kind = f"{name}.list.element", kind.value_type
-        if pa.types.is_struct(kind):
-            yield from _leaves(kind, f"{name}.")
-        else:
-            yield name
-
-
-class _HashingFile:
-    """A file that hashes what is written to it, for Arrow to write into."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
-        self.digest = hashlib.sha256()
-        self.count = 0
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        if self._file.closed:  # abandoned
-            return len(memoryview(data))
-        self.digest.update(data)
-        self.count += len(memoryview(data))
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def tell(self) -> int:
-        return self.count
-
-    def close(self) -> None:
-        """Arrow closes its sink; the file stays open until it is committed."""
-
-    def readable(self) -> bool:
-        return False
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-    def commit(self, path: Path) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._path.replace(path)
-
-    def abandon(self) -> None:
-        if not self._file.closed:
-            # A full disk fails again when the buffer is flushed; the first error is on its way up already.
-            with suppress(OSError):
-                self._file.close()
-        self._path.unlink(missing_ok=True)
-
-
-def read_part_info(path: Path, known: Mapping[str, PartInfo]) -> PartInfo | None:
-    """What a committed part holds, or None when there is none. Reads the file only if `known` lacks it."""
-    if not path.is_file():
-        return None
-    if path.name in known and known[path.name].bytes == path.stat().st_size:
-        return known[path.name]
-    note = _read_note(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = sum(note["statuses"].values())
-    return PartInfo(path.name, rows, path.stat().st_size, digest, note["statuses"], note["facts"])
-
-
-def _read_note(path: Path) -> dict[str, Any]:
-    """What a part says of itself: `statuses` and `facts`."""
-    try:
-        note: dict[str, Any] = json.loads((pq.read_metadata(path).metadata or {})[_FACTS])
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a part that aligncurate wrote ({error!r}); delete it.") from None
-    return note
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends without an error."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, lists of numbers on one line, atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", "utf-8")

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aligncurate import storage
-from aligncurate.dataset import Dataset, atomic_file, lock, make_folder, write_json
+from aligncurate.dataset import Dataset
 from aligncurate.engines import local
 from aligncurate.errors import UserError
+from aligncurate.files import atomic_file, lock, make_folder, write_json
 from aligncurate.images import EXTENSIONS, extension
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.progress import Meter, meter

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from aligncurate import gpu
-from aligncurate.dataset import DatasetWriter, PartInfo, PartWriter, row_groups
+from aligncurate.dataset import DatasetWriter
 from aligncurate.errors import ShardError
 from aligncurate.images import Decode, ImageError, decode, open_image
 from aligncurate.levels import Counts
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Pair, Status, to_table, usable_scores
+from aligncurate.parts import PartInfo, PartWriter, row_groups
 from aligncurate.progress import Meter
 from aligncurate.sources import Shard, Source
 from aligncurate.sources.texts import scored_text

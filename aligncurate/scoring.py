@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from aligncurate import storage
-from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter, PartInfo
+from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter
 from aligncurate.engines import local
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images import Decode, decoders_unheard
 from aligncurate.pairs import schema
+from aligncurate.parts import PartInfo
 from aligncurate.pipeline import ScoreText, Settings, ShardScorer
 from aligncurate.progress import meter, notice
 from aligncurate.sources import Shard, Source, SourceOptions, open_source

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from aligncurate.bucketing import check_score_column
 from aligncurate.dataset import Dataset
-from aligncurate.derive import derive
+from aligncurate.derive import rewrite
 from aligncurate.errors import UserError
 from aligncurate.levels import Counts, order_statistics
 from aligncurate.pairs import usable_scores
@@ -71,7 +71,7 @@ def filter(
             yield table.filter(pa.array(mask[start : start + table.num_rows]))
             start += table.num_rows
 
-    return derive(opened, out, opened.derived("filter", options), keep, quiet=quiet)
+    return rewrite(opened, out, opened.derived("filter", options), keep, quiet=quiet)
 
 
 def parse_levels(text: str) -> list[int]:

@@ -33,9 +33,10 @@ import polars as pl
 import pyarrow as pa
 
 from aligncurate.bucketing import bucket, fit, iter_scores
-from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter, PartInfo
+from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter
 from aligncurate.levels import Counts, quantile_ranks
 from aligncurate.pairs import Status, schema
+from aligncurate.parts import PartInfo
 from benchmarks.common import Spread, publish, undisturbed
 
 LEVELS = 8

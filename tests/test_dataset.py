@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import aligncurate
-from aligncurate.dataset import DatasetWriter, PartInfo
+from aligncurate.dataset import DatasetWriter
 from aligncurate.errors import UserError
 from aligncurate.pairs import COLUMNS, Pair, Status, schema, to_table
+from aligncurate.parts import PartInfo
 from pipelines.scenes import write_tars
 
 HEAD = {"verb": "test", "options": {"a": 1}, "inputs": []}
