@@ -396,13 +396,22 @@ def export(
     format: Annotated[ExportFormat, typer.Option(help="What to write.")] = ExportFormat.webdataset,
     shard_size: Annotated[int, typer.Option(help="Pairs per tar.")] = 10_000,
     per_level: Annotated[bool, typer.Option("--per-level", help="A folder of tars for each level.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that write tars (default: one per core).")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write a dataset's good rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
     from aligncurate.exporting import FAILURES
     from aligncurate.exporting import export as run
 
-    done = run(dataset, out, format=format.value, shard_size=shard_size, per_level=per_level, quiet=quiet)
+    done = run(
+        dataset,
+        out,
+        format=format.value,
+        shard_size=shard_size,
+        per_level=per_level,
+        workers=workers,
+        quiet=quiet,
+    )
     if not quiet:
         files = f"{done.files[0]} … {done.files[-1]}" if len(done.files) > 1 else "".join(done.files) or "nothing"
         size = f", {done.bytes / 1e6:,.1f} MB of images" if done.bytes else ""

@@ -17,22 +17,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from aligncurate import storage
+from aligncurate.bulk import BulkFile
 from aligncurate.dataset import Dataset
-from aligncurate.engines import local
+from aligncurate.engines import local, processes
 from aligncurate.errors import UserError
 from aligncurate.files import atomic_file, lock, make_folder, write_json
 from aligncurate.images import EXTENSIONS, extension
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.progress import Meter, meter
-from aligncurate.sources.pointers import POINTER_COLUMNS, has_image, read_image
-from aligncurate.tars import TarWriter
+from aligncurate.sources.pointers import POINTER_COLUMNS, has_image, read_image, read_images
+from aligncurate.tars import Buffer, TarWriter
 
 Format = Literal["webdataset", "llava-json", "datacomp-uids"]
 
 RECORD = "export.json"
 FAILURES = "failed.jsonl"
 _HIDDEN = {*POINTER_COLUMNS, "image", "error", IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}  # not in the JSON
-_BUFFER = 1 << 16  # bytes; larger images go to the file as they are, without being copied once more
+_WORTH_PROCESSES = 10_000  # pairs; fewer are written before processes have started
 _PER_FOLDER = 10_000  # images in one folder of a LLaVA export
 _NO_KEY = re.compile(r'[.\x00-\x1f\x7f\\:*?"<>|]')  # webdataset splits names at dots; the rest trouble file systems
 _NAME_BYTES = 180  # of a file name, which most file systems end at 255
@@ -65,6 +66,7 @@ def export(
     format: Format = "webdataset",
     shard_size: int = 10_000,
     per_level: bool = False,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> Exported:
     """Write a dataset's good rows (`ok` and `text_only`) in a form that other tools read.
@@ -77,6 +79,7 @@ def export(
             `conversations` and AlignGPT's `similarity` (level - 1); `datacomp-uids` writes `uids.npy`.
         shard_size: pairs per tar.
         per_level: a folder of tars for each level.
+        workers: processes that write tars; by default one per core, and for few pairs none but this one.
         quiet: show no progress.
 
     Raises UserError when the folder holds something else, or the options do not fit together.
@@ -86,6 +89,8 @@ def export(
         raise UserError(f"--format {format}: use one of {', '.join(get_args(Format))}.")
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: use a number of at least 1.")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: use a number of at least 1.")
     if per_level and format != "webdataset":
         raise UserError(f"--per-level goes with --format webdataset, not {format}.")
     if per_level and not opened.levels:
@@ -96,7 +101,7 @@ def export(
         _take(done.path, record, stack)
         shown = stack.enter_context(meter("export", _exportable(opened), quiet=quiet))
         if format == "webdataset":
-            _webdataset(opened, done, shard_size, per_level, shown)
+            _webdataset(opened, done, shard_size, per_level, workers, shown)
         elif format == "llava-json":
             _llava(opened, done, shown)
         else:
@@ -162,27 +167,50 @@ class _Tar:
     rows: int = 0
 
 
-def _webdataset(dataset: Dataset, done: Exported, shard_size: int, per_level: bool, shown: Meter) -> None:
+def _webdataset(
+    dataset: Dataset, done: Exported, shard_size: int, per_level: bool, workers: int | None, shown: Meter
+) -> None:
     tars = _plan(dataset, shard_size, per_level)
+    if workers is None:
+        workers = os.cpu_count() or 1 if dataset.rows >= _WORTH_PROCESSES else 1
+    workers = min(workers, len(tars))
     for tar in tars:
         (done.path / tar.name).parent.mkdir(parents=True, exist_ok=True)
 
-    def write(tar: _Tar, check: Callable[[], None]) -> dict[str, Any]:
-        beside = done.path / f"{tar.name}.parquet"
+    # In memory at once are the rows of one tar per process, without their images.
+    write = _Write(dataset, done.path, per_level)
+    results = []
+    for outcome in processes.run(write, tars, workers) if workers > 1 else local.run(write, tars):
+        assert outcome.result is not None
+        tar, rows, size, failed = outcome.result
+        shown.add(tar.rows, rows, len(failed))
+        results.append(outcome.result)
+    for tar, rows, size, failed in sorted(results, key=lambda r: r[0].name):
+        done.rows += rows
+        done.bytes += size
+        done.failed += failed
+        done.files.append(f"{tar.name}.tar")
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Writes one tar of an export, unless it is there."""
+
+    dataset: Dataset
+    target: Path
+    per_level: bool
+
+    def __call__(self, tar: _Tar, check: Callable[[], None] = lambda: None) -> "_Written":
+        beside = self.target / f"{tar.name}.parquet"
         # Written last, so it is the mark that the tar is whole; what failed is tried again.
         if not beside.is_file() or _note(beside)["failed"]:
-            _write_tar(dataset, tar, per_level, done.path, check)
+            _write_tar(self.dataset, tar, self.per_level, self.target, check)
         note = _note(beside)
-        shown.add(tar.rows, note["rows"], len(note["failed"]))
-        return {"tar": tar, **note}
+        return tar, note["rows"], note["bytes"], note["failed"]
 
-    # In memory at once are the rows of one tar per thread, without their images. Some threads wait for the disk.
-    results = [outcome.result for outcome in local.run(write, tars, threads=min(4, 2 * (os.cpu_count() or 1)))]
-    for result in sorted((r for r in results if r is not None), key=lambda r: str(r["tar"].name)):
-        done.rows += result["rows"]
-        done.bytes += result["bytes"]
-        done.failed += result["failed"]
-        done.files.append(f"{result['tar'].name}.tar")
+
+_Written = tuple[_Tar, int, int, list[dict[str, str]]]
+"""A tar, how many rows and bytes of images it holds, and what could not be read."""
 
 
 def _note(beside: Path) -> dict[str, Any]:
@@ -238,22 +266,17 @@ def _write_tar(dataset: Dataset, tar: _Tar, per_level: bool, target: Path, check
     failed: list[dict[str, str]] = []
     names: set[str] = set()
     size = 0
-    with (
-        atomic_file(target / f"{tar.name}.tar") as temporary,
-        temporary.open("wb", buffering=_BUFFER) as file,
-    ):
+    with atomic_file(target / f"{tar.name}.tar") as temporary, BulkFile(temporary) as file:
         members = TarWriter(file)
         for batch in _tar_batches(dataset, tar, per_level):
             check()
             there = []
-            for row in batch.to_pylist():
-                try:
-                    data = read_image(row) if has_image(row) else None
-                except OSError as error:
-                    failed.append({"key": row["key"], "error": str(error)})
-                    there.append(False)
+            rows = batch.to_pylist()
+            for row, data in zip(rows, read_images(rows), strict=True):
+                there.append(not isinstance(data, OSError))
+                if isinstance(data, OSError):
+                    failed.append({"key": row["key"], "error": str(data)})
                     continue
-                there.append(True)
                 size += len(data or b"")
                 key = _free(_safe(row["key"]), names)
                 for ending, content in sorted(_sample(row, data).items()):
@@ -266,9 +289,9 @@ def _write_tar(dataset: Dataset, tar: _Tar, per_level: bool, target: Path, check
         pq.write_table(table, temporary, compression="zstd")
 
 
-def _sample(row: dict[str, Any], data: bytes | None) -> dict[str, bytes]:
+def _sample(row: dict[str, Any], data: Buffer | None) -> dict[str, Buffer]:
     """A webdataset sample's files by their endings: the image, `txt` for captions, everything else in `json`."""
-    sample: dict[str, bytes] = {}
+    sample: dict[str, Buffer] = {}
     if data is not None:
         sample[_ending(row, data)] = data
     if row["caption"] is not None:
@@ -287,7 +310,7 @@ def _plain(value: Any) -> Any:
 _JSON = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
 
 
-def _ending(row: dict[str, Any], data: bytes) -> str:
+def _ending(row: dict[str, Any], data: Buffer) -> str:
     """The image's own file ending, or the usual one for its bytes."""
     ending = storage.basename(row["image_path"] or "").rpartition(".")[2].lower()
     return ending if ending in EXTENSIONS else (extension(data) or "jpg")

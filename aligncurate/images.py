@@ -257,7 +257,7 @@ def _no_image(data: bytes) -> str:
     return "not an image in any format that Pillow knows"
 
 
-def extension(data: bytes) -> str | None:
+def extension(data: bytes | memoryview) -> str | None:
     """The usual file ending for the image format of `data`, without the dot; None when it is no image."""
     try:
         with Image.open(io.BytesIO(data)) as image:

@@ -99,9 +99,22 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
     else:
         descriptor = _descriptor(uri)  # held by name: the cache may let go of it while it is read from
         data = os.pread(descriptor.number, length, offset)
-    if len(data) != length:
-        raise OSError(f"{uri} ends after {len(data)} of the {length} bytes at offset {offset}")
+    _check_length(uri, offset, len(data), length)
     return data
+
+
+def read_into(uri: str, offset: int, buffer: memoryview) -> None:
+    """Fill `buffer` with bytes of `uri` from `offset`. Raises OSError, also when the file ends before."""
+    if is_remote(uri):
+        buffer[:] = read_range(uri, offset, len(buffer))
+        return
+    descriptor = _descriptor(uri)
+    _check_length(uri, offset, os.preadv(descriptor.number, [buffer], offset), len(buffer))
+
+
+def _check_length(uri: str, offset: int, found: int, length: int) -> None:
+    if found != length:
+        raise OSError(f"{uri} ends after {found} of the {length} bytes at offset {offset}")
 
 
 class _Descriptor:

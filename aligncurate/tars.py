@@ -2,10 +2,18 @@
 
 import tarfile
 from functools import cache
-from typing import BinaryIO
+from typing import Protocol
+
+Buffer = bytes | memoryview
 
 _NAME_BYTES = 100  # of the header's name field
 _SIZE_LIMIT = 8**11  # sizes have eleven octal digits
+
+
+class Sink(Protocol):
+    """What a tar is written to."""
+
+    def write(self, data: Buffer, /) -> object: ...
 
 
 class TarWriter:
@@ -15,23 +23,23 @@ class TarWriter:
     `tarfile.open(file, "w")` for members of mode 644 at time 0.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Sink) -> None:
         self._file = file
         self._size = 0
+        self._padding = b""  # of the last member; written with the next one's header
 
-    def add(self, name: str, data: bytes) -> None:
+    def add(self, name: str, data: Buffer) -> None:
         """Append the file `name`."""
-        padding = -len(data) % tarfile.BLOCKSIZE
-        head = header(name, len(data))
+        head = self._padding + header(name, len(data))
         self._file.write(head)
         self._file.write(data)
-        self._file.write(bytes(padding))
-        self._size += len(head) + len(data) + padding
+        self._size += len(head) + len(data)
+        self._padding = bytes(-self._size % tarfile.BLOCKSIZE)
 
     def end(self) -> None:
         """Mark the tar's end."""
-        size = self._size + 2 * tarfile.BLOCKSIZE
-        self._file.write(bytes(2 * tarfile.BLOCKSIZE + -size % tarfile.RECORDSIZE))
+        size = self._size + len(self._padding) + 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(size - self._size + -size % tarfile.RECORDSIZE))
 
 
 def header(name: str, size: int) -> bytes:

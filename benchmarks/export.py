@@ -34,7 +34,7 @@ PER_TAR = 5_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40_000)
+    parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--kib", type=int, nargs="+", default=[50, 200], help="mean size of the images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where everything goes; by default a temporary folder")

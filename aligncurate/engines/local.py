@@ -4,7 +4,7 @@ Threads, not processes: decoding, Arrow and torch release the interpreter lock, 
 of the encoder. Two threads are enough to read the next shard while the encoder works on this one.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event
@@ -31,7 +31,7 @@ class Outcome(Generic[Item, Result]):
 
 def run(
     function: Callable[[Item, Callable[[], None]], Result], shards: Iterable[Item], threads: int = 1
-) -> Iterator[Outcome[Item, Result]]:
+) -> Generator[Outcome[Item, Result]]:
     """Call `function(shard, check)` for every shard, `threads` at a time; outcomes come as they are ready.
 
     `check` is for the function to call now and then: it raises Cancelled once the run has been stopped.
