@@ -195,3 +195,35 @@ def test_per_level_needs_levels(tmp_path) -> None:
     dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
     with pytest.raises(UserError, match="bucket"):
         aligncurate.export(dataset, tmp_path / "out", per_level=True, quiet=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_processes_write_the_same_bytes(tmp_path, levelled) -> None:
+    options = {"shard_size": 7, "per_level": True, "quiet": True}
+    alone = aligncurate.export(levelled, tmp_path / "alone", workers=1, **options)
+    several = aligncurate.export(levelled, tmp_path / "several", workers=3, **options)
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "several")
+    assert (alone.rows, alone.bytes, alone.files) == (several.rows, several.bytes, several.files)
+    tar = next(tmp_path.glob("several/level-1/*.tar"))
+    before = tar.stat().st_ino
+    tar.with_suffix(".parquet").unlink()
+    aligncurate.export(levelled, tmp_path / "several", workers=2, **options)  # finishes what was interrupted
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "several")
+    assert tar.stat().st_ino != before
+
+
+def test_processes_tell_what_cannot_be_read(tmp_path) -> None:
+    write_tars(tmp_path / "tars", 40, seed=8, shard_size=20)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    victim = dataset.scan().collect().row(25, named=True)
+    with Path(victim["source"]).open("r+b") as file:
+        file.seek(victim["image_offset"])
+        file.write(b"other")
+    done = aligncurate.export(dataset, tmp_path / "out", shard_size=10, workers=2, quiet=True)
+    assert [row["key"] for row in done.failed] == [victim["key"]]
+    assert done.rows == 39
+    with pytest.raises(UserError, match="--workers 0"):
+        aligncurate.export(dataset, tmp_path / "none", workers=0, quiet=True)

@@ -30,11 +30,15 @@ class Outcome(Generic[Item, Result]):
 
 
 def run(
-    function: Callable[[Item, Callable[[], None]], Result], shards: Iterable[Item], threads: int = 1
+    function: Callable[[Item, Callable[[], None]], Result],
+    shards: Iterable[Item],
+    threads: int = 1,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> Generator[Outcome[Item, Result]]:
     """Call `function(shard, check)` for every shard, `threads` at a time; outcomes come as they are ready.
 
-    `check` is for the function to call now and then: it raises Cancelled once the run has been stopped.
+    `check` is for the function to call now and then: it raises Cancelled once the run has been stopped. `on_stop` is
+    called then too, and at the end.
     A ShardError is that shard's outcome, and the others go on; any other error stops the run.
     """
     stopping = Event()
@@ -62,3 +66,4 @@ def run(
                         yield Outcome(shard, None, error)
         finally:
             stopping.set()
+            on_stop()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
@@ -46,12 +46,14 @@ def run(
         free.put(worker)
         return answer
 
-    with closing(local.run(call, shards, threads=processes)) as outcomes:
-        try:
-            yield from outcomes
-        finally:
-            for worker in workers:  # so that no thread waits for one any more
-                worker.stop()
+    def stop() -> None:
+        for worker in workers:
+            worker.stop()
+
+    try:
+        yield from local.run(call, shards, threads=processes, on_stop=stop)
+    finally:
+        stop()
 
 
 class _Worker:
@@ -69,7 +71,7 @@ class _Worker:
         try:
             pickle.dump(message, self._to)
             self._to.flush()
-        except BrokenPipeError:
+        except (ValueError, OSError):
             raise EOFError from None
 
     def call(self, shard: Any) -> Any:
@@ -77,7 +79,7 @@ class _Worker:
         self._send(shard)
         try:
             done, answer = pickle.load(self._from)
-        except pickle.UnpicklingError:
+        except (pickle.UnpicklingError, ValueError, OSError):  # cut off, or closed by `stop`
             raise EOFError from None
         if not done:
             raise answer
