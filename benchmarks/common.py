@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results"
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "transformers", "polars", "pyarrow", "numpy", "pillow")
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m benchmarks.score --save
 
 Encoders have random weights: speed does not depend on what they know. Every round runs all variants one after the
-other; rates are medians over rounds. A run in which other processes took more than a tenth of the processor is done
+other; rates and ratios are medians over rounds. A run in which other processes took more than a tenth of the processor is done
 again (--tries); "others" is the greatest share that they took of a run that counts. The pairs of the first tar that
 `fast` also scores exactly, to say how far it strays, are a cost of a run, not of a pair, so the first tar has one pair.
 """
@@ -82,10 +82,12 @@ def measure(model: str, count: int, options: argparse.Namespace, folder: Path) -
             rates[name].append(count / seconds)
             others[name] = max(others[name], share)
     weights.unlink()
-    medians = {name: statistics.median(values) for name, values in rates.items()}
 
     def over(name: tuple[str, str], other: tuple[str, str]) -> str | None:
-        return f"{medians[name] / medians[other]:.2f}x" if name != other and other in medians else None
+        if name == other or other not in rates:
+            return None
+        # Round by round: what makes the machine slower for a while does so for both.
+        return f"{statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True)):.2f}x"
 
     return [
         {
