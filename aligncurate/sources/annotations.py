@@ -8,59 +8,31 @@ from typing import Any
 from aligncurate import storage
 from aligncurate.errors import UserError
 from aligncurate.pairs import Pair, infer_extras
-from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.images import ImageRoot, find_root
-from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names
+from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 
 _PEEK = 1_000  # rows of a JSONL file that decide the types of its extra columns
 _COCO_FOLDERS = ("images", "train2017", "val2017", "../images", "../train2017", "../val2017", "../train2014",
                  "../val2014")  # fmt: skip
 
 
-class AnnotationSource(Source):
-    """Rows of JSON and JSONL files, in order: captions, conversations, or COCO's captions.
+class AnnotationRows(RowFile):
+    """A JSON or JSONL file: captions, conversations, or COCO's captions. Raises UserError when it is none of these."""
 
-    Args: as for ParquetSource.
-    """
+    def __init__(self, uri: str, naming: Naming, rows_per_shard: int) -> None:
+        self.uri = uri
+        self._file = _open(uri, rows_per_shard)
+        self.rows = self._file.rows
+        if not self.rows:
+            raise UserError(f"{uri}: no rows at all.")
+        head = [row for row in self._file.peek() if isinstance(row, dict)]
+        self.fields = find_fields(uri, dict.fromkeys(name for row in head for name in row), naming)
+        self.extras = infer_extras({k: v for k, v in row.items() if k not in self.fields.used} for row in head)
+        base, some = storage.parent(uri), image_names(head[:20], self.fields)
+        self.root = ImageRoot(naming.image_root or find_root(base, some, _COCO_FOLDERS))
 
-    kind = "annotations"
-
-    def __init__(
-        self,
-        uris: list[str],
-        rows_per_shard: int,
-        caption_column: str | None = None,
-        image_column: str | None = None,
-        image_root: str | None = None,
-    ) -> None:
-        self.shards = []
-        self._files: dict[str, _File] = {}
-        self._fields: dict[str, Fields] = {}
-        self._roots: dict[str, ImageRoot] = {}
-        extras = []
-        for uri in uris:
-            file = _open(uri, rows_per_shard)
-            if not file.rows:
-                raise UserError(f"{uri}: no rows at all.")
-            head = [row for row in file.peek() if isinstance(row, dict)]
-            names = dict.fromkeys(name for row in head for name in row)
-            fields = find_fields(uri, names, caption_column, image_column)
-            self._files[uri], self._fields[uri] = file, fields
-            self.shards += cut(uri, file.rows, rows_per_shard, len(self.shards))
-            extras.append(infer_extras({k: v for k, v in r.items() if k not in fields.used} for r in head))
-            base, some = storage.parent(uri), image_names(head[:20], fields)
-            self._roots[uri] = ImageRoot(image_root or find_root(base, some, _COCO_FOLDERS))
-        self.extras = merge_extras(extras)
-
-    def count(self, shard: Shard, most: int | None = None) -> int:
-        assert shard.stop is not None
-        return shard.stop - shard.start
-
-    def read(self, shard: Shard) -> Iterator[Pair]:
-        assert shard.stop is not None
-        stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
-        reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
-        for number, row in enumerate(self._files[shard.uri].read(shard.start, stop), shard.start):
+    def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
+        for number, row in enumerate(self._file.read(start, stop), start):
             if isinstance(row, dict):
                 yield reader.pair(row, number)
             else:

@@ -1,17 +1,18 @@
 """Finds out what kind of data a URI names, and opens it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aligncurate import storage
 from aligncurate.dataset import MANIFEST, Dataset
 from aligncurate.errors import UserError
 from aligncurate.images import EXTENSIONS
-from aligncurate.sources.annotations import AnnotationSource
+from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources
 from aligncurate.sources.curated import CuratedSource
-from aligncurate.sources.parquet import ParquetSource
-from aligncurate.sources.table import TableSource
+from aligncurate.sources.parquet import ParquetRows
+from aligncurate.sources.rows import Naming, RowFile, RowSource
+from aligncurate.sources.table import TableRows
 from aligncurate.sources.webdataset import WebDatasetSource
 
 _ENDINGS = {
@@ -148,9 +149,11 @@ def _open(kind: str, files: list[str], options: SourceOptions) -> Source:
             raise UserError(f"--image-root {root}: there is no such folder.")
         if not storage.is_folder(root) and not root.endswith(".tar"):
             raise UserError(f"--image-root {root}: neither a folder nor a tar with images.")
-    classes: dict[str, type[ParquetSource] | type[AnnotationSource] | type[TableSource]] = {
-        "parquet": ParquetSource,
-        "annotations": AnnotationSource,
-        "table": TableSource,
+    naming = Naming(options.caption_column, options.image_column, root)
+    per_shard = options.rows_per_shard
+    make: dict[str, Callable[[str], RowFile]] = {
+        "parquet": lambda uri: ParquetRows(uri, naming),
+        "annotations": lambda uri: AnnotationRows(uri, naming, per_shard),
+        "table": lambda uri: TableRows(uri, naming),
     }
-    return classes[kind](files, options.rows_per_shard, options.caption_column, options.image_column, root)
+    return RowSource(kind, [make[kind](uri) for uri in files], per_shard)

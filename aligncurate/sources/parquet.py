@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
@@ -14,67 +15,36 @@ import pyarrow.parquet as pq
 from aligncurate import storage
 from aligncurate.errors import UserError
 from aligncurate.pairs import Pair
-from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.images import ImageRoot, find_root
-from aligncurate.sources.rows import Fields, RowReader, find_fields, image_names, images_in
+from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names, images_in
 
 _BATCH = 256  # rows read at a time: image bytes of a whole row group may not fit in memory
 _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
 
 
-class ParquetSource(Source):
-    """Rows of Parquet files, in order.
+class ParquetRows(RowFile):
+    """A Parquet file. Raises UserError when it is none, or has no columns for images and texts."""
 
-    Args:
-        uris: the files.
-        rows_per_shard: each file is cut after this many rows.
-        caption_column, image_column: column names, where they are not the usual ones.
-        image_root: folder that image paths are relative to; by default that of the file, or one near it.
-    """
+    def __init__(self, uri: str, naming: Naming) -> None:
+        self.uri = uri
+        with _open(uri) as file:
+            schema = file.schema_arrow
+            image = naming.image_column or _bytes_column(schema)
+            self.fields = find_fields(uri, schema.names, replace(naming, image_column=image))
+            self.rows = file.metadata.num_rows
+            self.extras = {f.name: _in_microseconds(f.type) for f in schema if f.name not in self.fields.used}
+            self.root = ImageRoot(naming.image_root or self._near(file))
 
-    kind = "parquet"
-
-    def __init__(
-        self,
-        uris: list[str],
-        rows_per_shard: int,
-        caption_column: str | None = None,
-        image_column: str | None = None,
-        image_root: str | None = None,
-    ) -> None:
-        self.shards = []
-        self._fields: dict[str, Fields] = {}
-        self._roots: dict[str, ImageRoot] = {}
-        extras = []
-        for uri in uris:
-            with _open(uri) as file:
-                schema = file.schema_arrow
-                fields = find_fields(uri, schema.names, caption_column, image_column or _bytes_column(schema))
-                self._fields[uri] = fields
-                self.shards += cut(uri, file.metadata.num_rows, rows_per_shard, len(self.shards))
-                extras.append({f.name: _in_microseconds(f.type) for f in schema if f.name not in fields.used})
-                self._roots[uri] = ImageRoot(image_root or self._near(uri, file, fields))
-        if not self.shards:
-            raise UserError(f"{', '.join(uris[:3])}: no rows at all.")
-        self.extras = merge_extras(extras)
-
-    def _near(self, uri: str, file: pq.ParquetFile, fields: Fields) -> str:
-        base = storage.parent(uri)
-        if fields.image is None or file.metadata.num_rows == 0 or _has_bytes(file.schema_arrow, fields.image):
+    def _near(self, file: pq.ParquetFile) -> str:
+        base = storage.parent(self.uri)
+        if self.fields.image is None or self.rows == 0 or _has_bytes(file.schema_arrow, self.fields.image):
             return base
-        first = next(file.iter_batches(batch_size=8, columns=[fields.image])).to_pylist()
-        return find_root(base, image_names(first, fields))
+        first = next(file.iter_batches(batch_size=8, columns=[self.fields.image])).to_pylist()
+        return find_root(base, image_names(first, self.fields))
 
-    def count(self, shard: Shard, most: int | None = None) -> int:
-        assert shard.stop is not None
-        return shard.stop - shard.start
-
-    def read(self, shard: Shard) -> Iterator[Pair]:
-        assert shard.stop is not None
-        stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
-        reader = RowReader(shard.uri, self._fields[shard.uri], self._roots[shard.uri])
-        with _open(shard.uri) as file:
-            for number, row in rows(file, shard.start, stop):
+    def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
+        with _open(self.uri) as file:
+            for number, row in rows(file, start, stop):
                 yield reader.pair(row, number) if isinstance(row, dict) else reader.unreadable(number, row)
 
 

@@ -1,19 +1,37 @@
-"""Rows of tables, Parquet and annotation files to pairs: which field is the image, the text, the key."""
+"""Files of rows (Parquet, tables, annotations) as sources: which field is the image, the text, the key."""
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+
 from aligncurate.errors import UserError
 from aligncurate.images import EXTENSIONS
 from aligncurate.pairs import COLUMNS, Pair, Status, as_level, as_score
+from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.images import ImageRoot
 from aligncurate.sources.texts import CAPTIONS, IMAGES, conversation, set_caption, set_conversation
 
 KEYS = ("key", "id", "uid", "image_id")
 TURNS = ("conversations", "messages")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the user says of the rows; None is found out by looking.
+
+    Attributes:
+        caption_column, image_column: column names, where they are not the usual ones.
+        image_root: folder or tar that image paths are relative to; by default the file's folder, or one near it.
+    """
+
+    caption_column: str | None = None
+    image_column: str | None = None
+    image_root: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class Fields:
         return frozenset(n for n in named if n) | frozenset(COLUMNS)
 
 
-def find_fields(uri: str, names: Iterable[str], caption_column: str | None, image_column: str | None) -> Fields:
+def find_fields(uri: str, names: Iterable[str], naming: Naming) -> Fields:
     """Choose the fields among `names`, by the given names or by what they are usually called.
 
     Raises UserError that lists the columns when an asked-for column, or any text or image, is not there.
@@ -48,8 +66,8 @@ def find_fields(uri: str, names: Iterable[str], caption_column: str | None, imag
         return wanted
 
     turns = pick(None, TURNS, "")
-    caption = pick(caption_column, CAPTIONS, "--caption-column")
-    image = pick(image_column, IMAGES, "--image-column")
+    caption = pick(naming.caption_column, CAPTIONS, "--caption-column")
+    image = pick(naming.image_column, IMAGES, "--image-column")
     if image == caption:
         image = None
     if turns is None and (caption is None or image is None):
@@ -59,6 +77,52 @@ def find_fields(uri: str, names: Iterable[str], caption_column: str | None, imag
             hint = " Its images are addresses: download them first, for example with img2dataset."
         raise UserError(f"{uri}: no column with {missing} was found; it has {', '.join(columns) or 'none'}.{hint}")
     return Fields(image, caption, turns, pick(None, KEYS, ""))
+
+
+class RowFile(ABC):
+    """One file of rows.
+
+    Attributes:
+        uri: the file.
+        rows: how many it has.
+        fields: where things are in a row.
+        root: where images named by path are.
+        extras: its other columns, with their types.
+    """
+
+    uri: str
+    rows: int
+    fields: Fields
+    root: ImageRoot
+    extras: dict[str, pa.DataType]
+
+    @abstractmethod
+    def pairs(self, start: int, stop: int, reader: "RowReader") -> Iterator[Pair]:
+        """Rows start..stop-1 as the pairs that `reader` makes of them."""
+
+
+class RowSource(Source):
+    """Files of rows of one kind, in order, each cut after `rows_per_shard` rows. Raises UserError if all are empty."""
+
+    def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int) -> None:
+        self.kind = kind
+        self.shards = []
+        for file in files:
+            self.shards += cut(file.uri, file.rows, rows_per_shard, len(self.shards))
+        if not self.shards:
+            raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows at all.")
+        self._files = {file.uri: file for file in files}
+        self.extras = merge_extras([file.extras for file in files])
+
+    def count(self, shard: Shard, most: int | None = None) -> int:
+        assert shard.stop is not None
+        return shard.stop - shard.start
+
+    def read(self, shard: Shard) -> Iterator[Pair]:
+        assert shard.stop is not None
+        stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
+        file = self._files[shard.uri]
+        yield from file.pairs(shard.start, stop, RowReader(file.uri, file.fields, file.root))
 
 
 class RowReader:
