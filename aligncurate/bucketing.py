@@ -114,7 +114,7 @@ def fit(dataset: Dataset, levels: int, method: Method, score_column: str = "scor
     except WrongCounts:  # parts that something else has rewritten since
         values, count, low, high = find_thresholds(scan, levels, method)
     numbers = tuple(float(v) for v in values)
-    return Thresholds(method, numbers, score_column, count, low, high, _encoder(dataset))
+    return Thresholds(method, numbers, score_column, count, low, high, _encoder(dataset, score_column))
 
 
 def _frozen(file: Path, dataset: Dataset, score_column: str, levels: int | None, *, quiet: bool) -> Thresholds:
@@ -131,7 +131,7 @@ def _frozen(file: Path, dataset: Dataset, score_column: str, levels: int | None,
         raise UserError(f"--thresholds {file}: they make {found.levels} levels, not {levels}; leave --levels out.")
     if found.score_column != score_column:
         raise UserError(f"--thresholds {file}: they are for column {found.score_column}, not {score_column}.")
-    mine, theirs = _encoder(dataset), found.encoder
+    mine, theirs = _encoder(dataset, score_column), found.encoder
     if mine is not None and theirs is not None and mine != theirs:
         notice(
             f"the thresholds come from scores of encoder {theirs.get('model')}, these from {mine.get('model')}: "
@@ -141,8 +141,8 @@ def _frozen(file: Path, dataset: Dataset, score_column: str, levels: int | None,
     return found
 
 
-def _encoder(dataset: Dataset) -> dict[str, Any] | None:
-    encoder = dataset.manifest.get("encoder")
+def _encoder(dataset: Dataset, score_column: str) -> dict[str, Any] | None:
+    encoder = dataset.encoder_of(score_column)
     return {k: encoder[k] for k in ("model", "pretrained", "weights_sha256")} if encoder else None
 
 

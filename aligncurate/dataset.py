@@ -121,6 +121,11 @@ class Dataset:
             total.update(part.statuses)
         return dict(total.most_common())
 
+    def encoder_of(self, column: str) -> dict[str, Any] | None:
+        """What the manifest says of the encoder that made a column of scores; None where they came with the data."""
+        encoders: dict[str, Any] = self.manifest.get("encoders") or {"score": self.manifest.get("encoder")}
+        return encoders.get(column)
+
     def score_counts(self, column: str) -> Counts | None:
         """Counts of a column's usable scores that `score` left in the manifest; None where there are none that fit."""
         try:
@@ -163,6 +168,7 @@ class Dataset:
             "options": dict(options),
             "inputs": [self.fingerprint()],
             "encoder": self.manifest.get("encoder"),
+            **({"encoders": self.manifest["encoders"]} if "encoders" in self.manifest else {}),
             "thresholds": self.manifest.get("thresholds"),
             "history": [*self.manifest.get("history", []), step],
         }
@@ -231,8 +237,10 @@ class DatasetWriter:
         before = _read_json(file)
         if self._mended:
             self.changed = changed_files(before.get("inputs", []), self.head["inputs"])
-            if self.changed:
-                before["inputs"] = self.head["inputs"]
+            now = {f["uri"]: f for line in self.head["inputs"] for f in line.get("files", [])}
+            for line in before.get("inputs", []):
+                if "files" in line:
+                    line["files"] = [now[f["uri"]] if f["uri"] in self.changed else f for f in line["files"]]
         differing = _differences(before, self.head)
         if differing:
             raise UserError(
@@ -262,6 +270,10 @@ class DatasetWriter:
     def part(self, index: int) -> "PartWriter":
         """A writer for the part of shard `index`; it commits when its `with` block ends without an error."""
         return PartWriter(self.path / part_name(index), self.schema)
+
+    def discard(self, index: int) -> None:
+        """Delete the part of shard `index`, so that no later run takes it for one of the shard as it is now."""
+        (self.path / part_name(index)).unlink(missing_ok=True)
 
     def reopen(self) -> None:
         """Say that parts are about to change, before any does: a run that dies now leaves no manifest that lies."""

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class ShardError(RuntimeError):
     """A whole input shard could not be read. Other shards go on; a rerun tries this one again."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended before its work did, for example because the system ran out of memory."""

@@ -23,7 +23,7 @@ Struct = dict[int, tuple[int, Any]]
 
 # Numbers of the fields in parquet.thrift that are looked at.
 _SCHEMA, _GROUPS, _METADATA = 2, 4, 5  # FileMetaData
-_ELEMENT_NAME = 4  # SchemaElement
+_ELEMENT_NAME, _ELEMENT_CHILDREN = 4, 5  # SchemaElement
 _CHUNKS, _GROUP_SIZE, _GROUP_ROWS, _GROUP_OFFSET, _GROUP_STORED = 1, 2, 3, 5, 6  # RowGroup
 _CHUNK_OFFSET, _CHUNK_META, _INDEXES = 2, 3, (4, 5, 6, 7)  # ColumnChunk
 _PATH, _SIZE, _STORED, _BLOOM = 3, 6, 7, 14  # ColumnMetaData
@@ -47,7 +47,7 @@ def read_footer(file: BinaryIO) -> Struct:
     file.seek(size - _TAIL - length)
     try:
         return _Reader(file.read(length)).struct()
-    except IndexError:
+    except (IndexError, RecursionError):
         raise ValueError("the Parquet footer is cut off") from None
 
 
@@ -68,14 +68,14 @@ def replace_column(source: Path, column: str, replacement: bytes, metadata: Mapp
         metadata: entries of the file's key-value metadata to set.
         sink: where the new file goes, from its beginning.
 
-    Raises ValueError when the two files do not fit together, OSError when `source` cannot be read.
+    Raises ValueError when `source` is damaged or the two files do not fit together, OSError when it cannot be read.
     """
     with source.open("rb") as file:
         footer, new = read_footer(file), read_footer(BytesIO(replacement))
         if _element(footer, column) != _element(new, column):
             raise ValueError(f"column {column} has another type")
         groups, new_groups = _items(footer, _GROUPS), _items(new, _GROUPS)
-        if [g[_GROUP_ROWS] for g in groups] != [g[_GROUP_ROWS] for g in new_groups]:
+        if [_value(g, _GROUP_ROWS) for g in groups] != [_value(g, _GROUP_ROWS) for g in new_groups]:
             raise ValueError("the row groups have other lengths")
         spans: list[tuple[bool, int, int]] = []  # whether of the replacement, from where, up to where
         end = len(MAGIC)
@@ -143,7 +143,7 @@ def _pieces(file: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     while start < stop:
         piece = file.read(min(_CHUNK, stop - start))
         if not piece:
-            raise OSError("the file ends before its last column does")
+            raise ValueError("the file ends before its last column does")
         start += len(piece)
         yield piece
 
@@ -168,8 +168,17 @@ def _items(fields: Struct, number: int) -> list[Any]:
 
 def _element(footer: Struct, column: str) -> Struct | None:
     """What the schema says of a column."""
-    named = column.encode()
-    return next((e for e in _items(footer, _SCHEMA)[1:] if _value(e, _ELEMENT_NAME) == named), None)
+    inside = 0  # elements to come that are inside of another one: they follow it
+    for element in _items(footer, _SCHEMA)[1:]:
+        children = element.get(_ELEMENT_CHILDREN, (_I32, 0))[1]
+        if inside:
+            inside += children - 1
+        elif _value(element, _ELEMENT_NAME) == column.encode():
+            found: Struct = element
+            return found
+        else:
+            inside = children
+    return None
 
 
 def _set_metadata(footer: Struct, metadata: Mapping[bytes, bytes]) -> None:

@@ -115,7 +115,7 @@ class PartWriter:
             column: name of what changes, not `status`.
             values: the column's new values, an array per row group.
 
-        Raises UserError when `source` cannot be read.
+        Raises UserError when `source` is damaged.
         """
         self._statuses.update(statuses)
         schema = pa.schema([self.schema.field(column)])

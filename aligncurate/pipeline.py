@@ -20,7 +20,7 @@ from aligncurate.errors import ShardError
 from aligncurate.images import Decode, ImageError, decode, open_image
 from aligncurate.levels import Counts
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Pair, Status, to_table, usable_scores
-from aligncurate.parts import PartInfo, PartWriter, row_groups
+from aligncurate.parts import SCORE_COUNTS, PartInfo, PartWriter, row_groups
 from aligncurate.progress import Meter
 from aligncurate.sources import Shard, Source
 from aligncurate.sources.texts import scored_text
@@ -152,6 +152,9 @@ class ShardScorer:
                 for _, future in encoding:
                     future.cancel()
             rows.end()
+            smallest = min((encoder.towers.batch for encoder in self._encoders), default=self._settings.batch_size)
+            if smallest < self._settings.batch_size:  # memory ran out, in this part or before it
+                part.facts["batch_size"] = smallest
         assert part.info is not None
         return part.info
 
@@ -284,14 +287,10 @@ class ShardScorer:
         with self.clock.stage("tokenize"):
             texts = [item.text for item in chosen]
             tokens = [encoder.tokenize(texts) for encoder in self._encoders]
-        device, towers = self._encoders[0].device, self._encoders[0].towers
+        towers = self._encoders[0].towers
         with self.clock.stage("copy"):
-            pixels = []
-            for kind in range(len(self._wanted)):
-                rows = [item.pixels[kind] for item in chosen if item.pixels is not None]
-                if any(row.device != rows[0].device for row in rows):  # some decoded on the GPU, some not
-                    rows = [row.to(device) for row in rows]
-                pixels.append(towers.upload(torch.stack(rows)))
+            kinds = range(len(self._wanted))
+            pixels = [towers.upload([i.pixels[kind] for i in chosen if i.pixels is not None]) for kind in kinds]
             checked = [i for i, item in enumerate(chosen) if item.exact is not None]
             exact = torch.stack([x for i in checked if (x := chosen[i].exact) is not None]) if checked else None
         for item in chosen:
@@ -373,7 +372,7 @@ class _Rows:
         if self._waiting:
             self._write(self._waiting)
         if self._counts:
-            self.facts["score_counts"] = {column: counts.to_json() for column, counts in self._counts.items()}
+            self.facts[SCORE_COUNTS] = {column: counts.to_json() for column, counts in self._counts.items()}
 
     def _write(self, pairs: list[Pair]) -> None:
         with self._clock.stage("write"):

@@ -217,14 +217,16 @@ def _run(
             else:
                 failures.append(Failure(str(outcome.shard), str(outcome.error)))
         dataset = None if failures else writer.finish([parts[shard.index] for shard in shards])
-        times = scorer.clock.times(shown.seconds, _threads(bool(encoders), settings.workers, len(todo)))
+        times = scorer.clock.times(shown.seconds, _threads(bool(encoders), settings, len(todo)))
         return Summary(dataset, shown.done, shown.seconds, resumed, failures, times)
 
 
-def _threads(encoding: bool, workers: int, shards: int) -> dict[str, int]:
+def _threads(encoding: bool, settings: Settings, shards: int) -> dict[str, int]:
     """How many threads can be in each stage at once."""
     own = max(1, min(shards, _SHARDS))
-    found = dict.fromkeys(STAGES, own) | {"read": workers, "decode": workers, "encode": 1}
+    # A shard's own thread reads its pairs, and lets the GPU decode; the pool reads their images and decodes the others.
+    decoding = settings.workers + (own if settings.mode == "gpu" else 0)
+    found = dict.fromkeys(STAGES, own) | {"read": settings.workers + own, "decode": decoding, "encode": 1}
     return found if encoding else {stage: found[stage] for stage in ("read", "decode", "write")}
 
 
@@ -234,8 +236,10 @@ def _split(
     """Parts that stay, and shards to do: those without a part; with `retry_errors` failed and changed ones too."""
     parts, todo = {}, []
     for shard in shards:
+        if shard.uri in writer.changed:
+            writer.discard(shard.index)  # none of its rows can be trusted: their images may be others now
         part = writer.committed(shard.index)
-        if part is None or shard.uri in writer.changed or (retry_errors and part.failed):
+        if part is None or (retry_errors and part.failed):
             todo.append(shard)
         else:
             parts[shard.index] = part
@@ -243,11 +247,13 @@ def _split(
 
 
 def _total(source: Source, shards: Sequence[Shard]) -> int | None:
-    """Pairs in all, where it costs little to know: tars must be walked, so only a few of them are."""
-    if len(shards) > 64 and any(shard.stop is None for shard in shards):
+    """Pairs in all, where it costs little to know: tars must be walked, so only a few local ones are."""
+    tars = [shard for shard in shards if shard.stop is None]
+    if len(tars) > 64 or any(storage.is_remote(shard.uri) for shard in tars):
         return None
     try:
-        return sum(min(source.count(s), s.limit or s_max) for s in shards for s_max in (2**62,))
+        counts = [(shard, source.count(shard)) for shard in shards]
+        return sum(count if shard.limit is None else min(count, shard.limit) for shard, count in counts)
     except (OSError, ShardError):
         return None
 

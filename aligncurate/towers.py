@@ -1,6 +1,6 @@
 """Runs the two towers of an open_clip model: captions cut and grouped by length, compiled on request, within memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from aligncurate.errors import UserError
@@ -64,28 +64,42 @@ class Towers:
             texts = self._in_batches(tokens[order], self._embed_texts)[torch.argsort(order)]
         return images, texts
 
-    def upload(self, pixels: "Tensor") -> "Tensor":
-        """Pixels on the device. On a GPU a copy from pinned memory, beside what the GPU computes meanwhile."""
+    def upload(self, rows: "Sequence[Tensor]") -> "Tensor":
+        """Rows of pixels, each on the CPU or the device, as one tensor on the device.
+
+        On a GPU it is a copy from pinned memory, beside what the GPU computes meanwhile. Where the GPU has no room for
+        all of them, they stay on the CPU, and `embed` moves a batch at a time.
+        """
         import torch
 
         if self.device.type != "cuda":
-            return pixels
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            moved = pixels.pin_memory().to(self.device, non_blocking=True)
-        stream.synchronize()  # the calling thread waits, not the one that encodes
-        return moved
+            return torch.stack(list(rows))
+        try:
+            if any(row.device.type == "cuda" for row in rows):  # decoded there
+                return torch.stack([row.to(self.device) for row in rows])
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                moved = torch.stack(list(rows)).pin_memory().to(self.device, non_blocking=True)
+            stream.synchronize()  # the calling thread waits, not the one that encodes
+            return moved
+        except torch.OutOfMemoryError:
+            pass  # the traceback would keep what was made so far
+        torch.cuda.empty_cache()
+        return torch.stack([row.cpu() for row in rows])
 
     def fitting_batch(self, size: int, context: int) -> int:
         """The batch that a GPU's free memory allows for images of `size` pixels, measured with two small ones."""
         import torch
 
+        # Not compiled: every batch would be padded to the one that is looked for, and compiled for nothing.
+        plain = Towers(self.model, self._normalize, self.device, self.dtype, batch=24)
         peaks = []
         for rows in (8, 8, 24):  # the first one also pays for what every later one shares
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            pixels = torch.zeros(rows, 3, size, size, dtype=torch.uint8)
-            self.embed(pixels, torch.ones(rows, context, dtype=torch.long))
+            tokens = torch.zeros(rows, context, dtype=torch.long)
+            tokens[:, -1] = self._end_token()  # texts as long as can be
+            plain.embed(torch.zeros(rows, 3, size, size, dtype=torch.uint8), tokens)
             peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
         torch.cuda.empty_cache()
         return batch_that_fits(torch.cuda.mem_get_info(self.device)[0], (8, peaks[1]), (24, peaks[2]))
@@ -101,7 +115,7 @@ class Towers:
             try:
                 found.append(embed(piece))
             except torch.OutOfMemoryError:
-                smaller = len(piece) // 2
+                smaller = (self.batch if self._fixed else len(piece)) // 2
             else:
                 done += len(piece)
                 continue
@@ -131,6 +145,9 @@ class Towers:
         if self._fixed and count < self.batch:
             rows = torch.cat([rows, rows[:1].expand(self.batch - count, *rows.shape[1:])])
         return torch.nn.functional.normalize(tower(rows)[:count].float(), dim=-1)
+
+    def _end_token(self) -> int:
+        return _eos(self._cut) if self._cut is not None and _pool(self._cut) == "eos" else 1
 
     def _lengths(self, tokens: "Tensor") -> "Tensor":
         """How many tokens of each text count, int64 [n]."""
@@ -177,8 +194,11 @@ def _pooled_at(tower: Any, tokens: "Tensor") -> "Tensor":
     """Where the tower takes its embedding from: the greatest id or the end token, int64 [n]."""
     if _pool(tower) == "argmax":
         return tokens.argmax(-1)
-    end: int = tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id
-    return (tokens == end).int().argmax(-1)
+    return (tokens == _eos(tower)).int().argmax(-1)
+
+
+def _eos(tower: Any) -> int:
+    return int(tower.text_eos_id if hasattr(tower, "text_eos_id") else tower.eos_id)
 
 
 def batch_that_fits(free: int, few: tuple[int, int], many: tuple[int, int]) -> int:

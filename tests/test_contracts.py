@@ -1,6 +1,7 @@
 """What a second run, a changed source or an odd column must never do: mix, lie, lose or guess."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -37,6 +38,47 @@ def test_retry_scores_a_row_anew_when_its_caption_has_changed(tmp_path, mini) ->
     retried = aligncurate.score(file, tmp_path / "out", **mini, retry_errors=True, quiet=True)
     fresh = aligncurate.score(file, tmp_path / "fresh", **mini, quiet=True)
     assert frame_of(retried.dataset).equals(frame_of(fresh.dataset))
+
+
+def test_parts_of_a_changed_tar_are_made_anew_though_the_retry_is_interrupted(tmp_path, monkeypatch) -> None:
+    tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
+    for tar in tars:
+        write_tar(tar, {"a": {"jpg": jpeg(1), "txt": b"before"}})
+    aligncurate.ingest(tars, tmp_path / "out", quiet=True)
+    for tar in tars:
+        write_tar(tar, {"a": {"jpg": jpeg(1), "txt": b"after"}, "b": {"jpg": jpeg(2), "txt": b"after"}})
+        with tar.open("ab") as file:
+            file.write(bytes(10240))  # another size, whatever the tar's own padding
+    real = storage.open_file
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "open_file", lambda uri: _refuse() if uri.endswith("1.tar") else real(uri))
+        assert aligncurate.ingest(tars, tmp_path / "out", retry_errors=True, quiet=True).dataset is None
+    finished = aligncurate.ingest(tars, tmp_path / "out", quiet=True).dataset
+    assert frame_of(finished).equals(frame_of(aligncurate.ingest(tars, tmp_path / "fresh", quiet=True).dataset))
+    assert set(frame_of(finished)["caption"]) == {"after"}
+
+
+def test_a_retry_takes_nothing_over_from_a_changed_parquet_file(tmp_path, mini) -> None:
+    file = tmp_path / "rows.parquet"
+    pl.DataFrame({"image": [jpeg(1), jpeg(2)], "caption": ["a", "b"]}).write_parquet(file)
+    aligncurate.score(file, tmp_path / "out", **mini, quiet=True)
+    pl.DataFrame({"image": [jpeg(3), jpeg(2), jpeg(4)], "caption": ["a", "b", "c"]}).write_parquet(file)
+    retried = aligncurate.score(file, tmp_path / "out", **mini, retry_errors=True, quiet=True).dataset
+    assert frame_of(retried).equals(frame_of(aligncurate.score(file, tmp_path / "fresh", **mini, quiet=True).dataset))
+
+
+def test_a_changed_file_does_not_excuse_a_changed_dataset_beside_it(tmp_path) -> None:
+    write_tar(tmp_path / "0.tar", {"a": {"jpg": jpeg(1), "txt": b"a"}})
+    write_tar(tmp_path / "1.tar", {"b": {"jpg": jpeg(2), "txt": b"b"}})
+    aligncurate.ingest(tmp_path / "1.tar", tmp_path / "in", quiet=True)
+    sources = [tmp_path / "0.tar", tmp_path / "in"]
+    aligncurate.ingest(sources, tmp_path / "out", quiet=True)
+    write_tar(tmp_path / "0.tar", {k: {"jpg": jpeg(1), "txt": b"a"} for k in "abcdefghijkl"})
+    shutil.rmtree(tmp_path / "in")
+    write_tar(tmp_path / "1.tar", {"c": {"jpg": jpeg(2), "txt": b"c"}})
+    aligncurate.ingest(tmp_path / "1.tar", tmp_path / "in", quiet=True)
+    with pytest.raises(UserError, match="other options"):
+        aligncurate.ingest(sources, tmp_path / "out", retry_errors=True, quiet=True)
 
 
 def test_retry_counts_only_what_it_did(tmp_path) -> None:

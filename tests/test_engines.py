@@ -11,7 +11,24 @@ from pathlib import Path
 import pytest
 
 from aligncurate.engines import processes
-from aligncurate.errors import ShardError, UserError
+from aligncurate.errors import ShardError, UserError, WorkerError
+
+
+class Stubborn(Exception):
+    """It can be pickled, but not be made again of what was."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} {where}")
+
+
+class Unwelcome:
+    """It cannot be unpickled in a worker."""
+
+    def __reduce__(self) -> tuple:
+        return int, ("not a number",)
+
+    def __call__(self, shard: int) -> int:
+        return shard
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,7 @@ class Work:
 
     def __call__(self, shard: int) -> tuple[int, int]:
         print("what a library prints", flush=True)
+        time.sleep(0.05)  # so that no worker does all of it
         if shard == 13:
             raise ShardError("thirteen cannot be read")
         if shard == 14:
@@ -30,6 +48,8 @@ class Work:
             os._exit(7)
         if shard == 16:
             time.sleep(60)
+        if shard == 17:
+            raise Stubborn("I stay", "here")
         return shard * shard + self.offset, os.getpid()
 
 
@@ -38,7 +58,7 @@ def test_every_shard_once_in_several_processes(capfd) -> None:
     assert sorted(outcome.shard for outcome in outcomes) == list(range(12))
     assert all(outcome.result[0] == outcome.shard**2 + 3 for outcome in outcomes)
     pids = {outcome.result[1] for outcome in outcomes}
-    assert len(pids) <= 3
+    assert 1 < len(pids) <= 3
     assert os.getpid() not in pids
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -52,9 +72,25 @@ def test_a_shard_that_cannot_be_read_stops_no_other() -> None:
     assert (outcomes[1].result[0], outcomes[2].result[0]) == (1, 4)
 
 
+def test_a_process_goes_on_after_a_shard_that_cannot_be_read() -> None:
+    outcomes = list(processes.run(Work(), [13, 13, 13, 13, 2], processes=2))
+    assert [outcome.error is not None for outcome in outcomes].count(True) == 4
+    assert next(outcome.result for outcome in outcomes if outcome.shard == 2)[0] == 4
+
+
+def test_an_error_that_cannot_travel_is_told_as_text() -> None:
+    with pytest.raises(RuntimeError, match="Stubborn: I stay here"):
+        list(processes.run(Work(), [17], processes=1))
+
+
+def test_work_that_cannot_travel_ends_the_run() -> None:
+    with pytest.raises(WorkerError, match="ended with exit code 1"):
+        list(processes.run(Unwelcome(), [1], processes=1))
+
+
 @pytest.mark.parametrize(
     ("shard", "error", "sentence"),
-    [(14, UserError, "fourteen is a mistake"), (15, RuntimeError, "ended with exit code 7")],
+    [(14, UserError, "fourteen is a mistake"), (15, WorkerError, "ended with exit code 7")],
 )
 def test_other_errors_stop_the_run(shard, error, sentence) -> None:
     started = time.monotonic()

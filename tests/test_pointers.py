@@ -82,7 +82,10 @@ def test_any_order_gaps_and_sizes(tmp_path, gap, reads) -> None:
         random.Random(seed).shuffle(rows)
     rows = [rows[0], rows[0], *rows]
     assert together(rows) == each(rows)
-    assert max(reads) <= max(pointers._RUN, *sizes)
+    assert max(reads) == max(sizes)
+    together_only = [n for n in reads if n not in sizes]
+    assert all(n <= pointers._RUN for n in together_only)
+    assert bool(together_only) == (gap <= pointers._GAP)
 
 
 def test_what_is_damaged_is_told_of_its_own_row_only(tmp_path) -> None:

@@ -223,7 +223,7 @@ def rows_of(dataset) -> dict[str, dict]:
     return {row["key"]: row for row in dataset.scan().collect().iter_rows(named=True)}
 
 
-def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monkeypatch) -> None:
+def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monkeypatch, capsys) -> None:
     tar = data_root / "flickr8k/dev-00000.tar"
     config, weights = flickr_clip["model_config"], flickr_clip["pretrained"]
     alone = aligncurate.score(tar, tmp_path / "flickr", **flickr_clip, limit=40, quiet=True).dataset
@@ -245,6 +245,17 @@ def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monke
     }  # fmt: skip
     levelled = aligncurate.bucket(both, tmp_path / "levels", score_column="score_flickr-clip", levels=4, quiet=True)
     assert set(levelled.scan().collect()["level"]) == {1, 2, 3, 4}
+    # Thresholds say whose scores they are for, also after another verb, and a note comes where that is another one.
+    assert levelled.manifest["encoders"] == both.manifest["encoders"]
+    assert levelled.manifest["thresholds"]["encoder"]["model"] == alone.manifest["encoder"]["model"]
+    column = {"score_column": "score_flickr-clip", "quiet": False}
+    aligncurate.bucket(levelled, tmp_path / "same", thresholds=levelled.path, **column)
+    assert "the thresholds come from" not in capsys.readouterr().err
+    file = json.loads((levelled.path / "thresholds.json").read_text())
+    file["encoder"]["weights_sha256"] = "0" * 64
+    (tmp_path / "thresholds.json").write_text(json.dumps(file))
+    aligncurate.bucket(levelled, tmp_path / "other", thresholds=tmp_path / "thresholds.json", **column)
+    assert "the thresholds come from" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_retry_keeps_and_completes_all_scores_and_their_counts(tmp_path, dev, flickr_clip) -> None:

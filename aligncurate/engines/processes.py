@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
+from traceback import format_exception, print_exc
 from typing import Any, BinaryIO, TypeVar
 
 from aligncurate.engines import local
+from aligncurate.errors import WorkerError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_LAST_WORDS = 5  # seconds for a process that closed its pipe to end
 _START = "import sys; sys.path[:] = {path!r}; from aligncurate.engines.processes import work; work()"
 
 
@@ -31,7 +34,7 @@ def run(
     Function, shards and results are pickled, so the function is a module's own, or an instance of a module's own class.
     Errors are those of `local.run`. The processes end with this one, however it ends.
     """
-    workers = [_Worker(function) for _ in range(processes)]
+    workers = [_Worker() for _ in range(processes)]
     free: SimpleQueue[_Worker] = SimpleQueue()
     for worker in workers:
         free.put(worker)
@@ -39,12 +42,13 @@ def run(
     def call(shard: Item, check: Callable[[], None]) -> Result:
         worker = free.get()
         try:
-            answer: Result = worker.call(shard)
+            answer: Result = worker.call(function, shard)
+            return answer
         except EOFError:
             check()  # the run is stopped, and the workers with it
-            raise RuntimeError(f"a worker process ended with exit code {worker.exit_code()}") from None
-        free.put(worker)
-        return answer
+            raise WorkerError(f"a worker process ended with exit code {worker.exit_code()}") from None
+        finally:
+            free.put(worker)
 
     def stop() -> None:
         for worker in workers:
@@ -59,25 +63,22 @@ def run(
 class _Worker:
     """A process that calls one function."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self) -> None:
         command = [sys.executable, "-c", _START.format(path=sys.path)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
-        self._send(function)
+        self._ready = False
 
-    def _send(self, message: Any) -> None:
+    def call(self, function: Callable[..., Any], shard: Any) -> Any:
+        """What the function, the same in every call, gives or raises. Raises EOFError when the process is gone."""
         try:
-            pickle.dump(message, self._to)
+            if not self._ready:
+                pickle.dump(function, self._to)
+                self._ready = True
+            pickle.dump(shard, self._to)
             self._to.flush()
-        except (ValueError, OSError):
-            raise EOFError from None
-
-    def call(self, shard: Any) -> Any:
-        """What the function gives, or raises. Raises EOFError when the process is gone."""
-        self._send(shard)
-        try:
             done, answer = pickle.load(self._from)
         except (pickle.UnpicklingError, ValueError, OSError):  # cut off, or closed by `stop`
             raise EOFError from None
@@ -86,6 +87,9 @@ class _Worker:
         return answer
 
     def exit_code(self) -> int:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(_LAST_WORDS)
+        self._process.kill()  # it lives, and does not say what it should
         return self._process.wait()
 
     def stop(self) -> None:
@@ -107,11 +111,21 @@ def work() -> None:
     while True:
         shard = messages.get()
         try:
-            answer = True, function(shard)
+            answer = pickle.dumps((True, function(shard)))
         except Exception as error:
-            answer = False, error
-        pickle.dump(answer, answers)
+            answer = _pickled(error)
+        answers.write(answer)
         answers.flush()
+
+
+def _pickled(error: Exception) -> bytes:
+    """The answer for an error; its traceback as text, where the error itself does not survive the journey."""
+    try:
+        answer = pickle.dumps((False, error))
+        pickle.loads(answer)
+        return answer
+    except Exception:
+        return pickle.dumps((False, RuntimeError("".join(format_exception(error)))))
 
 
 def _receive(source: BinaryIO, messages: "SimpleQueue[Any]") -> None:
@@ -120,3 +134,6 @@ def _receive(source: BinaryIO, messages: "SimpleQueue[Any]") -> None:
             messages.put(pickle.load(source))
     except EOFError:
         os._exit(0)  # the parent is gone, perhaps killed; nothing may be written after it
+    except BaseException:  # a message cut off by the parent's end, or one that cannot be understood here
+        print_exc()
+        os._exit(1)
