@@ -23,13 +23,14 @@ from benchmarks.score import DATA, write_tar
 
 _TAR = 250
 _RUN = """
-import json, resource, sys
+import json, sys
 import aligncurate
+from benchmarks.common import peak_mib
 run = aligncurate.score(sys.argv[1], sys.argv[2], model="tiny", decode=sys.argv[3], quiet=True)
 assert run.dataset is not None
 print(json.dumps({
     "pairs": run.rows, "seconds": run.seconds, "bottleneck": run.times.bottleneck,
-    "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "memory": peak_mib(),
 }))
 """
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter
 from aligncurate.levels import Counts, quantile_ranks
 from aligncurate.pairs import Status, schema
 from aligncurate.parts import PartInfo
-from benchmarks.common import Spread, publish, undisturbed
+from benchmarks.common import Spread, peak_mib, publish, undisturbed
 
 LEVELS = 8
 PART, GROUP = 1_000_000, 10_000
@@ -197,7 +196,7 @@ def _in_this_process(task: str, folder: str) -> dict[str, Any]:
     started, worked = time.perf_counter(), time.process_time()
     values = [float(v) for v in work()]
     found = {"seconds": time.perf_counter() - started, "worked": time.process_time() - worked}
-    return {**found, "values": values, "peak": _peak_mib()}
+    return {**found, "values": values, "peak": peak_mib()}
 
 
 def _ours(dataset: Dataset, *, counted: bool) -> tuple[float, ...]:
@@ -220,14 +219,6 @@ def _numpy(dataset: Dataset) -> Any:
         start += len(found)
     scores.sort()
     return scores[quantile_ranks(len(scores), LEVELS)]
-
-
-def _peak_mib() -> int:
-    try:  # getrusage would count what the parent held when it forked
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 << (20 if sys.platform == "darwin" else 10))
 
 
 def write_scores(folder: Path, count: int) -> Dataset:

@@ -3,9 +3,9 @@
     python -m benchmarks.score --save
 
 Encoders have random weights: speed does not depend on what they know. Every round runs all variants one after the
-other; rates and ratios are medians over rounds. A run in which other processes took more than a tenth of the processor is done
-again (--tries); "others" is the greatest share that they took of a run that counts. The pairs of the first tar that
-`fast` also scores exactly, to say how far it strays, are a cost of a run, not of a pair, so the first tar has one pair.
+other; rates and ratios are medians over rounds. A run in which other processes took more than a tenth of the processor
+is done again (--tries); "others" is the greatest share that they took of a run that counts. The pairs of the first tar
+that `fast` also scores exactly, to say how far it strays, are a cost of a run, not of a pair, so it has one pair.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             rows = measure(model, count, options, Path(folder))
         title = f"{model}, pairs per second: median (least..most)"
-        publish(f"score-{model}", title, rows, settings | {"pairs": count}, options.save)
+        name = "-".join(["score", model, *(options.precisions if len(options.precisions) == 1 else [])])
+        publish(name, title, rows, settings | {"pairs": count}, options.save)
 
 
 def measure(model: str, count: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

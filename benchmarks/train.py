@@ -1,4 +1,4 @@
-"""Training: our step against the plain Hugging Face way, on the same model and the same conversations.
+"""Training: our step against the plain Hugging Face way, on the same model and conversations of the same file.
 
 python -m benchmarks.train                      small model, on whatever device there is
 python -m benchmarks.train --shape 7b           a Llama of 7B parameters and ViT-L/14-336, random weights; needs a GPU
