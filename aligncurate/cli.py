@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from aligncurate import __version__
-from aligncurate.errors import UserError
+from aligncurate.errors import UserError, WorkerError
 from aligntrain import cli as training
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def _plain_errors() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants
         raise typer.Exit(0) from None
+    except WorkerError as error:  # no other RuntimeError: those are bugs, whose traceback helps
+        _complain(f"{error}; the same command goes on from what is written.")
+        raise typer.Exit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _complain(f"{where}{error.strerror or error}.")

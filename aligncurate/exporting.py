@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from array import array
@@ -24,6 +25,7 @@ from aligncurate.errors import UserError
 from aligncurate.files import atomic_file, lock, make_folder, write_json
 from aligncurate.images import EXTENSIONS, extension
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
+from aligncurate.parts import readable
 from aligncurate.progress import Meter, meter
 from aligncurate.sources.pointers import POINTER_COLUMNS, has_image, read_image, read_images
 from aligncurate.tars import Buffer, TarWriter
@@ -127,7 +129,12 @@ def _take(target: Path, record: dict[str, Any], stack: ExitStack) -> None:
     make_folder(target)
     stack.enter_context(lock(target))
     if file.is_file():
-        before = json.loads(file.read_text("utf-8"))
+        try:
+            before = json.loads(file.read_text("utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{file}: the file is damaged; delete the folder and export again, or name a new folder.")
         if any(before.get(k) != v for k, v in record.items()):
             raise UserError(f"{target}: another export is here; name a new folder, or delete this one.")
     elif any(not p.name.startswith(".") for p in target.iterdir()):
@@ -142,8 +149,12 @@ def _exportable(dataset: Dataset) -> int:
     return sum(part.statuses.get(status, 0) for part in dataset.parts for status in FINE)
 
 
+def _is_good(table: pa.Table) -> pa.ChunkedArray:
+    return pc.is_in(table["status"], pa.array(sorted(FINE)))
+
+
 def _good(table: pa.Table) -> pa.Table:
-    return table.filter(pc.is_in(table["status"], pa.array(sorted(FINE))))
+    return table.filter(_is_good(table))
 
 
 def _rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -202,8 +213,9 @@ class _Write:
 
     def __call__(self, tar: _Tar, check: Callable[[], None] = lambda: None) -> "_Written":
         beside = self.target / f"{tar.name}.parquet"
-        # Written last, so it is the mark that the tar is whole; what failed is tried again.
-        if not beside.is_file() or _note(beside)["failed"]:
+        there = beside.is_file() and (self.target / f"{tar.name}.tar").is_file()
+        # The Parquet is written last, so it is the mark that the tar is whole; what failed is tried again.
+        if not there or _note(beside)["failed"]:
             _write_tar(self.dataset, tar, self.per_level, self.target, check)
         note = _note(beside)
         return tar, note["rows"], note["bytes"], note["failed"]
@@ -247,17 +259,27 @@ def _plan(dataset: Dataset, shard_size: int, per_level: bool) -> list[_Tar]:
 
 
 def _tar_batches(dataset: Dataset, tar: _Tar, per_level: bool) -> Iterator[pa.RecordBatch]:
-    for part, start, count in tar.pieces:
-        seen = 0
-        for table in dataset.groups(part):
-            good = _good(table)
-            if per_level:
-                same = pc.is_null(good["level"]) if tar.level is None else pc.equal(good["level"], tar.level)
-                good = good.filter(same)
-            low, high = max(start - seen, 0), min(start + count - seen, good.num_rows)
-            seen += good.num_rows
-            if low < high:
-                yield from good.slice(low, high - low).to_batches(500)
+    for part, skip, left in tar.pieces:
+        with readable(dataset.files[part]) as file:
+            for group in range(file.num_row_groups):
+                # Other columns, embedded images among them, are read only where the group has rows for this tar.
+                mask = _matching(file.read_row_group(group, ["status", "level"], use_threads=False), tar, per_level)
+                found = pc.sum(mask, min_count=0).as_py()
+                take = min(max(found - skip, 0), left)
+                if take:
+                    rows = file.read_row_group(group, use_threads=False).filter(mask)
+                    yield from rows.slice(skip, take).to_batches(500)
+                skip, left = max(skip - found, 0), left - take
+                if not left:
+                    break
+
+
+def _matching(table: pa.Table, tar: _Tar, per_level: bool) -> pa.ChunkedArray:
+    """Which rows are good and, with `per_level`, of the tar's level."""
+    good, level = _is_good(table), table["level"]
+    if not per_level:
+        return good
+    return pc.and_(good, pc.is_null(level) if tar.level is None else pc.equal(level, tar.level))
 
 
 def _write_tar(dataset: Dataset, tar: _Tar, per_level: bool, target: Path, check: Callable[[], None]) -> None:
@@ -298,7 +320,7 @@ def _sample(row: dict[str, Any], data: Buffer | None) -> dict[str, Buffer]:
         sample["txt"] = row["caption"].encode()
     kept = {k: v for k, v in row.items() if v is not None and k not in _HIDDEN}
     kept["sha256"] = row["sha256"].hex() if row["sha256"] else None
-    sample["json"] = _JSON(kept).encode()
+    sample["json"] = _json(kept).encode()
     return sample
 
 
@@ -307,13 +329,30 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, default=_plain).encode
+_encode = json.JSONEncoder(ensure_ascii=False, default=_plain, allow_nan=False).encode
+
+
+def _json(value: Any) -> str:
+    """Strict JSON; floats that are not finite, which it does not have, are null."""
+    try:
+        return _encode(value)
+    except ValueError:  # rare, so that only such rows are gone through in Python
+        return _encode(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _ending(row: dict[str, Any], data: Buffer) -> str:
     """The image's own file ending, or the usual one for its bytes."""
-    ending = storage.basename(row["image_path"] or "").rpartition(".")[2].lower()
-    return ending if ending in EXTENSIONS else (extension(data) or "jpg")
+    _, dot, ending = storage.basename(row["image_path"] or "").lower().rpartition(".")
+    # Without a dot it is no file name: `png` may be the column of a Parquet file, with JPEGs in it.
+    return ending if dot and ending in EXTENSIONS else (extension(data) or "jpg")
 
 
 def _safe(key: str) -> str:
@@ -365,7 +404,8 @@ def _llava_image(row: dict[str, Any], data: bytes, done: Exported, names: set[st
     name = f"{_free(f'{folder}/{stem}', names)}.{_ending(row, data)}"
     path = done.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file() or path.stat().st_size != len(data):
+    # An earlier try may have given this name to another image, if one before it could not be read then.
+    if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
     done.bytes += len(data)

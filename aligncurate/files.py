@@ -1,5 +1,6 @@
 """Files and folders that a run may leave only whole: atomic files, locked folders."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,13 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from aligncurate.errors import UserError
+from aligncurate.progress import notice
 
 TEMPORARY = ".tmp-"
 """How names begin of what is not whole yet; a killed run leaves such files, which the next one deletes."""
 
 LOCK = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # some network file systems
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
+_told = False  # that a file system has no locks; once is enough
 
 
 def make_folder(path: Path) -> None:
@@ -27,22 +33,39 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; the kernel lets go of it however the run ends."""
+    """Hold `folder` for one run; the kernel lets go of it however the run ends.
+
+    Where the file system has no locks, the user is told so, and must see to it that there is one run. Raises UserError
+    when another run holds it.
+    """
     path = folder / LOCK
     while True:
         with path.open("w") as file:
+            locked = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{folder}: another run is writing to this folder; wait for it to end.") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                locked = False
+                _tell_no_locks(folder)
             # Another run may have ended, and removed the file, between our opening and locking it.
-            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+            if locked and (not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino):
                 continue
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _tell_no_locks(folder: Path) -> None:
+    global _told
+    if not _told:
+        notice(f"{escape(str(folder))}: this file system has no locks; start no second run that writes to this folder.")
+    _told = True
 
 
 def sync_folder(folder: Path) -> None:

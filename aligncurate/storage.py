@@ -3,10 +3,12 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 import fsspec
 from braceexpand import braceexpand
@@ -49,20 +51,70 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         raise UserError(f"{uri}: {str(error).rstrip('.')}.") from None
 
 
+@contextmanager
+def _faults(uri: str) -> Iterator[None]:
+    """Errors of the block become OSError: every network library has its own, and callers cannot know them all."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, OSError) and (text or not isinstance(error, TimeoutError)):  # fsspec's have no text
+            raise
+        cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise OSError(f"{uri}: its file system failed ({cause})") from error
+
+
+@contextmanager
+def _remote(uri: str) -> Iterator[tuple[Any, str]]:
+    """The file system of `uri` and the path in it. Raises OSError for whatever fails in the block."""
+    with _faults(uri):
+        yield _filesystem(uri)
+
+
+class _RemoteFile:
+    """A file of a remote file system that raises nothing but OSError."""
+
+    def __init__(self, file: Any, uri: str) -> None:
+        self._file, self._uri = file, uri
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._file, name)
+        if not callable(found):
+            return found
+
+        def guarded(*args: Any, **options: Any) -> Any:
+            with _faults(self._uri):
+                return found(*args, **options)
+
+        return guarded
+
+    def __iter__(self) -> Iterator[bytes]:
+        with _faults(self._uri):
+            yield from self._file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def open_file(uri: str) -> BinaryIO:
-    """`uri` opened for reading bytes. Raises OSError."""
+    """`uri` opened for reading bytes. Raises OSError, also while it is read."""
     if not is_remote(uri):
         return Path(uri).open("rb")
-    filesystem, path = _filesystem(uri)
-    return cast("BinaryIO", filesystem.open(path, "rb"))
+    with _remote(uri) as (filesystem, path):
+        return cast("BinaryIO", _RemoteFile(filesystem.open(path, "rb"), uri))
 
 
 def size(uri: str) -> int:
     """Bytes in `uri`. Raises OSError."""
     if not is_remote(uri):
         return Path(uri).stat().st_size
-    filesystem, path = _filesystem(uri)
-    return int(filesystem.size(path))
+    with _remote(uri) as (filesystem, path):
+        return int(filesystem.size(path))
 
 
 def version(uri: str) -> object:
@@ -74,6 +126,7 @@ def version(uri: str) -> object:
 
 
 def exists(uri: str) -> bool:
+    """Whether there is a file or folder. Raises OSError."""
     if not is_remote(uri):
         try:
             return Path(uri).exists()
@@ -81,8 +134,8 @@ def exists(uri: str) -> bool:
             if error.errno == errno.ENAMETOOLONG:
                 return False
             raise
-    filesystem, path = _filesystem(uri)
-    return bool(filesystem.exists(path))
+    with _remote(uri) as (filesystem, path):
+        return bool(filesystem.exists(path))
 
 
 def read(uri: str) -> bytes:
@@ -94,8 +147,8 @@ def read(uri: str) -> bytes:
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """`length` bytes of `uri` from `offset`. Raises OSError, also when the file ends before."""
     if is_remote(uri):
-        filesystem, path = _filesystem(uri)
-        data = cast("bytes", filesystem.cat_file(path, start=offset, end=offset + length))
+        with _remote(uri) as (filesystem, path):
+            data = cast("bytes", filesystem.cat_file(path, start=offset, end=offset + length))
     else:
         descriptor = _descriptor(uri)  # held by name: the cache may let go of it while it is read from
         data = os.pread(descriptor.number, length, offset)
@@ -146,8 +199,8 @@ def _descriptor(path: str) -> _Descriptor:
 def is_folder(uri: str) -> bool:
     if not is_remote(uri):
         return Path(uri).is_dir()
-    filesystem, path = _filesystem(uri)
-    return bool(filesystem.isdir(path))
+    with _remote(uri) as (filesystem, path):
+        return bool(filesystem.isdir(path))
 
 
 def has_folders(folder: str) -> bool:
@@ -160,8 +213,8 @@ def list_files(folder: str) -> list[str]:
     if not is_remote(folder):
         names = sorted(p.name for p in Path(folder).iterdir() if p.is_file())
     else:
-        filesystem, path = _filesystem(folder)
-        entries = filesystem.ls(path, detail=True)
+        with _remote(folder) as (filesystem, path):
+            entries = filesystem.ls(path, detail=True)
         names = sorted(basename(e["name"]) for e in entries if e["type"] == "file")
     return [join(folder, name) for name in names if not name.startswith((".", "_"))]
 
@@ -182,8 +235,8 @@ def expand(pattern: str) -> list[str]:
         uris = [pattern]
     for uri in uris:
         if "*" in uri or "?" in uri:
-            filesystem, path = _filesystem(uri)
-            matches = sorted(filesystem.glob(path))
+            with _remote(uri) as (filesystem, path):
+                matches = sorted(filesystem.glob(path))
             if not matches:
                 raise UserError(f"{uri}: no file matches this pattern.")
             remote = is_remote(uri)

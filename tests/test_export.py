@@ -7,11 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from inputs import encoded, jpeg, picture
 
 import aligncurate
+from aligncurate import pipeline
 from aligncurate.errors import UserError
 from pipelines.scenes import write_tars
 
@@ -227,3 +230,96 @@ def test_processes_tell_what_cannot_be_read(tmp_path) -> None:
     assert done.rows == 39
     with pytest.raises(UserError, match="--workers 0"):
         aligncurate.export(dataset, tmp_path / "none", workers=0, quiet=True)
+
+
+@pytest.mark.parametrize("per_level", [False, True])
+def test_only_row_groups_with_rows_of_the_tar_are_read_whole(tmp_path, monkeypatch, per_level) -> None:
+    monkeypatch.setattr(pipeline, "_ROWS_PER_GROUP_WITH_IMAGES", 10)
+    write_tars(tmp_path / "tars", 60, seed=5, shard_size=60)
+    aligncurate.score(tmp_path / "tars", tmp_path / "scored", model="tiny", embed_images=True, quiet=True)
+    dataset = aligncurate.bucket(tmp_path / "scored", tmp_path / "levelled", levels=4, quiet=True)
+    levels = [row["level"] for row in dataset.read(0, ["level"]).to_pylist()]
+    wanted = []  # rows of each tar
+    for level in sorted(set(levels)) if per_level else [None]:
+        rows = [i for i, found in enumerate(levels) if level in (None, found)]
+        wanted += [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    whole, looked = [], []
+    read = pq.ParquetFile.read_row_group
+
+    def spy(self, group, columns=None, **options):
+        (whole if columns is None or "image" in columns else looked).append(group)
+        return read(self, group, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    options = {"shard_size": 4, "per_level": per_level, "workers": 1, "quiet": True}
+    done = aligncurate.export(dataset, tmp_path / "out", **options)
+    assert whole == [group for rows in wanted for group in sorted({i // 10 for i in rows})]
+    # Planning looks at each group once, a tar at those up to its last row.
+    assert len(looked) <= 6 + sum(max(rows) // 10 + 1 for rows in wanted)
+    keys = dataset.scan().collect()["key"].to_list()
+    for name, rows in zip(done.files, wanted, strict=True):
+        beside = pq.read_table((tmp_path / "out" / name).with_suffix(".parquet"))
+        assert beside["key"].to_pylist() == [keys[i] for i in rows]
+
+
+def test_a_name_that_another_image_had_gets_its_own_image(tmp_path) -> None:
+    for number in range(2):  # of one key, each unique in its file, and as bitmaps of one size
+        (tmp_path / f"{number}.bmp").write_bytes(encoded(picture(number), "BMP"))
+        row = {"id": "same", "image": f"{number}.bmp", "caption": f"caption {number}"}
+        (tmp_path / f"{number}.json").write_text(json.dumps([row]))
+    dataset = aligncurate.ingest(str(tmp_path / "{0..1}.json"), tmp_path / "in", quiet=True).dataset
+    (tmp_path / "0.bmp").rename(tmp_path / "away")
+    first = aligncurate.export(dataset, tmp_path / "out", format="llava-json", quiet=True)
+    assert (first.rows, len(first.failed)) == (1, 1)
+    (tmp_path / "away").rename(tmp_path / "0.bmp")
+    assert aligncurate.export(dataset, tmp_path / "out", format="llava-json", quiet=True).rows == 2
+    for number, entry in enumerate(json.loads((tmp_path / "out/annotations.json").read_text())):
+        assert (tmp_path / "out" / entry["image"]).read_bytes() == (tmp_path / f"{number}.bmp").read_bytes()
+
+
+def test_a_tar_that_was_deleted_is_made_again(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "out", shard_size=40, quiet=True)
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out/00001.tar").unlink()
+    aligncurate.export(levelled, tmp_path / "out", shard_size=40, quiet=True)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_the_json_is_strict_where_floats_are_not_finite(tmp_path) -> None:
+    nan, inf = float("nan"), float("inf")
+    columns = {
+        "image": [jpeg(0), jpeg(1)],
+        "caption": ["a", "b"],
+        "quality": [nan, 0.5],
+        "boxes": [[1.0, -inf], [2.0]],
+        "clip": [{"mean": inf, "texts": ["NaN"]}, {"mean": 1.5, "texts": []}],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    dataset = aligncurate.ingest(tmp_path / "a.parquet", tmp_path / "in", quiet=True).dataset
+    aligncurate.export(dataset, tmp_path / "out", quiet=True)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    texts = [data for name, data in members(tmp_path / "out/00000.tar").items() if name.endswith(".json")]
+    bad, good = (json.loads(text, parse_constant=refuse) for text in texts)
+    extras = ("quality", "boxes", "clip")
+    assert [bad[name] for name in extras] == [None, [1.0, None], {"mean": None, "texts": ["NaN"]}]
+    assert [good[name] for name in extras] == [columns[name][1] for name in extras]
+
+
+def test_a_column_that_is_called_like_an_ending_names_no_file(tmp_path) -> None:
+    pq.write_table(pa.table({"png": [jpeg(0)], "caption": ["a"]}), tmp_path / "a.parquet")
+    dataset = aligncurate.ingest(tmp_path / "a.parquet", tmp_path / "in", quiet=True).dataset
+    assert dataset.read(0)["image_path"].to_pylist() == ["png"]
+    aligncurate.export(dataset, tmp_path / "out", quiet=True)
+    found = {name.rpartition(".")[2]: data for name, data in members(tmp_path / "out/00000.tar").items()}
+    assert sorted(found) == ["jpg", "json", "txt"] and found["jpg"] == jpeg(0)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_record_is_named(tmp_path, levelled, damaged) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/export.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"export\.json: the file is damaged; delete the folder"):
+        aligncurate.export(levelled, tmp_path / "out", quiet=True)
