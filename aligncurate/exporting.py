@@ -26,7 +26,7 @@ from aligncurate.files import atomic_file, lock, make_folder, write_json
 from aligncurate.images import EXTENSIONS, extension
 from aligncurate.pairs import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.parts import readable
-from aligncurate.progress import Meter, meter
+from aligncurate.progress import Meter, meter, notice
 from aligncurate.sources.pointers import POINTER_COLUMNS, has_image, read_image, read_images
 from aligncurate.tars import Buffer, TarWriter
 
@@ -97,6 +97,11 @@ def export(
         raise UserError(f"--per-level goes with --format webdataset, not {format}.")
     if per_level and not opened.levels:
         raise UserError(f"{opened.path}: --per-level needs levels; run `aligncurate bucket` first.")
+    if format == "llava-json" and not opened.levels:
+        notice(
+            "the dataset has no levels, so the entries get no `similarity`; `aligncurate bucket` makes them.",
+            quiet=quiet,
+        )
     done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - _exportable(opened))
     record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
     with ExitStack() as stack:

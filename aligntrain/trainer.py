@@ -35,6 +35,7 @@ from .packing import can_pack
 from .plan import Pack, Plan, plan
 
 _BLIND = 100  # so many unreadable images, and no other among them, are no accident
+_OWN = {"index.arrow", "stage.json"}  # what a run writes first, by which its folder is known
 _TOLD = 5  # unreadable images that are named on the terminal, on every rank
 
 
@@ -127,7 +128,7 @@ def _train(config: StageConfig, world: World) -> Summary:
     flops = Flops(model, trains_llm(config))
     engine = Engine(model, config, world)
     optimizer = make_optimizer(model, config, world.device)
-    first = unreadable = stopped = 0
+    first = unreadable = stopped = learned = 0
     loss = None
     if before is None and (gone := world.first_does(lambda: checkpoint.forget(out))) and world.first:
         notice(f"{gone} checkpoints of an earlier run in {out} were deleted")
@@ -189,10 +190,13 @@ def _train(config: StageConfig, world: World) -> Summary:
                 break
             unreadable += lost
             blind = 0 if seen else blind + lost
-            if blind >= _BLIND:
+            learned += count
+            if blind >= _BLIND or (blind and not first + learned and step + 1 == total):
                 reasons = [reason for of_rank in world.gather(reader.reasons(batch)) for reason in of_rank]
-                raise UserError(f"step {step + 1}: none of the last {blind:,} images could be read (such as "
-                                f"{reasons[0]}); put them where the data says that they are.")  # fmt: skip
+                raise UserError(
+                    f"step {step + 1}: none of the last {blind:,} images could be read (such as {reasons[0]}); put "
+                    "them where the data says that they are, or say --image-root."
+                )
             if lost and told < _TOLD:
                 for reason in reader.reasons(batch)[: _TOLD - told]:
                     notice(f"{reason}; nothing is learned from it")
@@ -353,6 +357,10 @@ def _check_place(config: StageConfig, world: World) -> None:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: --out must be a folder, but this is a file.")
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    strangers = sorted(name for name in there - _OWN if not name.startswith("."))
+    if strangers and not there & _OWN:
+        raise UserError(f"{out}: the output folder holds other files ({strangers[0]}); name a new folder.")
     for name in ("init", "llm", "vision"):
         if (folder := getattr(config, name)) is not None and out.resolve() == Path(folder).resolve():
             raise UserError(f"{out}: --out is the same folder as --{name}, which would be overwritten; name another.")

@@ -53,7 +53,10 @@ class ImageRoot:
             return None
         if name.startswith("/") and not name.startswith(self.folder.rstrip("/") + "/"):
             pair.image_path = name
-            pair.fail(Status.UNSAFE_PATH, f"the image path {name} lies outside the image root {self.folder}")
+            pair.fail(
+                Status.UNSAFE_PATH,
+                f"the image path {name} lies outside {self.folder}; give --image-root, a folder above it",
+            )
             return None
         return name if name.startswith("/") else storage.join(self.folder, name)
 

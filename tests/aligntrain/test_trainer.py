@@ -217,23 +217,37 @@ def test_s2_with_checkpointing(folder: Path, models: dict[str, str], tmp_path: P
     assert records(tmp_path / "kept")[0]["grad_norm_by_module"]["projector"] > 0
 
 
-@pytest.mark.parametrize("count", [99, 120])
+@pytest.mark.parametrize(("gone", "good"), [(99, 1), (120, 0), (9, 0)])
 def test_images_that_are_all_gone(
-    models: dict[str, str], tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+    models: dict[str, str], tmp_path: Path, gone: int, good: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some may be broken; a hundred and no other among them mean that something is wrong with their place."""
+    """Some may be broken; a hundred and no other among them, or all, mean that something is wrong with their place."""
     meta = {"caption": "a thing", "level": 3}
-    tar = write_tar(tmp_path / "c.tar", {f"s{n:03d}": (b"gone", meta) for n in range(count)})
-    config = pretraining(models, tar, tmp_path / "out", batch_size=60)
-    if count == 99:
-        assert train(config).unreadable == 99
+    samples = {f"s{n:03d}": (b"gone", meta) for n in range(gone)}
+    samples |= {f"t{n:03d}": (picture(n), meta) for n in range(good)}
+    config = pretraining(models, write_tar(tmp_path / "c.tar", samples), tmp_path / "out", batch_size=60)
+    if good:
+        assert train(config).unreadable == gone
         assert weights(tmp_path / "out")["projector.0.weight"].isfinite().all()
     else:
-        with pytest.raises(UserError, match=r"step 2: none of the last 120 images could be read \(such as s\d\d\d: "):
+        step = 2 if gone == 120 else 1
+        sentence = rf"step {step}: none of the last {gone} images could be read \(such as s\d\d\d: .*--image-root"
+        with pytest.raises(UserError, match=sentence):
             train(config)
+        assert not (tmp_path / "out" / "config.json").exists()
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("this is text, not an image") <= 5
-    assert "the image cannot be read (this is text, not an image); nothing is learned from it" in told
+    if gone > 60:
+        assert "the image cannot be read (this is text, not an image); nothing is learned from it" in told
+
+
+def test_a_folder_of_other_files_is_left_alone(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "config.json"
+    mine.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"other files \(config\.json\)"):
+        train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", max_steps=1))
+    assert mine.read_text() == '{"mine": 1}' and list((tmp_path / "out").iterdir()) == [mine]
 
 
 def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
