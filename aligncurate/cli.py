@@ -483,7 +483,7 @@ def _summarize(done: str, summary: "Summary", out: Path, following: str, quiet: 
             if any(part.failed < part.rows for part in summary.dataset.parts):
                 _next(following)
             elif summary.dataset.rows:
-                _stdout.print(f"[red]none of these {_rows(summary.dataset.rows)} can be used[/]", soft_wrap=True)
+                _stdout.print("[red]no row can be used[/]")
     if summary.failures:
         _complain(f"{len(summary.failures)} of the shards could not be read; the same command tries them again.")
         raise typer.Exit(1)

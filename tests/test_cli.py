@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from inputs import cli
 from typer.testing import CliRunner
 
 import aligncurate
@@ -166,3 +167,12 @@ def test_the_demo_shows_that_levels_follow_correctness(tmp_path) -> None:
     (tmp_path / "mine/thesis.txt").touch()
     refused = run("demo", "--out", tmp_path / "mine")
     assert refused.exit_code == 2 and (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_a_run_without_a_good_row_says_so_and_sends_nobody_on(tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text("image,caption\n/elsewhere/a.jpg,a\n")
+    told = cli("ingest", tmp_path / "rows.csv", "--out", tmp_path / "out")
+    assert told.exit_code == 0
+    assert "no row can be used" in told.stdout
+    assert "next:" not in told.stdout
+    assert "give --image-root" in cli("inspect", tmp_path / "out", "--json").stdout

@@ -323,3 +323,11 @@ def test_a_damaged_record_is_named(tmp_path, levelled, damaged) -> None:
     (tmp_path / "out/export.json").write_bytes(damaged)
     with pytest.raises(UserError, match=r"export\.json: the file is damaged; delete the folder"):
         aligncurate.export(levelled, tmp_path / "out", quiet=True)
+
+
+def test_llava_entries_without_levels_are_told(tmp_path, capsys) -> None:
+    write_tars(tmp_path / "tars", 5, seed=9)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    aligncurate.export(dataset, tmp_path / "out", format="llava-json")
+    assert "the entries get no `similarity`" in " ".join(capsys.readouterr().err.split())
+    assert all("similarity" not in entry for entry in json.loads((tmp_path / "out/annotations.json").read_text()))
