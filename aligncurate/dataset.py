@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from aligncurate import __version__
 from aligncurate.errors import UserError
-from aligncurate.files import LOCK, TEMPORARY, lock, make_folder, sync_folder, write_json
+from aligncurate.files import LOCK, TEMPORARY, lock, make_folder, sync, write_json
 from aligncurate.levels import Counts
 from aligncurate.parts import (
     SCORE_COUNTS,
@@ -290,7 +290,7 @@ class DatasetWriter:
             write_json(self.path / THRESHOLDS, self.head["thresholds"])
         if counts := self._score_counts(parts):
             facts[SCORE_COUNTS] = counts
-        sync_folder(self.path)  # the parts' names; until now a power cut could only take whole parts back
+        sync(self.path)  # the parts' names; until now a power cut could only take whole parts back
         self._write_manifest(complete=True, parts=parts, **facts)
         return Dataset(self.path)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aligncurate.errors import UserError
+from aligncurate.files import sync
 
 from .build import build_model, merge_lora, quiet_transformers, save_processor
 from .config import StageConfig
@@ -94,11 +94,11 @@ def save(
             raise UserError(f"{target}: the checkpoint cannot be written ({error}); the one before it stays.")
         (temporary / "position.json").write_text(json.dumps(asdict(position), indent=1), "utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
         for old in checkpoints(out)[:-keep]:  # renamed first, so that none is ever there in part
             shutil.rmtree(old.replace(old.with_name(f".tmp-{old.name}")))
 
@@ -123,7 +123,7 @@ def mark_finished(out: Path, position: Position) -> None:
     """Say that the model in ``out`` is whole, and what it was made of."""
     temporary = out / f".tmp-{_FINISHED}"
     temporary.write_text(json.dumps(asdict(position), indent=1), "utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(out / _FINISHED)
 
 
@@ -213,10 +213,10 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     for stale in (out / "config.json", *out.glob("*.safetensors*")):
         stale.unlink(missing_ok=True)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-        _sync(path)
+        sync(path)
         path.replace(out / path.name)
     temporary.rmdir()
-    _sync(out)
+    sync(out)
 
 
 def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -279,11 +279,3 @@ def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

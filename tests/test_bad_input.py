@@ -24,6 +24,7 @@ from PIL import Image
 
 import aligncurate
 from aligncurate.errors import ShardError, UserError
+from aligncurate.pairs import FINE
 from aligncurate.sources import SourceOptions, open_source
 
 
@@ -551,7 +552,9 @@ def test_random_damage_gives_only_plain_errors(tmp_path, kind) -> None:
         try:
             opened = open_source(str(source))
             for shard in opened.shards:
-                list(opened.read(shard))
+                for pair in opened.read(shard):
+                    assert pair.key and pair.source
+                    assert (pair.status in FINE) == (pair.error is None)
         except (UserError, ShardError, OSError):
             continue
 

@@ -9,6 +9,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+import aligncurate
 from aligncurate import images, pairs
 from aligncurate.cli import app
 from pipelines.scenes import pairs as scene_pairs
@@ -57,7 +58,10 @@ def test_the_commands_of_a_page_run(page, user_data) -> None:
 
 def test_the_python_examples_run(user_data) -> None:
     for block in blocks(ROOT / "README.md", "python"):
-        exec(compile(block, "README.md", "exec"), {})
+        names: dict = {}
+        exec(compile(block, "README.md", "exec"), names)
+        made = aligncurate.open_dataset("levelled")
+        assert made.levels == 8 and 0 < names["best"].rows < made.rows
         for training in blocks(ROOT / "docs/training.md", "python"):  # goes on with the dataset that the first made
             exec(compile(training, "training.md", "exec"), {})
 

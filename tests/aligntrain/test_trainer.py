@@ -298,7 +298,7 @@ from test_trainer import ten_steps
 from aligntrain import checkpoint, train, trainer
 folder, out, where = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 models = {"llm": str(folder / "llm"), "vision": str(folder / "vision")}
-rate, sync, calls = trainer.learning_rate, checkpoint._sync, []
+rate, sync, calls = trainer.learning_rate, checkpoint.sync, []
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -313,7 +313,7 @@ def sync_or_kill(path):  # the second checkpoint: its files are written, and not
 if where == "step":
     trainer.learning_rate = rate_or_kill
 else:
-    checkpoint._sync = sync_or_kill
+    checkpoint.sync = sync_or_kill
 train(ten_steps(folder, models, out))
 """
 
@@ -371,8 +371,8 @@ def test_signals_save_and_stop(folder: Path, models: dict[str, str], straight: S
         return learning_rate(config, step, total)
 
     written: list[str] = []
-    sync = checkpoint._sync
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (written.append(path.name), sync(path)))
+    sync = checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (written.append(path.name), sync(path)))
     config = ten_steps(folder, models, tmp_path / "out")
     monkeypatch.setattr(trainer, "learning_rate", rate_and_signal)
     summary = train(config)
@@ -413,8 +413,8 @@ def test_the_old_configuration_goes_before_the_new_weights_come(
     out = Path(shutil.copytree(straight.out, tmp_path / "out"))
     (out / "finished.json").unlink()
     seen: list[bool] = []
-    sync = checkpoint._sync
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (seen.append((out / "config.json").exists()), sync(path)))
+    sync = checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (seen.append((out / "config.json").exists()), sync(path)))
     train(straight.replace(out=str(out)))
     assert (out / "config.json").exists()
     moved = len([path for path in out.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")])
