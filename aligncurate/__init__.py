@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aligncurate.bucketing import bucket
-    from aligncurate.dataset import Dataset, open_dataset
-    from aligncurate.exporting import export
-    from aligncurate.report import inspect
-    from aligncurate.scoring import ingest, score
-    from aligncurate.selection import filter
+    from aligncurate.dataset.reader import Dataset, open_dataset
     from aligncurate.sources import SourceOptions, open_source
+    from aligncurate.verbs.bucket import bucket
+    from aligncurate.verbs.export.export import export
+    from aligncurate.verbs.filter import filter
+    from aligncurate.verbs.inspect import inspect
+    from aligncurate.verbs.score import ingest, score
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
 _HOMES = {
-    "Dataset": "dataset",
+    "Dataset": "dataset.reader",
     "SourceOptions": "sources",
-    "bucket": "bucketing",
-    "export": "exporting",
-    "filter": "selection",
-    "ingest": "scoring",
-    "inspect": "report",
-    "open_dataset": "dataset",
+    "bucket": "verbs.bucket",
+    "export": "verbs.export.export",
+    "filter": "verbs.filter",
+    "ingest": "verbs.score",
+    "inspect": "verbs.inspect",
+    "open_dataset": "dataset.reader",
     "open_source": "sources",
-    "score": "scoring",
+    "score": "verbs.score",
 }
 
 __all__ = [

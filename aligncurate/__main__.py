@@ -1,5 +1,5 @@
 """`python -m aligncurate`, for launchers such as torchrun that start modules."""
 
-from aligncurate.cli import main
+from aligncurate.cli.app import main
 
 main()

@@ -20,11 +20,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from aligncurate.errors import UserError
-
-from .config import StageConfig, field_types, parse_setting
+from aligntrain.stage import StageConfig, field_types, parse_setting
 
 if TYPE_CHECKING:
-    from .preview import Preview
+    from aligntrain.tools.preview import Preview
 
 app = typer.Typer(
     help="Train AlignGPT from levelled pairs (pretrain) and instructions (finetune).",
@@ -157,7 +156,7 @@ def plan(
     **options: Any,
 ) -> None:
     """Show what a stage would do: steps, packing, tokens, levels, rows left out, time. Trains nothing."""
-    from .preview import preview
+    from aligntrain.tools.preview import preview
 
     stage = stage or ("finetune" if options.get("init") else "pretrain")
     if ranks < 1:
@@ -176,7 +175,7 @@ def generate(
     show_alignment: ShowAlignment = False,
 ) -> None:
     """Answer one question about a picture."""
-    from .generate import alignment, answer, load, open_picture
+    from aligntrain.tools.generate import alignment, answer, load, open_picture
 
     picture = open_picture(image) if image is not None else None
     trained, processor = load(model)
@@ -195,7 +194,7 @@ def chat(
     show_alignment: ShowAlignment = False,
 ) -> None:
     """Talk about a picture, turn by turn; an empty line ends it."""
-    from .generate import alignment, answer, load, open_picture
+    from aligntrain.tools.generate import alignment, answer, load, open_picture
 
     picture = open_picture(image) if image is not None else None
     trained, processor = load(model)
@@ -233,7 +232,7 @@ def convert(
     vision: Annotated[Path | None, typer.Option(help="The vision tower's folder.", show_default=False)] = None,
 ) -> None:
     """Turn official AlignGPT and LLaVA checkpoints into a model, or a model into the official layout."""
-    from .convert import convert as run
+    from aligntrain.tools.convert import convert as run
 
     try:
         done = run(source, target, llm=llm, vision=vision)
@@ -263,8 +262,7 @@ def _train(config: StageConfig) -> None:
     import os
 
     from aligncurate.progress import duration
-
-    from .trainer import train
+    from aligntrain.training.loop import train
 
     summary = train(config)
     if os.environ.get("RANK", "0") != "0":

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import aligncurate
-from aligncurate.images import decode, decoders_unheard, open_image, preprocess_of
+from aligncurate.images.decode import decode, decoders_unheard, open_image, preprocess_of
 from benchmarks.common import publish
 from benchmarks.score import DATA, repeated
 

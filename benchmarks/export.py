@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 import aligncurate
-from aligncurate.tars import TarWriter
+from aligncurate.io.tar import TarWriter
 from benchmarks.common import Spread, publish, undisturbed
 
 PER_TAR = 5_000

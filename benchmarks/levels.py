@@ -31,11 +31,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from aligncurate.bucketing import bucket, fit, iter_scores
-from aligncurate.dataset import MANIFEST, Dataset, DatasetWriter
+from aligncurate.dataset.part import PartInfo
+from aligncurate.dataset.reader import MANIFEST, Dataset, DatasetWriter
+from aligncurate.dataset.record import Status, schema
 from aligncurate.levels import Counts, quantile_ranks
-from aligncurate.pairs import Status, schema
-from aligncurate.parts import PartInfo
+from aligncurate.verbs.bucket import bucket, fit, iter_scores
 from benchmarks.common import Spread, peak_mib, publish, undisturbed
 
 LEVELS = 8

@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 import aligncurate
-from aligncurate import encoders
-from aligncurate.images import EXTENSIONS
+from aligncurate.encoders import load as encoders
+from aligncurate.images.decode import EXTENSIONS
 from benchmarks.common import Spread, publish, undisturbed
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/coco"

@@ -31,16 +31,16 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from aligncurate.pairs import FINE
+from aligncurate.dataset.record import FINE
+from aligncurate.demo.scenes import write_conversations
 from aligncurate.sources import SourceOptions, open_source
 from aligntrain import StageConfig, train
-from aligntrain.build import build_processor
-from aligntrain.data import decode
-from aligntrain.metrics import peak_memory
-from aligntrain.preview import preview
+from aligntrain.data.reader import decode
+from aligntrain.model.build import build_processor
+from aligntrain.tools.preview import preview
+from aligntrain.training.metrics import peak_memory
 from benchmarks.common import Spread, console, publish
 from pipelines.language_model import make_tokenizer
-from pipelines.scenes import write_conversations
 
 DAQUAR = Path(__file__).parents[1].parent / "shared" / "data" / "daquar"
 BUDGETS = (2_048, 4_096)

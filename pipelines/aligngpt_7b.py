@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 import aligncurate
-from aligncurate.bucketing import Method
+from aligncurate.dataset.record import Pair
 from aligncurate.errors import UserError
-from aligncurate.pairs import Pair
 from aligncurate.progress import duration
 from aligncurate.sources import SourceOptions, open_source
+from aligncurate.verbs.bucket import Method
 from aligntrain import StageConfig
-from aligntrain.preview import ASSUMED_UTILISATION, Preview, preview
+from aligntrain.tools.preview import ASSUMED_UTILISATION, Preview, preview
 from pipelines.stage import run_stage
 
 PAIRS, INSTRUCTIONS = 558_128, 665_298  # rows of LLaVA's two files

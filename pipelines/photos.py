@@ -24,15 +24,15 @@ from rich.table import Table
 from torch import Tensor
 
 import aligncurate
-from aligncurate import encoders
+from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligncurate.report import render
+from aligncurate.verbs.inspect import render
 from aligntrain import StageConfig
-from aligntrain.build import build_model, build_processor
-from aligntrain.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
-from aligntrain.generate import load
-from aligntrain.towers import vision_tower_from_open_clip
+from aligntrain.model.build import build_model, build_processor
+from aligntrain.tools.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
+from aligntrain.tools.generate import load
+from aligntrain.tools.open_clip_tower import vision_tower_from_open_clip
 from pipelines.language_model import Text, fit, make_llama, make_tokenizer, pad, save
 from pipelines.stage import run_stage
 

@@ -2,7 +2,7 @@
 
 from aligncurate.errors import UserError
 from aligntrain import StageConfig, train
-from aligntrain.trainer import Summary
+from aligntrain.training.loop import Summary
 
 
 def run_stage(config: StageConfig) -> Summary:

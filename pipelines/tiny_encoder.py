@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.scenes import KINDS, PLACES, Kind, describe, draw, make_scene, pairs
+from aligncurate.demo.scenes import KINDS, PLACES, Kind, describe, draw, make_scene, pairs
 from pipelines.tiny_vision import ATTRIBUTES, objects_of
 
 # Letters that end a name give its shape: N scenes, B scenes of a batch, V caption variants of a scene,

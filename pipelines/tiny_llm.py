@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding_bag
 from transformers import PreTrainedTokenizerFast
 
+from aligncurate.demo.scenes import PLACES, Scene, describe, make_scene, questions
 from pipelines.language_model import IGNORE, Text, fit, make_llama, make_tokenizer, pad, save
-from pipelines.scenes import PLACES, Scene, describe, make_scene, questions
 
 WIDTH, LAYERS, VOCABULARY = 128, 4, 640
 BATCH_SIZE = 64

@@ -1,8 +1,8 @@
 """Trains the small models that come with the package, on drawn scenes.
 
-python -m pipelines.tiny_models encoder --out aligncurate/models
-python -m pipelines.tiny_models vision --out aligntrain/models/tiny-vision
-python -m pipelines.tiny_models llm --out aligntrain/models/tiny-llm
+python -m pipelines.tiny_models encoder --out aligncurate/encoders/builtin
+python -m pipelines.tiny_models vision --out aligntrain/builtin/tiny-vision
+python -m pipelines.tiny_models llm --out aligntrain/builtin/tiny-llm
 """
 
 import argparse

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from aligncurate.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene, draw, make_scene
 from pipelines.language_model import fit
-from pipelines.scenes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, Scene, draw, make_scene
 
 SIDE = 96  # pixels; a patch of 32 is one of the nine places of a scene
 CONFIG: dict[str, Any] = {

@@ -10,10 +10,11 @@ import typer.main
 from typer.testing import CliRunner
 
 import aligncurate
-from aligncurate import images, pairs
 from aligncurate.cli import app
-from pipelines.scenes import pairs as scene_pairs
-from pipelines.scenes import write_tars
+from aligncurate.dataset import record as pairs
+from aligncurate.demo.scenes import pairs as scene_pairs
+from aligncurate.demo.scenes import write_tars
+from aligncurate.images import decode as images
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

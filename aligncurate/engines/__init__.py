@@ -1,1 +1,1 @@
-"""Engines run a function over shards: `local` in threads, `processes` in processes of this machine."""
+"""Engines run a function over shards: in threads or in processes of this machine."""

@@ -16,7 +16,7 @@ from threading import Thread
 from traceback import format_exception, print_exc
 from typing import Any, BinaryIO, TypeVar
 
-from aligncurate.engines import local
+from aligncurate.engines import threads as local
 from aligncurate.errors import WorkerError
 
 Item = TypeVar("Item")

@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from aligncurate import storage
+from aligncurate.dataset.record import Pair, infer_extras
 from aligncurate.errors import UserError
-from aligncurate.pairs import Pair, infer_extras
-from aligncurate.sources.images import ImageRoot, find_root
+from aligncurate.io import storage
+from aligncurate.sources.image_root import ImageRoot, find_root
 from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 
 _PEEK = 1_000  # rows of a JSONL file that decide the types of its extra columns

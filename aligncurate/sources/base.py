@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from aligncurate import storage
+from aligncurate.dataset.record import EXTRA, Pair
 from aligncurate.errors import ShardError
-from aligncurate.pairs import EXTRA, Pair
+from aligncurate.io import storage
 
 
 @dataclass(frozen=True)

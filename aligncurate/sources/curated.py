@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from aligncurate.dataset import Dataset
-from aligncurate.pairs import (
+from aligncurate.dataset.pointers import has_image, read_image
+from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.record import (
     COLUMNS,
     IMAGE_STATUSES,
     OWN_EMBEDDINGS,
@@ -13,7 +14,6 @@ from aligncurate.pairs import (
     Status,
 )
 from aligncurate.sources.base import Shard, Source
-from aligncurate.sources.pointers import has_image, read_image
 
 
 class CuratedSource(Source):

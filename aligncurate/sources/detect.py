@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from aligncurate import storage
-from aligncurate.dataset import MANIFEST, Dataset
+from aligncurate.dataset.reader import MANIFEST, Dataset
 from aligncurate.errors import UserError
-from aligncurate.images import EXTENSIONS
+from aligncurate.images.decode import EXTENSIONS
+from aligncurate.io import storage
 from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources
 from aligncurate.sources.curated import CuratedSource

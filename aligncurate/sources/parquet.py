@@ -1,22 +1,17 @@
 """Parquet files with image bytes (plain, or Hugging Face's {bytes, path}) or image paths."""
 
-from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
-from itertools import accumulate
-from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate import storage
-from aligncurate.errors import UserError
-from aligncurate.pairs import Pair
-from aligncurate.sources.images import ImageRoot, find_root
-from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names, images_in
+from aligncurate.dataset.record import Pair
+from aligncurate.io import storage
+from aligncurate.io.parquet import open_parquet
+from aligncurate.sources.image_root import ImageRoot, find_root
+from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 
 _BATCH = 256  # rows read at a time: image bytes of a whole row group may not fit in memory
 _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
@@ -27,7 +22,7 @@ class ParquetRows(RowFile):
 
     def __init__(self, uri: str, naming: Naming) -> None:
         self.uri = uri
-        with _open(uri) as file:
+        with open_parquet(uri) as file:
             schema = file.schema_arrow
             image = naming.image_column or _bytes_column(schema)
             self.fields = find_fields(uri, schema.names, replace(naming, image_column=image))
@@ -43,7 +38,7 @@ class ParquetRows(RowFile):
         return find_root(base, image_names(first, self.fields))
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
-        with _open(self.uri) as file:
+        with open_parquet(self.uri) as file:
             for number, row in rows(file, start, stop):
                 yield reader.pair(row, number) if isinstance(row, dict) else reader.unreadable(number, row)
 
@@ -120,16 +115,6 @@ def _in_microseconds(kind: pa.DataType) -> pa.DataType:
     return pa.time64("us") if kind == pa.time64("ns") else kind
 
 
-@contextmanager
-def _open(uri: str) -> Iterator[pq.ParquetFile]:
-    with storage.open_file(uri) as file:
-        try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{uri}: this is not a Parquet file ({str(error).splitlines()[0]}).") from None
-        yield parquet
-
-
 def _bytes_column(schema: pa.Schema) -> str | None:
     """A column that holds image bytes goes before one that holds paths."""
     return next((n for n in _BYTES_FIRST if n in schema.names and _has_bytes(schema, n)), None)
@@ -142,35 +127,3 @@ def _has_bytes(schema: pa.Schema, name: str) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-_reading = Lock()  # one thread reads a row group, the others find it in the cache
-
-
-@lru_cache(maxsize=2)
-def _image_group(uri: str, mark: object, column: str, group: int) -> list[Any]:
-    with _open(uri) as file:
-        return list(file.read_row_group(group, columns=[column])[column].to_pylist())
-
-
-@lru_cache(maxsize=64)
-def _group_ends(uri: str, mark: object) -> list[int]:
-    with _open(uri) as file:
-        sizes = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-        return list(accumulate(sizes))
-
-
-def read_image(uri: str, column: str, row: int) -> bytes:
-    """The image bytes in `column` at `row` of a Parquet file. Raises OSError when they are not there any more."""
-    mark = storage.version(uri)
-    try:
-        with _reading:
-            ends = _group_ends(uri, mark)
-            group = bisect_right(ends, row)
-            first = ends[group - 1] if group else 0
-            found = images_in(_image_group(uri, mark, column, group)[row - first])
-    except (UserError, KeyError, IndexError, pa.ArrowException) as error:
-        raise OSError(f"{uri}: column {column}, row {row}: {error}") from None
-    if len(found) != 1 or not isinstance(found[0], bytes):
-        raise OSError(f"{uri} has no image bytes in column {column} at row {row}")
-    return found[0]

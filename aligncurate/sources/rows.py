@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from aligncurate.dataset.pointers import images_in
+from aligncurate.dataset.record import COLUMNS, Pair, Status, as_level, as_score
 from aligncurate.errors import UserError
-from aligncurate.images import EXTENSIONS
-from aligncurate.pairs import COLUMNS, Pair, Status, as_level, as_score
+from aligncurate.images.decode import EXTENSIONS
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
-from aligncurate.sources.images import ImageRoot
+from aligncurate.sources.image_root import ImageRoot
 from aligncurate.sources.texts import CAPTIONS, IMAGES, conversation, set_caption, set_conversation
 
 KEYS = ("key", "id", "uid", "image_id")
@@ -203,22 +204,6 @@ class RowReader:
             key = f"{key}-{number}"
         self._seen.add(key)
         return key
-
-
-def images_in(value: Any) -> list[str | bytes]:
-    """The images in a field: paths, bytes, Hugging Face's {bytes, path}, or a list of these."""
-    if isinstance(value, str):
-        value = value.strip()
-    if value is None or value == "":
-        return []
-    if isinstance(value, (bytes, str)):
-        return [value]
-    if isinstance(value, Mapping):
-        data = value.get("bytes")
-        return [data] if data is not None else images_in(value.get("path"))
-    if isinstance(value, (list, tuple)):
-        return [image for item in value for image in images_in(item)]
-    return [str(value)]
 
 
 def _stem(path: str) -> str:

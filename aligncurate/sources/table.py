@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from aligncurate import storage
+from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import UserError
-from aligncurate.images import EXTENSIONS
-from aligncurate.pairs import Pair, Status
-from aligncurate.sources.images import ImageRoot, find_root
+from aligncurate.images.decode import EXTENSIONS
+from aligncurate.io import storage
+from aligncurate.sources.image_root import ImageRoot, find_root
 from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aligncurate.pairs import Pair, Status
+from aligncurate.dataset.record import Pair, Status
 
 CAPTIONS = (
     "caption",

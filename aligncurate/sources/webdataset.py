@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate import storage
+from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status, as_level, as_score, infer_extras
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images import EXTENSIONS
-from aligncurate.pairs import COLUMNS, OWN_EMBEDDINGS, Pair, Status, as_level, as_score, infer_extras
+from aligncurate.images.decode import EXTENSIONS
+from aligncurate.io import storage
 from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.texts import CAPTIONS, conversation, set_caption, set_conversation
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from aligncurate.demo.scenes import make_scene, questions, write_conversations
 from benchmarks.train import Shape, make_models, ours, stock
-from pipelines.scenes import make_scene, questions, write_conversations
 
 TINY = Shape(
     {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from aligncurate import open_dataset
+from aligncurate.demo.scenes import describe, draw, make_scene, questions
 from aligncurate.errors import UserError
-from aligntrain.generate import load
+from aligntrain.tools.generate import load
 from pipelines import aligngpt_7b
 from pipelines.aligngpt_7b import Recipe, curate, dry_run, main, run
-from pipelines.scenes import describe, draw, make_scene, questions
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 
 import aligntrain
+from aligncurate.demo.scenes import PLACES, make_scene, questions
 from pipelines import tiny_llm
 from pipelines.language_model import CHAT_TEMPLATE, Text, fit, make_llama, make_tokenizer, pad
-from pipelines.scenes import PLACES, make_scene, questions
 from pipelines.tiny_vision import ATTRIBUTES, objects_of
 
-MODELS = Path(aligntrain.__file__).parent / "models"
+MODELS = Path(aligntrain.__file__).parent / "builtin"
 
 
 def test_what_ships() -> None:

@@ -1,0 +1,1 @@
+"""The command line: the Typer app, a command per verb, and everything that is printed."""

@@ -1,0 +1,531 @@
+"""The command line: one Typer command per verb; each parses, calls one function and prints."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from aligncurate import __version__
+from aligncurate.errors import UserError, WorkerError
+from aligntrain import cli as training
+
+if TYPE_CHECKING:
+    from aligncurate.dataset.reader import Dataset
+    from aligncurate.scoring.timing import Times
+    from aligncurate.verbs.score import Summary
+
+app = typer.Typer(
+    help="Score image-text pairs with CLIP, give them alignment levels, curate and export them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_stdout = Console(highlight=False)
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Decode(StrEnum):
+    exact = "exact"
+    fast = "fast"
+    gpu = "gpu"
+
+
+class Embeddings(StrEnum):
+    none = "none"
+    fp16 = "fp16"
+
+
+class ScoreText(StrEnum):
+    assistant = "assistant"
+    user = "user"
+    all = "all"
+
+
+class Method(StrEnum):
+    quantile = "quantile"
+    uniform = "uniform"
+
+
+class ExportFormat(StrEnum):
+    webdataset = "webdataset"
+    llava_json = "llava-json"
+    datacomp_uids = "datacomp-uids"
+
+
+class SourceFormat(StrEnum):
+    webdataset = "webdataset"
+    parquet = "parquet"
+    annotations = "annotations"
+    table = "table"
+    dataset = "dataset"
+
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        help="Tars, Parquet, JSON, JSONL, CSV or TSV files, folders of these, or a dataset; braces and * expand.",
+        show_default=False,
+    ),
+]
+DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of a dataset.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; made if needed.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
+Workers = Annotated[int | None, typer.Option(help="Decoding threads.", show_default="one per core")]
+Limit = Annotated[
+    int | None, typer.Option(rich_help_panel="Source", help="Only the first so many pairs.", show_default="all")
+]
+EmbedImages = Annotated[bool, typer.Option("--embed-images", help="Copy the images' bytes into the dataset.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Do the rows that failed before again.")]
+Format = Annotated[
+    SourceFormat | None,
+    typer.Option(rich_help_panel="Source", help="What the sources are.", show_default="found by looking"),
+]
+CaptionColumn = Annotated[
+    str | None,
+    typer.Option(rich_help_panel="Source", help="Column or field with the caption.", show_default="found by looking"),
+]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(rich_help_panel="Source", help="Column or field with the image.", show_default="found by looking"),
+]
+ImageRoot = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel="Source",
+        help="Folder that image paths are relative to, or that has tars with them.",
+        show_default="near the file",
+    ),
+]
+RowsPerShard = Annotated[int, typer.Option(rich_help_panel="Source", help="Rows of a big file that become one part.")]
+ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A user's mistake is one sentence and exit code 2, a fault one sentence and 1; neither is a traceback."""
+    try:
+        yield
+    except UserError as error:
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _complain("stopped; what is committed stays, and the same command goes on from there.")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants
+        raise typer.Exit(0) from None
+    except WorkerError as error:  # no other RuntimeError: those are bugs, whose traceback helps
+        _complain(f"{error}; the same command goes on from what is written.")
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}.")
+        raise typer.Exit(2 if isinstance(error, _MISTAKES) else 1) from None
+
+
+def _complain(sentence: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """A Typer command whose errors are plain."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _plain_errors():
+            return function(*args, **kwargs)
+
+    return app.command()(wrapped)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=lambda on: _version(on)),
+    ] = False,
+) -> None:
+    """Score image-text pairs with CLIP, give them alignment levels, curate and export them."""
+
+
+def _version(on: bool) -> None:
+    if on:
+        print(f"aligncurate {__version__}")
+        raise typer.Exit
+
+
+@verb
+def score(
+    sources: Sources,
+    out: Out,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Encoder",
+            help="open_clip model, hf-hub: name, or tiny; several, separated by commas, share one pass.",
+            show_default="ViT-L-14-quickgelu",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel="Encoder", help="open_clip tag, or a file of weights; one per model.", show_default="openai"
+        ),
+    ] = None,
+    model_config: Annotated[
+        list[Path] | None,
+        typer.Option(
+            rich_help_panel="Encoder",
+            help="An open_clip JSON config; names the model. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(rich_help_panel="Encoder", help="auto, cpu, cuda or cuda:0.")] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(rich_help_panel="Encoder", help="auto: bf16 on a GPU that has it, else fp32.")
+    ] = Precision.auto,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", rich_help_panel="Encoder", help="torch.compile and CUDA graphs: a slow start, then quicker."
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Pairs encoded at once.", show_default="what fits into the GPU's memory, else 32"),
+    ] = None,
+    workers: Workers = None,
+    decode: Annotated[
+        Decode,
+        typer.Option(help="exact: open_clip's own preprocessing; fast: nearly that, sooner; gpu: JPEGs on the GPU."),
+    ] = Decode.exact,
+    embeddings: Annotated[
+        Embeddings, typer.Option(help="Keep the embeddings of image and text as columns.")
+    ] = Embeddings.none,
+    embed_images: EmbedImages = False,
+    score_text: Annotated[
+        ScoreText, typer.Option(help="Turns of conversations to compare with the image.")
+    ] = ScoreText.assistant,
+    limit: Limit = None,
+    retry_errors: RetryErrors = False,
+    format: Format = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    image_root: ImageRoot = None,
+    rows_per_shard: RowsPerShard = 10_000,
+    quiet: Quiet = False,
+) -> None:
+    """Score every image-text pair of the sources into a new dataset.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    from aligncurate.verbs.score import score as run
+
+    options = _source_options(format, caption_column, image_column, image_root, rows_per_shard)
+    summary = run(
+        sources,
+        out,
+        model=model,
+        pretrained=pretrained,
+        model_config=model_config,
+        device=device,
+        precision=precision.value,
+        compiled=compiled,
+        batch_size=batch_size,
+        workers=workers,
+        decode=decode.value,
+        embeddings=embeddings.value,
+        embed_images=embed_images,
+        score_text=score_text.value,
+        limit=limit,
+        retry_errors=retry_errors,
+        source=options,
+        quiet=quiet,
+    )
+    _summarize("scored", summary, out, f"aligncurate bucket {out} --out LEVELLED", quiet)
+
+
+@verb
+def ingest(
+    sources: Sources,
+    out: Out,
+    workers: Workers = None,
+    embed_images: EmbedImages = False,
+    limit: Limit = None,
+    retry_errors: RetryErrors = False,
+    format: Format = None,
+    caption_column: CaptionColumn = None,
+    image_column: ImageColumn = None,
+    image_root: ImageRoot = None,
+    rows_per_shard: RowsPerShard = 10_000,
+    quiet: Quiet = False,
+) -> None:
+    """Make a dataset without scores; no model is loaded. Scores and levels of the source are kept."""
+    from aligncurate.verbs.score import ingest as run
+
+    summary = run(
+        sources,
+        out,
+        workers=workers,
+        embed_images=embed_images,
+        limit=limit,
+        retry_errors=retry_errors,
+        source=_source_options(format, caption_column, image_column, image_root, rows_per_shard),
+        quiet=quiet,
+    )
+    _summarize("ingested", summary, out, f"aligncurate score {out} --out SCORED", quiet)
+
+
+@verb
+def bucket(
+    dataset: DatasetFolder,
+    out: Out,
+    levels: Annotated[int | None, typer.Option(help="Number of levels, N.", show_default="8")] = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(help="quantile: levels of equal size; uniform: of equal width.", show_default="quantile"),
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="Apply this thresholds.json instead of finding thresholds.", show_default=False)
+    ] = None,
+    score_column: ScoreColumn = "score",
+    quiet: Quiet = False,
+) -> None:
+    """Give every scored pair its alignment level, 1 to N, N best."""
+    from aligncurate.verbs.bucket import bucket as run
+
+    labelled = run(
+        dataset,
+        out,
+        levels=levels,
+        method=method.value if method else None,
+        thresholds=thresholds,
+        score_column=score_column,
+        quiet=quiet,
+    )
+    if not quiet:
+        from aligncurate.verbs.inspect import inspect as look
+        from aligncurate.verbs.inspect import show
+
+        show(look(labelled, score_column=score_column))
+        count = labelled.manifest["thresholds"]["levels"]
+        best = f"{count // 2 + 1}-{count}"
+        _next(f"aligncurate filter {out} --levels {best} --out BEST, or aligncurate export {out} --out SHARDS")
+
+
+@verb
+def inspect(
+    dataset: DatasetFolder,
+    examples: Annotated[int, typer.Option(metavar="K", help="Captions to show for each level.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    score_column: ScoreColumn = "score",
+) -> None:
+    """Show what a dataset holds: rows by status, scores, and the levels with examples."""
+    from aligncurate.verbs.inspect import inspect as look
+    from aligncurate.verbs.inspect import show
+
+    report = look(dataset, examples=examples, score_column=score_column)
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
+    else:
+        show(report)
+
+
+@verb
+def filter(
+    dataset: DatasetFolder,
+    out: Out,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="Keep rows for which this SQL expression is true.", show_default=False),
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Levels to keep: 5-8 or 1,3,7-8.", show_default=False)] = None,
+    top_fraction: Annotated[
+        float | None, typer.Option(help="Keep exactly this share of the scored rows, the best.", show_default=False)
+    ] = None,
+    sample: Annotated[int | None, typer.Option(metavar="N", help="Keep N rows at random.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    score_column: ScoreColumn = "score",
+    quiet: Quiet = False,
+) -> None:
+    """Keep some rows: by SQL, then level, then top fraction, then at random."""
+    from aligncurate.dataset.reader import Dataset
+    from aligncurate.verbs.filter import filter as run
+
+    before = Dataset(dataset)
+    kept = run(
+        before,
+        out,
+        where=where,
+        levels=levels,
+        top_fraction=top_fraction,
+        sample=sample,
+        seed=seed,
+        score_column=score_column,
+        quiet=quiet,
+    )
+    if not quiet:
+        share = f" ({kept.rows / before.rows:.1%})" if before.rows else ""
+        _stdout.print(f"kept [bold]{kept.rows:,}[/] of {before.rows:,} rows{share} in {escape(str(out))}")
+        if not kept.rows:
+            _stdout.print("[yellow]no row fits all the conditions[/]")
+
+
+@verb
+def export(
+    dataset: DatasetFolder,
+    out: Out,
+    format: Annotated[ExportFormat, typer.Option(help="What to write.")] = ExportFormat.webdataset,
+    shard_size: Annotated[int, typer.Option(help="Pairs per tar.")] = 10_000,
+    per_level: Annotated[bool, typer.Option("--per-level", help="A folder of tars for each level.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that write tars (default: one per core).")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a dataset's good rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
+    from aligncurate.verbs.export.export import FAILURES
+    from aligncurate.verbs.export.export import export as run
+
+    done = run(
+        dataset,
+        out,
+        format=format.value,
+        shard_size=shard_size,
+        per_level=per_level,
+        workers=workers,
+        quiet=quiet,
+    )
+    if not quiet:
+        files = f"{done.files[0]} … {done.files[-1]}" if len(done.files) > 1 else "".join(done.files) or "nothing"
+        size = f", {done.bytes / 1e6:,.1f} MB of images" if done.bytes else ""
+        _stdout.print(f"exported {_rows(done.rows)}{size} to {escape(str(out))}: {files}", soft_wrap=True)
+        if done.skipped:
+            _stdout.print(f"[yellow]{done.skipped:,}[/] rows were left out: their status is neither ok nor text_only")
+        if done.failed:
+            _stdout.print(f"[red]{len(done.failed):,}[/] images could not be read any more; see {out / FAILURES}")
+
+
+@verb
+def models() -> None:
+    """List what --model accepts, with input sizes, embedding widths and weights."""
+    from rich import box
+    from rich.table import Table
+
+    from aligncurate.encoders.catalogue import known_models
+    from aligncurate.encoders.load import DEFAULT_MODEL
+
+    table = Table("model", "pixels", "width", "--pretrained", box=box.SIMPLE_HEAD)
+    for entry in known_models():
+        star = " [cyan](default)[/]" if entry["model"] == DEFAULT_MODEL else ""
+        table.add_row(
+            f"{entry['model']}{star}", str(entry["image_size"]), str(entry["width"]), ", ".join(entry["weights"])
+        )
+    _stdout.print(table)
+    _stdout.print("Also hf-hub:organisation/name, or --model-config FILE --pretrained FILE for weights of your own.")
+
+
+@verb
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
+    count: Annotated[int, typer.Option(help="Pairs to draw.")] = 4_000,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole job offline on scenes that are drawn on the spot, and show that it works."""
+    from aligncurate.demo.demo import run
+
+    run(out, count=count, quiet=quiet)
+
+
+def _source_options(
+    format: SourceFormat | None, caption: str | None, image: str | None, root: str | None, rows: int
+) -> Any:
+    from aligncurate.sources import SourceOptions
+
+    return SourceOptions(format.value if format else None, caption, image, root, rows)
+
+
+def _summarize(done: str, summary: "Summary", out: Path, following: str, quiet: bool) -> None:
+    """Print how a run ended. Shards that could not be read make it a fault: exit code 1."""
+    from aligncurate.progress import duration
+
+    for failure in summary.failures:
+        _complain(failure.error)
+    if not quiet:
+        rate = f" ({summary.rows / summary.seconds:,.0f}/s)" if summary.rows and summary.seconds else ""
+        took = duration(summary.seconds)
+        _stdout.print(f"{done} {_rows(summary.rows)} in {took}{rate} into {escape(str(out))}", soft_wrap=True)
+        if summary.resumed:
+            _stdout.print(f"{summary.resumed:,} of its parts were there from an earlier run")
+        if summary.rows:
+            _print_times(summary.times)
+        if summary.dataset is not None:
+            _print_statuses(summary.dataset)
+            if any(part.failed < part.rows for part in summary.dataset.parts):
+                _next(following)
+            elif summary.dataset.rows:
+                _stdout.print("[red]no row can be used[/]")
+    if summary.failures:
+        _complain(f"{len(summary.failures)} of the shards could not be read; the same command tries them again.")
+        raise typer.Exit(1)
+
+
+def _print_times(times: "Times") -> None:
+    """Where the time went: seconds of work in each stage, and how busy the busiest was."""
+    seconds = ", ".join(f"{stage} {taken:.1f} s" for stage, taken in times.seconds.items())
+    worst = times.bottleneck
+    threads = f" of its {times.threads[worst]} threads" if times.threads[worst] > 1 else ""
+    busy = min(times.busy[worst], 1.0)
+    _stdout.print(f"time: {seconds}; bottleneck: {worst}, {busy:.0%}{threads} busy", soft_wrap=True)
+
+
+def _print_statuses(dataset: "Dataset") -> None:
+    colours = {"ok": "green", "text_only": "cyan"}
+    counts = [f"[{colours.get(s, 'red')}]{s} {n:,}[/]" for s, n in dataset.statuses.items()]
+    _stdout.print("  ".join(counts) if counts else "[yellow]the source has no pairs[/]")
+    strayed = dataset.parts[0].facts.get("fast_against_exact") if dataset.parts else None
+    if strayed:
+        _stdout.print(
+            f"fast decoding moved the scores of {strayed['pairs']} pairs by {strayed['mean']:.4f} on average, "
+            f"{strayed['max']:.4f} at most, against exact"
+        )
+    if any(part.failed for part in dataset.parts):
+        _stdout.print(f"why rows failed: aligncurate inspect {dataset.path}", style="dim", soft_wrap=True)
+
+
+def _next(command: str) -> None:
+    _stdout.print(f"next: {command}", style="dim", soft_wrap=True, markup=False)
+
+
+def _rows(count: int) -> str:
+    return f"[bold]{count:,}[/] row{'s' if count != 1 else ''}"
+
+
+# Training brings its own commands; importing them loads neither torch nor transformers.
+app.add_typer(training.app, name="train")
+for command in (training.generate, training.chat, training.convert):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the `aligncurate` command."""
+    app()

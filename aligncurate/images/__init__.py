@@ -1,0 +1,1 @@
+"""From bytes to pixels: limits, decoding, preprocessing, on the CPU or a GPU."""

@@ -1,0 +1,1 @@
+"""From one shard of a source to one scored part."""

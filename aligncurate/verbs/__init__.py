@@ -1,0 +1,1 @@
+"""One file per verb: the function behind the command of that name, and its result."""

@@ -1,0 +1,1 @@
+"""The verb `export`: one file per output format."""

@@ -1,0 +1,1 @@
+"""From curated pairs to batches: the tokenized index, the plan of an epoch, the reader."""

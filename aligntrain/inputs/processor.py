@@ -1,0 +1,406 @@
+"""From conversations and pictures to the model's inputs: token ids, labels, pixels.
+
+One sample, with its labels (x: none) and what the gate's mean is over (g), for ``gate_text`` "instruction":
+
+    input_ids  BOS <align> A chat … USER: <image> … <image> What is it? ASSISTANT: A dog </s>
+    labels      x     x    x  x   x   x      x    x    x     x   x  x       x      A dog </s>
+    gate        -     -    g  g   g   g      -    -    -     g   g  g       g      -  -   -
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import normalizers
+from torch import Tensor
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+from transformers.image_utils import load_image
+
+from aligncurate.images.decode import MAX_PIXELS
+from aligntrain.inputs.templates import ALIGN, IMAGE, PLAIN, V1, Rendered, messages_of, render
+from aligntrain.model.configuration import AlignGPTConfig
+from aligntrain.model.loss import IGNORE
+
+TEMPLATES = ("plain", "v1", "chat")
+IMAGE_MODES = ("pad", "crop")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as token ids.
+
+    Attributes:
+        input_ids: with P image placeholders and one align placeholder where there is an image.
+        labels: of the same length; -100 where there is nothing to learn.
+        gate_length: tokens before the first answer (all of them, where there is none).
+        truncated: tokens that were cut off at the end.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    gate_length: int
+    truncated: int = 0
+
+
+class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
+    """Tokenizer, image processor and template of an AlignGPT model.
+
+    Args:
+        image_processor: of the vision tower; its mean, standard deviation and resampling are used.
+        tokenizer: of the LLM; must be a fast one. ``<image>`` and ``<align>`` are added to it where they are missing,
+            and a padding token, the unknown token as in the official code, or else the end token.
+        chat_template: Jinja; default: that of ``template``.
+        template: ``v1`` (Vicuna), ``plain`` (captions, pretraining) or ``chat``, the tokenizer's own.
+        num_patches: P, placeholders per image.
+        pixel_size: side length of the model's pixels.
+        image_mode: ``pad`` pads a picture to a square in the mean colour (finetuning, inference in the official
+            code), ``crop`` takes its centre square (pretraining).
+        align: whether there is an alignment vector (``align_mode`` other than ``none``).
+        gate_text: as in AlignGPTConfig; with "instruction" prompts with earlier answers come with a ``gate_mask``.
+        max_length: tokens after which samples are cut.
+
+    Raises:
+        ValueError: an unknown option, a slow tokenizer, a tokenizer without a chat template for ``chat``.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        template: str = "v1",
+        num_patches: int = 576,
+        pixel_size: int = 336,
+        image_mode: str = "pad",
+        align: bool = True,
+        gate_text: str = "instruction",
+        max_length: int = 2048,
+    ) -> None:
+        if template not in TEMPLATES:
+            raise ValueError(f"template is {template!r}; choose one of {', '.join(TEMPLATES)}.")
+        if image_mode not in IMAGE_MODES:
+            raise ValueError(f"image_mode is {image_mode!r}; choose one of {', '.join(IMAGE_MODES)}.")
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer.")
+        if chat_template is None:
+            chat_template = {"plain": PLAIN, "v1": V1, "chat": tokenizer.chat_template}[template]
+        if chat_template is None:
+            raise ValueError("template is 'chat', but the tokenizer has no chat template; choose v1 or plain.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.template = template
+        self.num_patches = num_patches
+        self.pixel_size = pixel_size
+        self.image_mode = image_mode
+        self.align = align
+        self.gate_text = gate_text
+        self.max_length = max_length
+        missing = [token for token in (IMAGE, ALIGN) if token not in tokenizer.get_vocab()]
+        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+            if tokenizer.pad_token is None:
+                raise ValueError("the tokenizer has no padding, unknown or end token; give it one of them.")
+        self.image_token = IMAGE
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.align_token_id: int = tokenizer.convert_tokens_to_ids(ALIGN)
+        self._starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+        specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {IMAGE, ALIGN}
+        specials |= set(tokenizer.all_special_tokens) - {IMAGE, ALIGN}
+        longest_first = sorted(specials, key=len, reverse=True)
+        self._ends = re.compile("\n" if template == "plain" else rf" ?(?:{'|'.join(map(re.escape, longest_first))})")
+
+    @classmethod
+    def from_components(cls, llm: Any, vision: str | Path, **settings: Any) -> AlignGPTProcessor:
+        """A processor for an LLM (a folder, a name or a tokenizer) and a vision tower (a folder or a name).
+
+        ``settings`` are this class's arguments, and ``vision_select`` and ``s2_scales`` of AlignGPTConfig, from which
+        the number of patches and pixels follows.
+        """
+        tokenizer = load_tokenizer(llm) if isinstance(llm, str | Path) else llm
+        config = AutoConfig.from_pretrained(vision)
+        shape = {name: settings.pop(name) for name in ("vision_select", "s2_scales") if name in settings}
+        sizes = AlignGPTConfig(vision_config=getattr(config, "vision_config", config).to_dict(), **shape)
+        settings = {"num_patches": sizes.num_patches, "pixel_size": sizes.pixel_size, **settings}
+        return cls(AutoImageProcessor.from_pretrained(vision), tokenizer, **settings)
+
+    def encode(
+        self,
+        conversation: Iterable[Mapping[str, Any]],
+        *,
+        has_image: bool,
+        key: str = "",
+        training: bool = True,
+    ) -> Encoded:
+        """One conversation as token ids and labels.
+
+        Args:
+            conversation: turns with a role and a text (see ``templates.messages_of``).
+            has_image: whether a picture belongs to it.
+            key: the sample's name, for errors.
+            training: there must be something to learn, and what is over ``max_length`` is cut. Otherwise the text
+                ends with the cue for an answer, if the last turn is a question.
+
+        Raises:
+            ValueError: no answer, no supervised token left, an irregular conversation, or a picture that
+                ``max_length`` would cut.
+        """
+        try:
+            messages = messages_of(conversation, has_image)
+            if self.template == "plain" and training and [m["role"] for m in messages] != ["user", "assistant"]:
+                raise ValueError("the plain template takes one question and one answer, the caption.")
+            if training and messages[-1]["role"] == "user":
+                messages = messages[:-1]
+            if training and not any(m["role"] == "assistant" for m in messages):
+                raise ValueError("the conversation has no answer.")
+            encoded = self._tokenize(render(messages, self._apply, self._ends), has_image)
+            return self._cut(encoded) if training else encoded
+        except ValueError as error:
+            raise ValueError(f"sample {key!r}: {error}" if key else str(error)) from error
+
+    def encode_caption(self, caption: str, *, key: str = "") -> Encoded:
+        """A picture's caption as a sample of pretraining; raises ValueError as ``encode`` does."""
+        turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": caption}]
+        return self.encode(turns, has_image=True, key=key)
+
+    def process_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures as normalised pixels, float32 [I, 3, H, H], H = pixel_size.
+
+        Pillow's resizing, as in the official code, whatever backend the image processor has.
+        """
+        mean, std = (np.array(v, np.float32) for v in (self.image_processor.image_mean, self.image_processor.image_std))
+        size = self.pixel_size
+        pixels = np.empty((len(images), 3, size, size), np.float32)
+        for number, image in enumerate(images):
+            square = _squared(image.convert("RGB"), self.image_mode, mean, size, self.image_processor.resample)
+            pixels[number] = ((np.asarray(square, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+        return torch.from_numpy(pixels)
+
+    def pad(self, samples: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
+        """Samples as a batch: ``input_ids``, ``attention_mask``, ``labels`` and ``gate_mask`` (bool), each [B, L]."""
+        length = max(len(sample.input_ids) for sample in samples)
+        pad_id = self.tokenizer.pad_token_id
+
+        def batch(rows: Iterable[list[int]], filler: int) -> Tensor:
+            fills = ((row, [filler] * (length - len(row))) for row in rows)
+            return torch.tensor([row + fill if side == "right" else fill + row for row, fill in fills])
+
+        before = ([1] * s.gate_length + [0] * (len(s.input_ids) - s.gate_length) for s in samples)
+        return {
+            "input_ids": batch((s.input_ids for s in samples), pad_id),
+            "attention_mask": batch(([1] * len(s.input_ids) for s in samples), 0),
+            "labels": batch((s.labels for s in samples), IGNORE),
+            "gate_mask": batch(before, 0).bool(),
+        }
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        padding_side: str = "left",
+        return_tensors: str | None = "pt",
+        **_: Any,
+    ) -> BatchFeature:
+        """Prompts, with ``<image>`` where a picture goes, as inputs of ``generate``.
+
+        Args:
+            images: one picture (PIL, path or URL), or a list, in the order of the prompts that have ``<image>``.
+            text: one prompt or several, complete: the template is not applied (see ``apply_chat_template``).
+            padding_side: of the shorter prompts.
+            return_tensors: only "pt".
+
+        Returns:
+            ``input_ids``, ``attention_mask`` [B, L], ``gate_mask`` and, with pictures, ``pixel_values`` [I, 3, H, H].
+
+        Raises:
+            ValueError: not as many pictures as ``<image>``, or two in one prompt.
+        """
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        return self._prompts([self._tokenize(Rendered(p, []), IMAGE in p) for p in prompts], images, padding_side)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = "pt",
+        images: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Messages, in transformers' form, as text or (``tokenize``) as inputs of ``generate``.
+
+        Content is a string with ``<image>`` or a list of ``{"type": "text" | "image", ...}``; pictures are given in it
+        (``image``, ``url`` or ``path``) or as ``images``. With ``gate_text`` "instruction" the gate's mean ends before
+        the first answer of the conversation, as in training.
+        """
+        batched = not isinstance(conversation[0], Mapping)
+        conversations = conversation if batched else [conversation]
+        pictures = list(images) if isinstance(images, list | tuple) else [images] if images is not None else []
+        pictures = pictures or [picture for turns in conversations for picture in _pictures(turns)]
+        encoded, texts = [], []
+        for turns in conversations:
+            messages = messages_of(turns, None)
+            rendered = render(messages, lambda m, cue: self._apply(m, cue, chat_template), self._ends)
+            if messages[-1]["role"] == "user" and not add_generation_prompt:
+                rendered = Rendered(self._apply(messages, False, chat_template), rendered.answers)
+            texts.append(rendered.text)
+            if tokenize:
+                encoded.append(self._tokenize(rendered, IMAGE in rendered.text))
+        if not tokenize:
+            return texts if batched else texts[0]
+        features = self._prompts(encoded, pictures or None, kwargs.get("padding_side", "left"))
+        return features if return_dict else features["input_ids"]
+
+    def _prompts(self, samples: list[Encoded], images: Any, side: str) -> BatchFeature:
+        if not samples:
+            raise ValueError("give at least one prompt (text).")
+        batch = self.pad(samples, side)
+        del batch["labels"]
+        if self.gate_text == "all":
+            batch["gate_mask"] = batch["attention_mask"].bool()
+        pictures = list(images) if isinstance(images, list | tuple) else [images] if images is not None else []
+        wanted = sum(self.image_token_id in sample.input_ids for sample in samples)
+        if len(pictures) != wanted:
+            raise ValueError(f"{wanted} prompts have {IMAGE}, but {len(pictures)} images were given.")
+        if pictures:
+            batch["pixel_values"] = self.process_images([load_image(picture) for picture in pictures])
+        return BatchFeature(batch)
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], cue: bool, chat_template: str | None = None) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=chat_template or self.chat_template,
+            tokenize=False,
+            add_generation_prompt=cue,
+        )
+        return text
+
+    def _tokenize(self, rendered: Rendered, has_image: bool) -> Encoded:
+        """The text on either side of the picture is tokenised on its own, as in the official code."""
+        pieces = rendered.text.split(IMAGE)
+        if len(pieces) != 1 + has_image:
+            raise ValueError(f"the text has {IMAGE} {len(pieces) - 1} times; one image a sample is the limit.")
+        ids: list[int] = []
+        labels: list[int] = []
+        start = 0
+        for number, piece in enumerate(pieces):
+            if number:
+                ids += [self.image_token_id] * self.num_patches
+                labels += [IGNORE] * self.num_patches
+            tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = [(start + a, start + b) for a, b in tokens.offset_mapping]
+            if {self.image_token_id, self.align_token_id} & set(tokens.input_ids):
+                raise ValueError(f"the text contains {ALIGN}, which is reserved.")
+            ids += tokens.input_ids
+            labels += _labels(tokens.input_ids, offsets, rendered.answers)
+            start += len(piece) + len(IMAGE)
+        bos = self.tokenizer.bos_token_id
+        if self._starts_with_bos and ids[:1] != [bos]:
+            ids, labels = [bos, *ids], [IGNORE, *labels]
+        if has_image and self.align:
+            first = int(bos is not None and ids[0] == bos)
+            ids.insert(first, self.align_token_id)
+            labels.insert(first, IGNORE)
+        gate_length = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
+        return Encoded(ids, labels, gate_length)
+
+    def _cut(self, sample: Encoded) -> Encoded:
+        length = self.max_length
+        if self.image_token_id in sample.input_ids[length:]:
+            raise ValueError(f"max_length {length} would cut through the image; it must come earlier in the text.")
+        cut = Encoded(
+            sample.input_ids[:length],
+            sample.labels[:length],
+            min(sample.gate_length, length),
+            max(0, len(sample.input_ids) - length),
+        )
+        if all(label == IGNORE for label in cut.labels):
+            raise ValueError(f"there is no token to learn within max_length {length}.")
+        return cut
+
+
+def load_tokenizer(folder: str | Path, **settings: Any) -> Any:
+    """The tokenizer of an LLM, with old Llama tokenizers as the official code has them.
+
+    A "legacy" Llama tokenizer (Vicuna) puts a space before every piece of text, also where there is one already; what
+    transformers 5 makes of the same file does not, and tokenises texts with leading spaces differently.
+
+    Args:
+        folder: with a tokenizer, or a name.
+        settings: passed on; e.g. ``split_special_tokens=True`` reads ``</s>`` in a text as four characters, like a
+            sentencepiece model whose special tokens were never registered.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+    if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.legacy):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # LlamaTokenizer would make its own rules again when it is loaded; the plain class keeps the file's.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token,
+        model_max_length=tokenizer.model_max_length,
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        **settings,
+    )
+
+
+def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
+    """The ids of the tokens that share a character with an answer; -100 for the others."""
+    labels = [IGNORE] * len(ids)
+    ahead = iter(answers)
+    start, end = next(ahead, (0, 0))
+    for i, (a, b) in enumerate(offsets):
+        while end and a >= end:
+            start, end = next(ahead, (0, 0))
+        if end and (b > start or a == b >= start):
+            labels[i] = ids[i]
+    return labels
+
+
+def _squared(image: Image.Image, mode: str, mean: Any, size: int, resample: int) -> Image.Image:
+    short, long = sorted(image.size)
+    if mode == "pad" and long * long > MAX_PIXELS:
+        # A strip of which the square, or of which the resized form, would fill the memory is cut or shrunk before.
+        image = image.resize([max(1, edge * size // long) for edge in image.size], Image.Resampling(resample))
+    elif mode == "crop" and long * size * size > MAX_PIXELS * short:
+        left, top = ((edge - min(edge, 3 * short)) // 2 for edge in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
+    if mode == "pad" and image.width != image.height:
+        side = max(image.size)
+        colour = tuple(int(channel * 255) for channel in mean.tolist())
+        square = Image.new("RGB", (side, side), colour)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    short = min(image.size)
+    width, height = (size * edge // short for edge in image.size)
+    resized = image.resize((width, height), Image.Resampling(resample))
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _pictures(turns: Iterable[Mapping[str, Any]]) -> list[Any]:
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    names = ("image", "url", "path")
+    return [part[name] for part in parts if part["type"] == "image" for name in names if name in part]

@@ -1,0 +1,16 @@
+"""Tells transformers' Auto classes about AlignGPT; importing this module is all it takes.
+
+import aligntrain.model.auto
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+"""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from aligntrain.inputs.processor import AlignGPTProcessor
+from aligntrain.model.configuration import AlignGPTConfig
+from aligntrain.model.modeling import AlignGPTForConditionalGeneration
+
+AutoConfig.register(AlignGPTConfig.model_type, AlignGPTConfig)
+AutoModelForImageTextToText.register(AlignGPTConfig, AlignGPTForConditionalGeneration)
+AutoProcessor.register(AlignGPTConfig, AlignGPTProcessor)

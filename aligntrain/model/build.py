@@ -1,0 +1,302 @@
+"""The model and the processor that a stage starts from, made ready to learn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from aligncurate.errors import UserError
+from aligntrain.inputs.processor import AlignGPTProcessor
+from aligntrain.model import auto  # noqa: F401, transformers must know the model's type to load its processor
+from aligntrain.model.configuration import AlignGPTConfig
+from aligntrain.model.modeling import AlignGPTForConditionalGeneration
+from aligntrain.stage import StageConfig
+
+_SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # of the model, fixed for good
+_MODES = ("align_mode", "gate_text")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+LLM_TEMPLATE = "llm_chat_template.jinja"
+
+TINY = "tiny"
+"""Name of the built-in LLM and of the built-in vision tower, which read and see drawn scenes; for trying things out."""
+_MODELS = Path(__file__).parents[1] / "builtin"
+
+
+def llm_of(config: StageConfig) -> str | None:
+    """Where the LLM of the settings is: a folder, or a name on the Hugging Face hub."""
+    return str(_MODELS / "tiny-llm") if config.llm == TINY else config.llm
+
+
+def vision_of(config: StageConfig) -> str | None:
+    """Where the vision tower of the settings is: a folder, or a name on the Hugging Face hub."""
+    return str(_MODELS / "tiny-vision") if config.vision == TINY else config.vision
+
+
+def build_processor(config: StageConfig) -> AlignGPTProcessor:
+    """The stage's processor, its tokenizer and image settings from ``init`` or from ``llm`` and ``vision``.
+
+    Raises UserError when these are not there or do not fit.
+    """
+    own: dict[str, Any] = {
+        "template": config.template,
+        "image_mode": config.image_mode,
+        "max_length": config.max_length,
+    }
+    with _user_errors(config):
+        if config.init is None:
+            shape = _given(config, "vision_select", "s2_scales")
+            align, gate_text = config.align_mode != "none", config.gate_text or "instruction"
+            return AlignGPTProcessor.from_components(
+                llm_of(config), str(vision_of(config)), align=align, gate_text=gate_text, **shape, **own
+            )
+        before = AlignGPTProcessor.from_pretrained(config.init)
+        model = AlignGPTConfig.from_pretrained(config.init)
+        mode = config.align_mode or model.align_mode
+        before.tokenizer.chat_template = _own_template(config, before)
+        return AlignGPTProcessor(
+            before.image_processor,
+            before.tokenizer,
+            num_patches=model.num_patches,
+            pixel_size=model.pixel_size,
+            align=mode != "none",
+            gate_text=config.gate_text or model.gate_text,
+            **own,
+        )
+
+
+def save_processor(processor: AlignGPTProcessor, folder: Path) -> None:
+    """As ``save_pretrained``, and beside it the LLM's own chat template.
+
+    A folder has one template, the processor's; pretraining's would else be all that finetuning finds.
+    """
+    processor.save_pretrained(folder)
+    if processor.tokenizer.chat_template is not None:
+        (folder / LLM_TEMPLATE).write_text(processor.tokenizer.chat_template, "utf-8")
+
+
+def build_model(
+    config: StageConfig, processor: AlignGPTProcessor
+) -> tuple[AlignGPTForConditionalGeneration, list[str]]:
+    """The model, with what learns in float32 and the rest in the dtype of the computation; and the learning names.
+
+    New weights follow from the seed alone, so that every rank has the same.
+
+    Raises UserError when a folder is not there, holds other shapes, or contradicts the settings.
+    """
+    torch.manual_seed(config.seed)
+    with _user_errors(config), quiet_transformers():
+        if config.init is None:
+            settings = _given(config, *_SHAPE, *_MODES)
+            model = AlignGPTForConditionalGeneration.from_components(
+                Path(str(llm_of(config))),
+                str(vision_of(config)),
+                dtype=_load_dtype(config),
+                attn_implementation=config.attention,
+                image_token_id=processor.image_token_id,
+                align_token_id=processor.align_token_id,
+                **settings,
+            )
+        else:
+            model = _load(config)
+    learning = set(model.set_stage(config.stage))
+    if config.lora_rank is not None:
+        learning = add_lora(model, config, learning)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+        dtype = torch.float32 if name in learning or config.dtype == "fp32" else torch.bfloat16
+        parameter.data = parameter.data.to(dtype)
+    model.train()
+    model.vision_tower.eval()
+    if config.checkpointing:
+        for layer in layers_of(model.language_model):
+            # Around the layer's own forward, so that FSDP2's gathering and torch.compile stay outside of it.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return model, [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def build_config(config: StageConfig) -> AlignGPTConfig:
+    """The configuration of the model that the stage would start from; no weights are read.
+
+    Raises UserError as ``build_model``.
+    """
+    with _user_errors(config):
+        if config.init is not None:
+            return _config_of_init(config)
+        text, vision = (AutoConfig.from_pretrained(folder) for folder in (llm_of(config), vision_of(config)))
+        vision = getattr(vision, "vision_config", vision)
+        return AlignGPTConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), **_given(config, *_SHAPE, *_MODES)
+        )
+
+
+def add_lora(model: AlignGPTForConditionalGeneration, config: StageConfig, learning: set[str]) -> set[str]:
+    """Put LoRA adapters into all linear layers of the LLM's decoder; what learns is then these, and not the LLM.
+
+    Returns the names that learn. Raises UserError when peft is not installed.
+    """
+    lora_config, inject, _ = _peft()
+    adapters = lora_config(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_linear_names(model.language_model),
+    )
+    inject(adapters, model.language_model)
+    beside = {name for name in learning if not name.startswith("language_model.")}
+    return beside | {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+def merge_lora(model: AlignGPTForConditionalGeneration) -> None:
+    """Add the adapters to the weights they stand beside, and take them out."""
+    _, _, layer_class = _peft()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, layer_class):
+            merged: Any = module
+            merged.merge()
+            path, _, child = name.rpartition(".")
+            setattr(model.get_submodule(path), child, merged.get_base_layer())
+
+
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    """The layers of an LLM or a tower: the regions for FSDP2, torch.compile and activation checkpointing."""
+    lists: list[nn.Module] = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())).children()) if lists else []
+
+
+def _load_dtype(config: StageConfig) -> torch.dtype:
+    # What learns keeps every bit of a float32 checkpoint; a frozen LLM need not take twice its room for it.
+    return torch.bfloat16 if config.dtype == "bf16" and config.stage == "pretrain" else torch.float32
+
+
+def _own_template(config: StageConfig, before: AlignGPTProcessor) -> str | None:
+    """The chat template of the LLM that ``init`` was made with, None where it had none or that is not known."""
+    file = Path(str(config.init)) / LLM_TEMPLATE
+    if file.is_file():
+        return file.read_text("utf-8")
+    if before.template == "chat":
+        return str(before.chat_template)
+    if config.template == "chat":
+        raise UserError(f"{config.init}: its LLM's own chat template is not kept there; choose --template v1.")
+    return None
+
+
+def _given(config: StageConfig, *names: str) -> dict[str, Any]:
+    """Those of the settings that are given, as AlignGPTConfig takes them."""
+    found = {name: getattr(config, name) for name in names}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items() if v is not None}
+
+
+def _config_of_init(config: StageConfig) -> AlignGPTConfig:
+    """The configuration in ``init`` with the modes of the settings. Raises UserError for another shape."""
+    settings: AlignGPTConfig = AlignGPTConfig.from_pretrained(config.init)
+    for name, wanted in _given(config, *_SHAPE).items():
+        if wanted != (found := getattr(settings, name)):
+            raise UserError(f"{name} is {wanted}, but the model in {config.init} was made with {found}; leave it out.")
+    for name, wanted in _given(config, *_MODES).items():
+        found = getattr(settings, name)
+        if (wanted == "none") != (found == "none"):
+            raise UserError(
+                f"{name} is {wanted!r}, but the model in {config.init} has {found!r}; an alignment vector cannot be "
+                "added or taken away afterwards."
+            )
+        setattr(settings, name, wanted)
+    return settings
+
+
+def _load(config: StageConfig) -> AlignGPTForConditionalGeneration:
+    model: AlignGPTForConditionalGeneration
+    model, report = AlignGPTForConditionalGeneration.from_pretrained(
+        config.init,
+        config=_config_of_init(config),
+        dtype=_load_dtype(config),
+        attn_implementation=config.attention,
+        output_loading_info=True,
+    )
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("gate."))
+    if missing or report["mismatched_keys"]:
+        wrong = ", ".join([*missing, *map(str, report["mismatched_keys"])][:3])
+        raise UserError(f"{config.init}: its weights do not fit its configuration ({wrong}); give another model.")
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without progress bars, and without the report that new weights are new, which is what they are to be."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _user_errors(config: StageConfig) -> Iterator[None]:
+    """What a wrong folder makes transformers raise, as one sentence."""
+    if config.init is None and (config.llm is None or config.vision is None):
+        missing = "--init, the pretrained model" if config.stage == "finetune" else "--llm and --vision"
+        raise UserError(f"there is no model to start from; say {missing}.")
+    folders = [config.init] if config.init is not None else [llm_of(config), vision_of(config)]
+    for folder in folders:
+        _check_is_there(str(folder))
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise UserError(f"{' and '.join(map(str, folders))}: no model can be made of this ({reason}).") from error
+
+
+def _check_is_there(name: str) -> None:
+    """Raise UserError where a name is neither a folder nor a model on the Hugging Face hub that can be reached.
+
+    The hub is asked once, and only for what is not here already: loading would ask five times, and wait in between.
+    """
+    if Path(name).is_dir():
+        return
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name}: there is no such folder; give a folder with a model.")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # whatever is wrong with the network
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: there is no such folder, and the Hugging Face hub gives no model of that name ({reason})."
+        ) from None
+
+
+def _linear_names(language_model: Any) -> list[str]:
+    """Names of the linear layers inside the decoder, without the head."""
+    head = language_model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    return sorted(names)
+
+
+def _peft() -> tuple[Any, Any, Any]:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        raise UserError("lora_rank needs peft; install it with `pip install peft`.") from None
+    return LoraConfig, inject_adapter_in_model, LoraLayer

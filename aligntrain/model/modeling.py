@@ -1,0 +1,372 @@
+"""AlignGPT as an ordinary Hugging Face model: vision tower -> projector -> [alignment vector] -> causal LLM.
+
+Shapes: B rows, L positions, I images of the batch in row order, P patches, D the LLM's width, N levels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from aligntrain.model.alignment import AlignmentGate, LevelEmbeddings, gate_dots, mean_text
+from aligntrain.model.configuration import AlignGPTConfig
+from aligntrain.model.heads import decoder_of, head_of
+from aligntrain.model.loss import IGNORE, token_losses
+from aligntrain.model.packing import positions_of
+from aligntrain.model.vision import build_projector, vision_features
+
+
+@dataclass
+class AlignGPTOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """What the model returns.
+
+    Attributes:
+        loss: scalar, with labels: the sum over supervised tokens / ``num_items_in_batch``, or their mean without it.
+        logits: [B, L or logits_to_keep, V]; None with labels.
+        token_losses: with labels: float32 [M], detached, one per supervised token in row-major order.
+        gate_weights: float32 [I, N-1], where a gate ran.
+        gate_dots: [I, P], where a gate ran.
+    """
+
+    token_losses: Tensor | None = None
+    gate_weights: Tensor | None = None
+    gate_dots: Tensor | None = None
+
+
+class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal LLM that reads ``BOS, <align>, text, <image> x P, text``.
+
+    ``<align>`` is one placeholder for the alignment vector, ``<image>`` stands P times for the patches; a sample has
+    one image or none, and without an image no ``<align>``. The LLM is whatever AutoModelForCausalLM builds from
+    ``config.text_config``, the tower whatever AutoModel builds from ``config.vision_config``.
+    """
+
+    config_class = AlignGPTConfig
+    config: AlignGPTConfig
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: AlignGPTConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.projector = build_projector(config.projector_type, config.vision_feature_size, width)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.align_mode != "none":
+            self.level_embeddings = LevelEmbeddings(config.num_levels, width)
+            self.gate = AlignmentGate(config.num_patches, config.num_levels, config.gate_hidden_size)
+        self.post_init()
+
+    @classmethod
+    def from_components(
+        cls,
+        language_model: PreTrainedModel | str | Path,
+        vision_tower: PreTrainedModel | str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **settings: Any,
+    ) -> AlignGPTForConditionalGeneration:
+        """A new model around a trained LLM and a trained tower; projector, table and gate are random.
+
+        Args:
+            language_model: a causal LLM, or a folder or name of one.
+            vision_tower: a CLIP or SigLIP vision model or a dual model of that kind, or a folder or name of one.
+            dtype: of the whole model; default: the LLM's.
+            attn_implementation: as in ``from_pretrained``.
+            settings: fields of AlignGPTConfig.
+        """
+        if not isinstance(language_model, PreTrainedModel):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
+        if not isinstance(vision_tower, PreTrainedModel):
+            vision_tower = AutoModel.from_pretrained(vision_tower, dtype="auto")
+        vision_tower = getattr(vision_tower, "vision_model", vision_tower)
+        config = AlignGPTConfig(
+            text_config=language_model.config.to_dict(), vision_config=vision_tower.config.to_dict(), **settings
+        )
+        state = {f"language_model.{name}": tensor for name, tensor in language_model.state_dict().items()}
+        state |= {f"vision_tower.{name}": tensor for name, tensor in vision_tower.state_dict().items()}
+        model: AlignGPTForConditionalGeneration = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype or language_model.dtype,
+            attn_implementation=attn_implementation,
+        )
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        return model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only this model's own modules come here; the LLM and the tower initialise themselves. As in the official
+        # code, linear layers start as torch makes them, not from transformers' normal(0, 0.02).
+        if isinstance(module, LevelEmbeddings):
+            initialization.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Linear):
+            initialization.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.in_features)
+            initialization.uniform_(module.bias, -bound, bound)
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def set_stage(self, stage: str) -> list[str]:
+        """Choose what learns: ``pretrain`` projector and table; ``finetune`` projector, LLM and (if it is used) gate.
+
+        Returns:
+            The names of the parameters that now have ``requires_grad``.
+
+        Raises:
+            ValueError: another stage.
+        """
+        if stage == "pretrain":
+            learning = ["projector", "level_embeddings"]
+        elif stage == "finetune":
+            learning = ["projector", "language_model"]
+            if self.config.align_mode in ("gated", "local"):
+                learning.append("gate")
+        else:
+            raise ValueError(f"stage is {stage!r}; choose pretrain or finetune.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in learning)
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        levels: Tensor | None = None,
+        gate_mask: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> AlignGPTOutput:
+        """One pass; with labels the loss, without them the logits.
+
+        Args:
+            input_ids: int64 [B, L], with ``config.align_token_id`` and ``config.image_token_id`` as placeholders.
+            pixel_values: [I, 3, H, H], one image after the other in the order of the samples that own them.
+            attention_mask: [B, L], 0 where there is padding, on either side. Not with ``sequence_ids``.
+            position_ids: int64 [B, L]; default: counted from the mask or the sequence ids.
+            past_key_values: cache of an earlier pass; the images are then behind us.
+            inputs_embeds: [B, L, D] instead of ``input_ids``, for text only or already complete.
+            labels: int64 [B, L], token ids or -100; not shifted.
+            levels: int64 [I], 1..N: ``<align>`` is H[level] (pretraining). Without it ``config.align_mode`` decides.
+            gate_mask: bool [B, L], the tokens in the gate's text mean; BOS, placeholders and padding never count.
+                Default: the tokens before the sample's first label (``gate_text`` "instruction") or all ("all", and
+                without labels). Shorter than the input: the rest does not count.
+            sequence_ids: int64 [B, L], packed rows: one number > 0 per sample, 0 for padding. Only for LLMs of which
+                ``packing.can_pack`` is true; it costs too much to be asked here.
+            num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by it.
+            use_cache: as everywhere in transformers; never in packed rows.
+            logits_to_keep: as everywhere in transformers: the last so many logits, or those positions; 0: all.
+
+        Raises:
+            ValueError: placeholders, images, levels and masks contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        if sequence_ids is not None:
+            if past_key_values is not None or attention_mask is not None:
+                raise ValueError("packed rows (sequence_ids) go without attention_mask and past_key_values.")
+            use_cache = False
+            position_ids = positions_of(sequence_ids) if position_ids is None else position_ids
+        elif attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            if past_key_values is not None:
+                position_ids = position_ids[:, past_key_values.get_seq_length() :]
+        gate: dict[str, Tensor] = {}
+        if input_ids is not None:
+            samples_BL = sequence_ids if sequence_ids is not None else _samples_of(input_ids, attention_mask)
+            inputs_embeds, gate = self._embed(input_ids, samples_BL, pixel_values, levels, gate_mask, labels)
+        common = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
+        if labels is None:
+            output = self.language_model(logits_to_keep=logits_to_keep, **common)
+            return AlignGPTOutput(
+                logits=output.logits,
+                past_key_values=output.get("past_key_values"),
+                hidden_states=output.get("hidden_states"),
+                attentions=output.get("attentions"),
+                **gate,
+            )
+        output = decoder_of(self.language_model)(**{**common, "use_cache": False})
+        losses_M = token_losses(output.last_hidden_state, labels, sequence_ids, head_of(self.language_model))
+        count = max(len(losses_M), 1) if num_items_in_batch is None else num_items_in_batch
+        return AlignGPTOutput(
+            loss=losses_M.sum() / count,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            token_losses=losses_M.detach(),
+            **gate,
+        )
+
+    def _gate_text(
+        self, input_ids: Tensor, samples_BL: Tensor, gate_mask: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        """bool [B, L]: the tokens in the gate's mean."""
+        ids, config = input_ids, self.config
+        text_BL = (samples_BL > 0) & (ids != config.image_token_id) & (ids != config.align_token_id)
+        bos = config.text_config.bos_token_id
+        if bos is not None:
+            first_BL = torch.ones_like(text_BL)
+            first_BL[:, 1:] = samples_BL[:, 1:] != samples_BL[:, :-1]
+            text_BL &= ~(first_BL & (ids == bos))
+        if gate_mask is not None:
+            text_BL[:, : gate_mask.shape[1]] &= gate_mask.bool()
+            text_BL[:, gate_mask.shape[1] :] = False
+        elif labels is not None and config.gate_text == "instruction":
+            # The position of the first label of every sample of every row, or L where it has none.
+            length = ids.shape[1]
+            index_BL = torch.arange(length, device=ids.device).expand_as(ids)
+            first_BS = ids.new_full((ids.shape[0], int(samples_BL.max()) + 1), length).scatter_reduce(
+                1, samples_BL, torch.where(labels != IGNORE, index_BL, length), "amin"
+            )
+            text_BL &= index_BL < first_BS.gather(1, samples_BL)
+        return text_BL
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        samples_BL: Tensor,
+        pixel_values: Tensor | None,
+        levels: Tensor | None,
+        gate_mask: Tensor | None,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Input embeddings [B, L, D] with the images and alignment vectors in their places; and what the gate did."""
+        image_BL = input_ids == self.config.image_token_id
+        align_BL = input_ids == self.config.align_token_id
+        # The placeholders' ids may lie beyond the embedding table; any row will do, for it is overwritten.
+        embeds_BLD: Tensor = self.get_input_embeddings()(input_ids.masked_fill(image_BL | align_BL, 0))
+        if pixel_values is None or len(pixel_values) == 0:
+            _check_placeholders(int(image_BL.sum()), int(align_BL.sum()), 0, self.config)
+            if self.training and torch.is_grad_enabled():
+                embeds_BLD = embeds_BLD + self._nothing_from_images(embeds_BLD)
+            return embeds_BLD, {}
+        _check_placeholders(int(image_BL.sum()), int(align_BL.sum()), len(pixel_values), self.config)
+        features_IPD = self.projector(vision_features(self.vision_tower, pixel_values, self.config))
+        embeds_BLD = embeds_BLD.masked_scatter(image_BL[..., None], features_IPD.to(embeds_BLD.dtype))
+        if self.config.align_mode == "none":
+            if levels is not None:
+                raise ValueError("the model has no alignment vector (align_mode 'none'), but levels were given.")
+            return embeds_BLD, {}
+        image_of_BL = _images_of(image_BL, align_BL, samples_BL, self.config.num_patches)
+        text_BL = self._gate_text(input_ids, samples_BL, gate_mask, labels)
+        align_ID, gate = self._align(features_IPD, embeds_BLD[text_BL], image_of_BL[text_BL], levels)
+        return embeds_BLD.masked_scatter(align_BL[..., None], align_ID.to(embeds_BLD.dtype)), gate
+
+    def _align(
+        self, features_IPD: Tensor, text_MD: Tensor, image_M: Tensor, levels: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The alignment vectors [I, D] and what the gate did."""
+        num_images = len(features_IPD)
+        if levels is not None:
+            if levels.shape != (num_images,):
+                raise ValueError(f"levels has shape {tuple(levels.shape)}; the batch has {num_images} images.")
+            return self.level_embeddings(levels), {}
+        if self.config.align_mode not in ("gated", "local"):
+            return self.level_embeddings.mix(self.config.align_mode, None, num_images), {}
+        dots_IP = gate_dots(features_IPD, mean_text(text_MD, image_M, num_images))
+        alpha_IN1 = self.gate(dots_IP)
+        align_ID = self.level_embeddings.mix(self.config.align_mode, alpha_IN1, num_images)
+        return align_ID, {"gate_weights": alpha_IN1, "gate_dots": dots_IP}
+
+    def _nothing_from_images(self, embeds_BLD: Tensor) -> Tensor:
+        """Zero, computed from a blank image by the modules that images go through.
+
+        Without it the projector and the gate would have no gradient in a batch of text, and ranks of a distributed
+        run would wait for each other in different modules.
+        """
+        size = self.config.pixel_size
+        features_IPD = self.projector(
+            vision_features(self.vision_tower, embeds_BLD.new_zeros(1, 3, size, size), self.config)
+        )
+        nothing: Tensor = features_IPD[:0].sum()
+        if self.config.align_mode != "none":
+            text_MD = embeds_BLD.new_zeros(0, embeds_BLD.shape[-1])
+            none_M = torch.zeros(0, dtype=torch.long, device=embeds_BLD.device)
+            align_ID, _ = self._align(features_IPD, text_MD, none_M, None)
+            nothing = nothing + align_ID[:0].sum()
+        return nothing.to(embeds_BLD.dtype)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers. The gate looks at the prompt only, never at what was generated after it."""
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None and kwargs.get("gate_mask") is None:
+            kwargs["gate_mask"] = torch.ones_like(input_ids, dtype=torch.bool)
+        return super().generate(inputs, **kwargs)
+
+
+def _samples_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Sequence ids of rows that hold one sample each: 1, and 0 in the padding."""
+    if attention_mask is None or attention_mask.shape != input_ids.shape:
+        return torch.ones_like(input_ids)
+    return attention_mask.to(input_ids.dtype)
+
+
+def _check_placeholders(image_tokens: int, align_tokens: int, images: int, config: AlignGPTConfig) -> None:
+    patches = config.num_patches
+    if image_tokens != images * patches:
+        raise ValueError(
+            f"the batch has {images} images of {patches} patches each, but {image_tokens} image placeholders in "
+            f"input_ids; there must be {images * patches}."
+        )
+    wanted = 0 if config.align_mode == "none" else images
+    if align_tokens != wanted:
+        raise ValueError(
+            f"the batch has {images} images, but {align_tokens} align placeholders in input_ids; "
+            f"there must be {wanted} (align_mode {config.align_mode!r})."
+        )
+
+
+def _images_of(image_BL: Tensor, align_BL: Tensor, samples_BL: Tensor, patches: int) -> Tensor:
+    """int64 [B, L]: which image of the batch each position's sample owns; -1: none.
+
+    Raises:
+        ValueError: a sample has two images, or its alignment placeholder is in another.
+    """
+    rows_I, columns_I = (index[::patches] for index in image_BL.nonzero(as_tuple=True))
+    align_rows_I, align_columns_I = align_BL.nonzero(as_tuple=True)
+    samples_I = samples_BL[rows_I, columns_I]
+    owner_BS = samples_BL.new_full((samples_BL.shape[0], int(samples_BL.max()) + 1), -1)
+    owner_BS[rows_I, samples_I] = torch.arange(len(rows_I), device=rows_I.device)
+    same = (align_rows_I == rows_I) & (samples_BL[align_rows_I, align_columns_I] == samples_I)
+    if not bool(same.all()) or int((owner_BS >= 0).sum()) != len(rows_I):
+        raise ValueError("every sample with an image needs exactly one image and one align placeholder.")
+    return owner_BS.gather(1, samples_BL)

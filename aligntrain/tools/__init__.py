@@ -1,0 +1,1 @@
+"""What is done with a model besides training: generate, evaluate, preview, convert."""

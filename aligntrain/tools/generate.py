@@ -1,0 +1,118 @@
+"""Asking a trained model: one answer, a conversation as it is written, and what the gate makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from aligncurate.errors import UserError
+from aligncurate.images.decode import ImageError
+from aligntrain.data.reader import decode
+from aligntrain.inputs.processor import AlignGPTProcessor
+from aligntrain.model.build import quiet_transformers
+from aligntrain.model.modeling import AlignGPTForConditionalGeneration
+
+Turns = Sequence[dict[str, str]]
+
+
+def load(folder: str | Path) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
+    """Model and processor from a folder that training or ``convert`` wrote, on a GPU where there is one.
+
+    Raises UserError when there is no such model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder}: there is no model here (no config.json); give the --out of a finished training.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with quiet_transformers():
+            model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        processor = AlignGPTProcessor.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: this is no AlignGPT model ({str(error).splitlines()[0]}).") from error
+    return model.to(device).eval(), processor
+
+
+def open_picture(file: str | Path) -> Image.Image:
+    """The picture in a file. Raises UserError when it is not there or is none."""
+    try:
+        return decode(Path(file).read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: the image cannot be read ({error.strerror or error}).") from None
+    except ImageError as error:
+        raise UserError(f"{file}: {error}.") from None
+
+
+@torch.inference_mode()
+def answer(
+    model: AlignGPTForConditionalGeneration,
+    processor: AlignGPTProcessor,
+    turns: Turns,
+    image: Image.Image | None = None,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The model's answer to the last question of a conversation.
+
+    Args:
+        model, processor: as from ``load``.
+        turns: ``{"role": "user" | "assistant", "content": text}``, the last a question.
+        image: the picture that the first question is about.
+        max_new_tokens: after which the answer is cut.
+        temperature: 0 takes the likeliest token each time; higher samples.
+        on_text: called with every piece of the answer as it comes.
+    """
+    inputs = _inputs(model, processor, turns, image)
+    streamer = _Pieces(processor.tokenizer, on_text) if on_text is not None else None
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        streamer=streamer,
+        **sampling,
+    )
+    text: str = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+@torch.inference_mode()
+def alignment(
+    model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor, turns: Turns, image: Image.Image
+) -> list[float] | None:
+    """The gate's weights of levels 1..N-1 for a question about a picture; None where the model uses no gate."""
+    output = model(**_inputs(model, processor, turns, image), logits_to_keep=1)
+    return None if output.gate_weights is None else [float(weight) for weight in output.gate_weights[0]]
+
+
+def _inputs(
+    model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor, turns: Turns, image: Image.Image | None
+) -> dict[str, Any]:
+    messages = [dict(turn) for turn in turns]
+    if image is not None and not any("<image>" in message["content"] for message in messages):
+        messages[0]["content"] = f"<image>\n{messages[0]['content']}"
+    try:
+        features = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, images=image
+        )
+    except ValueError as error:
+        raise UserError(f"the question cannot be asked: {error}") from None
+    return {name: value.to(model.device) for name, value in features.items()}
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands the text on instead of printing it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)

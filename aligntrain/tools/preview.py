@@ -1,0 +1,103 @@
+"""What a stage would do, without doing it: steps, packing, tokens, levels, rows left out, time, memory."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aligntrain.data.index import Facts, build_index
+from aligntrain.model.build import build_config, build_processor
+from aligntrain.model.modeling import AlignGPTForConditionalGeneration
+from aligntrain.stage import StageConfig
+from aligntrain.tools.memory import Memory, estimate_memory
+from aligntrain.training.loop import plan_epoch, total_steps
+from aligntrain.training.metrics import Flops, peak_flops, trains_llm
+
+ASSUMED_UTILISATION = 0.4
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A stage before it runs.
+
+    Attributes:
+        facts: what became of the data's rows.
+        steps: optimizer steps of the stage.
+        micro_batches: of every rank in the first epoch.
+        efficiency: of packing, see ``Plan.efficiency``, over the first epoch.
+        tokens, images: that an epoch takes, level weights included.
+        flops: of the whole stage, by the formula of ``metrics``.
+        seconds: estimated, at ASSUMED_UTILISATION of ``flops_per_s``.
+        flops_per_s: of one device: the data sheet's, or where that is not known what matrix products reach on it.
+        measured: whether it was measured.
+        memory: of one device.
+    """
+
+    facts: Facts
+    steps: int
+    micro_batches: int
+    efficiency: float
+    tokens: int
+    images: int
+    flops: float
+    seconds: float
+    flops_per_s: float
+    measured: bool
+    memory: Memory
+
+
+def preview(config: StageConfig, ranks: int = 1) -> Preview:
+    """Plan a stage on so many ranks; the LLM is taken to be able to pack unless ``packing`` is off.
+
+    Reads the data's texts and no image, loads no weights and trains nothing.
+
+    Raises UserError as ``train``.
+    """
+    processor = build_processor(config)
+    model_config = build_config(config)
+    levels = model_config.num_levels if model_config.align_mode != "none" else 0
+    with tempfile.TemporaryDirectory() as folder:
+        index = build_index(config, processor, levels, Path(folder) / "index.arrow")
+        epoch = plan_epoch(config, index, 0, packed=config.packing != "off", world_size=ranks)
+        steps = total_steps(config, len(epoch))
+        taken = epoch.order
+        tokens, images = int(index.lengths[taken].sum()), int(index.images[taken].sum())
+        facts = index.facts
+    with torch.device("meta"):
+        flops_of = Flops(AlignGPTForConditionalGeneration(model_config), trains_llm(config))
+    labels = facts.supervised / facts.rows * len(taken)
+    flops = flops_of(tokens, labels, images) * steps / len(epoch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device)
+    rate = peak or measure_flops(device)
+    return Preview(
+        facts=facts,
+        steps=steps,
+        micro_batches=sum(len(epoch[number].ranks[0]) for number in range(len(epoch))),
+        efficiency=epoch.efficiency(),
+        tokens=tokens,
+        images=images,
+        flops=flops,
+        seconds=flops / (rate * ASSUMED_UTILISATION * ranks),
+        flops_per_s=rate,
+        measured=peak is None,
+        memory=estimate_memory(model_config, config, ranks),
+    )
+
+
+def measure_flops(device: torch.device, seconds: float = 0.3) -> float:
+    """FLOP/s that products of two square matrices reach: bfloat16 on GPUs, float32 on the CPU."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    torch.mm(a, a)
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        torch.mm(a, a)
+        done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return 2 * size**3 * done / (time.perf_counter() - started)

@@ -1,0 +1,186 @@
+"""One process or many: who takes part, how the model is spread over them, and how they agree.
+
+Ranks are what torchrun and ``accelerate launch`` say in RANK, WORLD_SIZE and LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from aligncurate.errors import UserError
+from aligntrain.model.build import layers_of
+from aligntrain.model.modeling import AlignGPTForConditionalGeneration
+from aligntrain.stage import StageConfig
+
+T = TypeVar("T")
+# Ranks wait for the first one to tokenise the data and to write checkpoints and the model. Where a process dies its
+# launcher ends the others, so that waiting long costs nothing.
+_PATIENCE = timedelta(hours=6)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that reads, writes and talks for all."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Every rank does something; the error of one is everybody's: nobody waits for ever for one that has left."""
+        if self.size == 1:
+            return work()
+        value, error = attempt(work)
+        self.agree(error)
+        return value  # type: ignore[return-value]  # there was no error
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """The first rank does something and the others wait for what it returns; its error is everybody's."""
+        value, error = attempt(work) if self.first else (None, None)
+        self.agree(error)
+        if self.size > 1:
+            told = [value]
+            dist.broadcast_object_list(told, src=0)
+            value = told[0]
+        return value  # type: ignore[return-value]  # as above
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise this rank's error, or where it has none that of the first rank which has one; all ranks must ask."""
+        told = None if error is None else (isinstance(error, UserError), str(error) or type(error).__name__)
+        others = self.gather(told)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(others):
+            if other is not None:
+                mistake, message = other
+                raise UserError(message) if mistake else RuntimeError(f"rank {rank}: {message}")
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What it returns, or what it raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+@contextmanager
+def world_of_environment() -> Iterator[World]:
+    """Joins the other processes, if there are any, and leaves them in the end."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    joins = size > 1 and not dist.is_initialized()
+    if joins:
+        # What is no tensor on a GPU goes over gloo, which can wait while the first rank writes or tokenises for long.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield World(rank, size, device)
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+class Engine:
+    """The model on all ranks: a copy each (DDP), or a part each (FSDP2, by decoder layer).
+
+    Args:
+        model: the same on every rank; on its device afterwards.
+        config: parallel, dtype, compile.
+        world: the ranks.
+    """
+
+    def __init__(self, model: AlignGPTForConditionalGeneration, config: StageConfig, world: World) -> None:
+        self.model, self._world = model, world
+        kind = config.parallel if config.parallel != "auto" else {"pretrain": "ddp"}.get(config.stage, "fsdp")
+        self.sharded = world.size > 1 and kind == "fsdp"
+        self._half = config.dtype == "bf16"
+        if config.compile:
+            for layer in _regions(model):
+                layer.compile(dynamic=True)
+        self._forward: nn.Module = model
+        if self.sharded:
+            self._shard(model)
+        else:
+            model.to(world.device)
+            if world.size > 1:
+                self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def _shard(self, model: AlignGPTForConditionalGeneration) -> None:
+        mesh = init_device_mesh(self._world.device.type, (self._world.size,))
+        # Gradients are reduced in float32, and what stays on the ranks are the float32 master weights.
+        policy = MixedPrecisionPolicy(torch.bfloat16 if self._half else torch.float32, torch.float32)
+        for layer in _regions(model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        # The rest, projector, table, gate and vocabulary, is one group that stays whole from forward to backward, so
+        # that ranks with and without images wait for each other at the same places.
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        model.to(self._world.device)
+
+    def forward_backward(self, inputs: dict[str, Tensor], count: Tensor, last: bool) -> Any:
+        """One micro-batch; gradients add up to those of the whole step's mean loss.
+
+        Args:
+            inputs: of the model's forward.
+            count: supervised tokens of the whole step, over all ranks.
+            last: whether it is the step's last, after which the ranks exchange gradients.
+
+        Returns:
+            The model's output.
+        """
+        waits: Any = nullcontext()
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        elif self._world.size > 1 and not last:
+            assert isinstance(self._forward, DistributedDataParallel)
+            waits = self._forward.no_sync()
+        with waits:
+            half = self._half and not self.sharded  # FSDP2 casts by itself
+            with torch.autocast(self._world.device.type, torch.bfloat16, enabled=half):
+                # The exchange takes the mean over the ranks; the step's loss is a sum over them.
+                output = self._forward(**inputs, num_items_in_batch=count / self._world.size)
+            output.loss.backward()
+        return output
+
+
+def _regions(model: AlignGPTForConditionalGeneration) -> list[nn.Module]:
+    return [*layers_of(model.language_model), *layers_of(model.vision_tower)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over the ranks; all ranks must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,178 @@
+"""The command line: what it prints, its exit codes, how quickly it starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import aligncurate
+from aligncurate.cli import app
+from aligncurate.demo.scenes import write_tars
+from aligncurate.io import storage
+from tests.support.inputs import cli
+
+AT_LEAST_LOADED = (
+    "import sys; import {}; print(sorted(sys.modules.keys() & {{'torch','open_clip','polars','pyarrow'}}))"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`scored` and `levelled` datasets of 60 scenes, one of whose images is broken."""
+    path = tmp_path_factory.mktemp("cli")
+    write_tars(path / "tars", 60, seed=8, shard_size=30)
+    tar = path / "tars/00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[512:640] = b"x" * 128  # the first image
+    tar.write_bytes(data)
+    result = run("score", path / "tars", "--out", path / "scored", "--model", "tiny")
+    assert result.exit_code == 0, result.output
+    assert run("bucket", path / "scored", "--out", path / "levelled").exit_code == 0
+    return path
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("name", ["aligncurate", "aligncurate.cli.app"])
+def test_importing_is_light(name) -> None:
+    code = AT_LEAST_LOADED.format(name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names() -> None:
+    assert aligncurate.__all__ == [
+        "Dataset", "SourceOptions", "bucket", "export", "filter", "ingest", "inspect", "open_dataset", "open_source",
+        "score",
+    ]  # fmt: skip
+    for name in aligncurate.__all__:
+        assert getattr(aligncurate, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'bukcet'"):
+        _ = aligncurate.bukcet
+
+
+def test_version_and_help() -> None:
+    assert run("--version").output == f"aligncurate {aligncurate.__version__}\n"
+    text = run("--help").output
+    for verb in ("score", "ingest", "bucket", "inspect", "filter", "export", "demo", "models"):
+        assert verb in text
+
+
+def test_score_ends_with_a_summary(folder) -> None:
+    result = run("score", folder / "tars", "--out", folder / "again", "--model", "tiny")
+    assert result.exit_code == 0
+    assert "scored 60 rows" in result.stdout
+    assert "ok 59" in result.stdout and "decode_error 1" in result.stdout
+    again = run("score", folder / "tars", "--out", folder / "again", "--model", "tiny")
+    assert again.exit_code == 0
+    assert "scored 0 rows" in again.stdout and "2 of its parts were there" in again.stdout
+
+
+def test_quiet_prints_nothing(folder) -> None:
+    for words in (
+        ("ingest", folder / "tars", "--out", folder / "q1"),
+        ("bucket", folder / "scored", "--out", folder / "q2"),
+        ("filter", folder / "levelled", "--out", folder / "q3", "--levels", "8"),
+        ("export", folder / "levelled", "--out", folder / "q4"),
+    ):
+        result = run(*words, "--quiet")
+        assert (result.exit_code, result.output) == (0, "")
+
+
+def test_inspect_says_the_same_in_json(folder) -> None:
+    text = run("inspect", folder / "levelled", "--examples", 2).output
+    found = json.loads(run("inspect", folder / "levelled", "--examples", 2, "--json").output)
+    frame = aligncurate.open_dataset(folder / "levelled").scan().collect()
+    assert found["rows"] == 60
+    assert found["statuses"] == {"ok": 59, "decode_error": 1}
+    scores = sorted(frame["score"].drop_nulls().to_list())
+    assert found["quantiles"]["0.5"] == scores[29]
+    assert (found["quantiles"]["0"], found["quantiles"]["1"]) == (scores[0], scores[-1])
+    assert found["mean"] == pytest.approx(sum(scores) / 59)
+    assert sum(found["histogram"]) == 59
+    assert [level["level"] for level in found["levels"]] == [1, 2, 3, 4, 5, 6, 7, 8, None]
+    for level in found["levels"][:8]:
+        some = frame.filter(frame["level"] == level["level"])
+        assert level["count"] == some.height
+        assert level["share"] == pytest.approx(some.height / 60)
+        assert (level["minimum"], level["maximum"]) == (some["score"].min(), some["score"].max())
+        assert level["mean"] == pytest.approx(some["score"].mean())
+        assert len(level["examples"]) == 2
+        for example in level["examples"]:
+            row = some.filter(some["key"] == example["key"]).row(0, named=True)
+            assert (row["caption"], row["score"]) == (example["text"], example["score"])
+    assert "decode_error" in text and "not an image" in text
+    assert "█" in text and "Examples" in text
+
+
+@pytest.mark.parametrize(
+    "words", [("inspect",), ("bucket", "--out", "x"), ("filter", "--out", "x"), ("export", "--out", "x")]
+)
+def test_a_missing_dataset_is_a_mistake(tmp_path, monkeypatch, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(words[0], "nowhere", *words[1:])
+    assert result.exit_code == 2
+    assert "nowhere: this is not a dataset" in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_is_named(folder) -> None:
+    (folder / "half").mkdir()
+    manifest = json.loads((folder / "scored/manifest.json").read_text())
+    (folder / "half/manifest.json").write_text(json.dumps({**manifest, "complete": False, "parts": []}))
+    result = run("inspect", folder / "half")
+    assert result.exit_code == 2
+    assert "run its `aligncurate score` command again" in " ".join(result.stderr.split())
+
+
+def test_a_shard_that_cannot_be_read_is_a_fault(folder, monkeypatch) -> None:
+    real = storage.open_file
+
+    def fails(uri: str):
+        if uri.endswith("00000.tar"):
+            raise OSError(5, "Input/output error", uri)
+        return real(uri)
+
+    monkeypatch.setattr(storage, "open_file", fails)
+    result = run("ingest", folder / "tars", "--out", folder / "mixed-out")
+    assert result.exit_code == 1
+    assert "00000.tar: cannot be read: Input/output error" in " ".join(result.stderr.split())
+    assert "the same command tries them again" in " ".join(result.stderr.split())
+    assert (folder / "mixed-out/part-00001.parquet").is_file()
+
+
+def test_models_lists_the_default_and_the_built_in() -> None:
+    text = run("models").output
+    assert "tiny" in text and "ViT-L-14-quickgelu (default)" in " ".join(text.split())
+
+
+def test_the_demo_shows_that_levels_follow_correctness(tmp_path) -> None:
+    result = run("demo", "--out", tmp_path / "demo", "--count", 400)
+    assert result.exit_code == 0, result.output
+    frame = aligncurate.open_dataset(tmp_path / "demo/levelled").scan().collect()
+    means = {kind: frame.filter(frame["correctness"] == kind)["level"].mean() for kind in frame["correctness"].unique()}
+    assert means["right"] > means["one_detail_wrong"] > means["unrelated"]
+    assert means["right"] > means["one_object_wrong"] > means["unrelated"]
+    assert "fully right" in result.output and "aligncurate inspect" in result.output
+    assert (tmp_path / "demo/shards/00000.tar").is_file()
+    again = run("demo", "--out", tmp_path / "demo", "--count", 400)
+    assert again.exit_code == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    refused = run("demo", "--out", tmp_path / "mine")
+    assert refused.exit_code == 2 and (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_a_run_without_a_good_row_says_so_and_sends_nobody_on(tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text("image,caption\n/elsewhere/a.jpg,a\n")
+    told = cli("ingest", tmp_path / "rows.csv", "--out", tmp_path / "out")
+    assert told.exit_code == 0
+    assert "no row can be used" in told.stdout
+    assert "next:" not in told.stdout
+    assert "give --image-root" in cli("inspect", tmp_path / "out", "--json").stdout

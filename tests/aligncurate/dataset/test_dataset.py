@@ -1,0 +1,176 @@
+"""The dataset's contracts: schema, manifest, atomic parts, resuming, one writer at a time."""
+
+import hashlib
+import json
+import multiprocessing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import aligncurate
+from aligncurate.dataset.part import PartInfo
+from aligncurate.dataset.reader import DatasetWriter
+from aligncurate.dataset.record import COLUMNS, Pair, Status, schema, to_table
+from aligncurate.demo.scenes import write_tars
+from aligncurate.errors import UserError
+
+HEAD = {"verb": "test", "options": {"a": 1}, "inputs": []}
+SCHEMA = schema({"url": pa.string()})
+
+
+def table(keys: str) -> pa.Table:
+    return to_table([Pair(k, "somewhere", caption=k, extra={"url": f"http://{k}"}) for k in keys], SCHEMA)
+
+
+def write(path: Path, parts: list[str], **changes) -> aligncurate.Dataset:
+    writer = DatasetWriter(path, {**HEAD, **changes}, SCHEMA)
+    with writer.open():
+        infos = []
+        for number, keys in enumerate(parts):
+            with writer.part(number) as part:
+                part.write(table(keys))
+            infos.append(part.info)
+        return writer.finish(infos)
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory) -> aligncurate.Dataset:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_tars(folder / "tars", 50, seed=9, shard_size=20)
+    return aligncurate.ingest(folder / "tars", folder / "out", quiet=True).dataset
+
+
+def test_parts_have_the_contract_columns(ingested) -> None:
+    found = pq.read_schema(ingested.files[0])
+    expected = {n: t for n, t in COLUMNS.items() if n != "image"}
+    assert {f.name: f.type for f in found if f.name in COLUMNS} == expected
+    assert found.names[: len(expected)] == list(expected)
+    assert [f.name for f in ingested.files] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+
+
+def test_the_manifest_tells_all(ingested) -> None:
+    manifest = json.loads((ingested.path / "manifest.json").read_text())
+    assert (manifest["schema_version"], manifest["verb"], manifest["complete"]) == (1, "ingest", True)
+    assert manifest["columns"]["correctness"] == "string"
+    assert {"torch", "pyarrow", "open_clip_torch", "aligncurate"} <= set(manifest["versions"])
+    for line, file in zip(manifest["parts"], ingested.files, strict=True):
+        assert line["bytes"] == file.stat().st_size
+        assert line["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert line["rows"] == pq.read_metadata(file).num_rows == line["ok"]
+    assert [line["rows"] for line in manifest["parts"]] == [20, 20, 10]
+
+
+def test_pointers_lead_to_the_image_bytes(ingested) -> None:
+    for row in ingested.scan().collect().to_dicts():
+        with Path(row["source"]).open("rb") as file:
+            file.seek(row["image_offset"])
+            assert hashlib.sha256(file.read(row["image_length"])).digest() == row["sha256"]
+
+
+def test_an_error_leaves_no_part(tmp_path) -> None:
+    writer = DatasetWriter(tmp_path / "out", HEAD, SCHEMA)
+    with writer.open():
+        with pytest.raises(ZeroDivisionError), writer.part(0) as part:
+            part.write(table("ab"))
+            raise ZeroDivisionError
+        assert writer.committed(0) is None
+        assert [p.name for p in writer.path.iterdir() if not p.name.startswith(".lock")] == ["manifest.json"]
+
+
+def test_leftovers_of_a_killed_run_are_cleared(tmp_path) -> None:
+    write(tmp_path / "out", ["ab"])
+    (tmp_path / "out/.tmp-part-00001.parquet").write_bytes(b"half")
+    write(tmp_path / "out", ["ab"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "part-00000.parquet"]
+
+
+def test_other_options_are_refused_by_name(tmp_path) -> None:
+    write(tmp_path / "out", ["ab"])
+    with pytest.raises(UserError, match="a: 1 before, 2 now"):
+        write(tmp_path / "out", ["ab"], options={"a": 2})
+    with pytest.raises(UserError, match="verb"):
+        write(tmp_path / "out", ["ab"], verb="other")
+
+
+def test_strange_folders_are_left_alone(tmp_path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        write(tmp_path, ["ab"])
+    with pytest.raises(UserError, match="this is a file"):
+        write(tmp_path / "notes.txt", ["ab"])
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_unfinished_and_foreign_folders_are_not_opened(tmp_path) -> None:
+    with pytest.raises(UserError, match="is not there"):
+        aligncurate.open_dataset(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no manifest.json"):
+        aligncurate.open_dataset(tmp_path)
+    with DatasetWriter(tmp_path / "out", HEAD, SCHEMA).open():
+        pass
+    with pytest.raises(UserError, match="not finished"):
+        aligncurate.open_dataset(tmp_path / "out")
+    manifest = tmp_path / "out/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(UserError, match="schema version 99"):
+        aligncurate.open_dataset(tmp_path / "out")
+    manifest.write_text("{")
+    with pytest.raises(UserError, match="not a JSON file"):
+        aligncurate.open_dataset(tmp_path / "out")
+
+
+def test_a_damaged_part_is_named(tmp_path) -> None:
+    dataset = write(tmp_path / "out", ["ab", "cd"])
+    dataset.files[1].write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(UserError, match=r"part-00001.parquet"):
+        dataset.read(1)
+
+
+def _try_to_write(path: Path, answer) -> None:
+    try:
+        write(path, ["ab"])
+        answer.put("written")
+    except UserError as error:
+        answer.put(str(error))
+
+
+def test_two_runs_do_not_write_at_once(tmp_path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    answer = spawn.Queue()
+    with DatasetWriter(tmp_path / "out", HEAD, SCHEMA).open():
+        other = spawn.Process(target=_try_to_write, args=(tmp_path / "out", answer))
+        other.start()
+        assert "another run is writing" in answer.get(timeout=60)
+        other.join()
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path) -> None:
+    one, two = write(tmp_path / "one", ["ab", "c"]), write(tmp_path / "two", ["ab", "c"])
+    assert one.manifest == two.manifest
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one.files, two.files, strict=True))
+
+
+def test_input_fields_that_fit_no_column_are_kept(tmp_path) -> None:
+    pairs = [
+        Pair("a", "s", extra={"n": 3, "odd": {"deep": [1]}}),
+        Pair("b", "s", extra={"n": "three"}),
+        Pair("c", "s", extra={"n": None, "extra": '{"older": 1}'}),
+    ]
+    found = to_table(pairs, schema({"n": pa.int64(), "extra": pa.string()})).to_pylist()
+    assert [row["n"] for row in found] == [3, None, None]
+    assert [json.loads(row["extra"] or "{}") for row in found] == [{"odd": {"deep": [1]}}, {"n": "three"}, {"older": 1}]
+
+
+def test_the_first_failure_stays() -> None:
+    pair = Pair("a", "s")
+    pair.fail(Status.MISSING_CAPTION, "first")
+    pair.fail(Status.DECODE_ERROR, "second")
+    assert (pair.status, pair.error) == ("missing_caption", "first")
+
+
+def test_part_info_counts() -> None:
+    info = PartInfo("p", 10, 1, "", {"ok": 6, "text_only": 1, "decode_error": 3})
+    assert (info.ok, info.failed) == (6, 3)
+    assert PartInfo.from_json(info.to_json()) == info

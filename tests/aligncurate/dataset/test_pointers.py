@@ -1,0 +1,125 @@
+"""Images of many rows against those of each row alone: tars, gaps, damage, embedded and remote images."""
+
+import hashlib
+import io
+import random
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from aligncurate.dataset import pointers
+from aligncurate.dataset.pointers import read_image, read_images
+
+
+def tar_rows(path: Path, sizes: list[int], gap: int = 0) -> list[dict]:
+    """Rows that point at members of so many bytes of a new tar; `gap` bytes of something else between them."""
+    rng = random.Random(len(sizes))
+    with tarfile.open(path, "w") as tar:
+        for number, size in enumerate(sizes):
+            for name, length in ((f"{number}.jpg", size), (f"{number}.txt", gap)):
+                info = tarfile.TarInfo(name)
+                info.size = length
+                tar.addfile(info, io.BytesIO(rng.randbytes(length)))
+    data = path.read_bytes()
+    rows = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.endswith(".jpg"):
+                start = member.offset_data
+                image = data[start : start + member.size]
+                rows.append(row(str(path), member.name, start, member.size, hashlib.sha256(image).digest()))
+    return rows
+
+
+def row(source: str, name: str, start: int | None, length: int | None, digest: bytes | None, image=None) -> dict:
+    pointer = {"source": source, "image_path": name, "image_offset": start, "image_length": length}
+    return pointer | {"row": None, "sha256": digest, "image": image}
+
+
+def each(rows: list[dict]) -> list[bytes | str | None]:
+    found = []
+    for one in rows:
+        try:
+            found.append(read_image(one) if pointers.has_image(one) else None)
+        except OSError as error:
+            found.append(str(error))
+    return found
+
+
+def together(rows: list[dict]) -> list[bytes | str | None]:
+    def taken(data):
+        return str(data) if isinstance(data, OSError) else None if data is None else bytes(data)
+
+    return [taken(data) for data in read_images(rows)]
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """The length of each read from a tar."""
+    found: list[int] = []
+    into, one = pointers.storage.read_into, pointers.storage.read_range
+    monkeypatch.setattr(pointers.storage, "read_into", lambda u, o, b: found.append(len(b)) or into(u, o, b))
+    monkeypatch.setattr(pointers.storage, "read_range", lambda u, o, n: found.append(n) or one(u, o, n))
+    return found
+
+
+def test_neighbours_are_read_at_once(tmp_path, reads) -> None:
+    rows = tar_rows(tmp_path / "a.tar", [1000, 0, 5000, 1, 70_000, 333], gap=400)
+    expected = each(rows)
+    reads.clear()
+    assert together(rows) == expected
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("gap", [0, 60_000, 70_000, 500_000])
+def test_any_order_gaps_and_sizes(tmp_path, gap, reads) -> None:
+    sizes = [100, 400_000, 3, 700_000, 1_200_000, 50, 2_500_000, 8, 9]
+    rows = [*tar_rows(tmp_path / "a.tar", sizes, gap), *tar_rows(tmp_path / "b.tar", sizes[::-1], gap)]
+    for seed in range(4):
+        assert together(rows) == each(rows)
+        random.Random(seed).shuffle(rows)
+    rows = [rows[0], rows[0], *rows]
+    assert together(rows) == each(rows)
+    assert max(reads) == max(sizes)
+    together_only = [n for n in reads if n not in sizes]
+    assert all(n <= pointers._RUN for n in together_only)
+    assert bool(together_only) == (gap <= pointers._GAP)
+
+
+def test_what_is_damaged_is_told_of_its_own_row_only(tmp_path) -> None:
+    rows = tar_rows(tmp_path / "a.tar", [3000] * 6)
+    rows += tar_rows(tmp_path / "cut.tar", [3000] * 6) + tar_rows(tmp_path / "gone.tar", [3000] * 2)
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[rows[2]["image_offset"] + 7] ^= 1
+    (tmp_path / "a.tar").write_bytes(data)
+    cut = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(cut[: rows[9]["image_offset"] + 10])
+    (tmp_path / "gone.tar").unlink()
+    found = together(rows)
+    assert found == each(rows)
+    assert [i for i, one in enumerate(found) if isinstance(one, str)] == [2, 9, 10, 11, 12, 13]
+    assert "not the one that was scored" in found[2]
+    assert "ends after" in found[10]
+
+
+def test_rows_of_every_kind_beside_each_other(tmp_path) -> None:
+    rows = tar_rows(tmp_path / "a.tar", [3000] * 4)
+    (tmp_path / "image.jpg").write_bytes(b"a file of its own")
+    alone = row(str(tmp_path), str(tmp_path / "image.jpg"), None, None, None)
+    # An embedded image may keep the pointer to where it came from.
+    embedded = rows[1] | {"image": b"embedded", "sha256": hashlib.sha256(b"embedded").digest()}
+    none = row("text.json", None, None, None, None)
+    rows = [rows[0], embedded, rows[1], none, rows[2], alone, rows[3], none]
+    assert together(rows) == each(rows)
+    assert together([]) == []
+
+
+def test_remote_tars(tmp_path, reads) -> None:
+    rows = tar_rows(tmp_path / "a.tar", [3000, 10, 40_000])
+    files = fsspec.filesystem("memory")
+    files.pipe("/pairs/a.tar", (tmp_path / "a.tar").read_bytes())
+    remote = [r | {"source": "memory://pairs/a.tar"} for r in rows]
+    assert together(remote) == each(rows)
+    assert reads[0] > 43_000

@@ -1,0 +1,161 @@
+"""Faults of what lies beneath: remote file systems, file systems without locks, worker processes."""
+
+import errno
+import fcntl
+import io
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.spec import AbstractFileSystem
+
+import aligncurate
+from aligncurate.errors import UserError, WorkerError
+from aligncurate.io import files, storage
+from aligncurate.verbs.export import export as exporting
+from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
+
+
+class _Breaking(io.BytesIO):
+    """A file that breaks when what comes after its first bytes is read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0 or self.tell() + size > 600:
+            raise RuntimeError("connection\nlost.")
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        raise RuntimeError("connection\nlost.")
+
+    __next__ = readline  # type: ignore[assignment]
+
+
+class _Faulty(AbstractFileSystem):
+    """Raises what is no OSError: for `open…` files while they are read, for others at once."""
+
+    protocol = "faulty"
+    content = b""
+
+    def _open(self, path: str, *_: Any, **__: Any) -> io.BytesIO:
+        self._break(path)
+        return _Breaking(self.content)
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        self._break(path)
+        return {"name": path, "size": len(self.content), "type": "file"}
+
+    def exists(self, path: str, **_: Any) -> bool:
+        return bool(self.info(path))
+
+    def _break(self, path: str) -> None:
+        if "timeout" in path:
+            raise TimeoutError
+        if "gone" in path:
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
+        if "open" not in path:
+            raise RuntimeError("connection\nlost.")
+
+    ls = glob = isdir = cat_file = lambda self, path, **_: self._break(path)
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    fsspec.register_implementation("faulty", _Faulty, clobber=True)
+    monkeypatch.setattr(_Faulty, "content", b"line\n" * 1000)
+
+
+def lines(uri: str) -> list[bytes]:
+    with storage.open_file(uri) as file:
+        return list(file)
+
+
+REMOTE = {
+    "read": storage.read,
+    "read_range": lambda uri: storage.read_range(uri, 0, 10),
+    "open_file": storage.open_file,
+    "size": storage.size,
+    "exists": storage.exists,
+    "is_folder": storage.is_folder,
+    "list_files": storage.list_files,
+    "expand": lambda uri: storage.expand(f"{uri}*"),
+}
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_faults_of_a_remote_file_system_are_os_errors(faulty, name) -> None:
+    with pytest.raises(OSError, match=r"^faulty://a\*?: its file system failed \(RuntimeError: connection lost\)$"):
+        REMOTE[name]("faulty://a")
+
+
+@pytest.mark.parametrize("call", [storage.read, lines], ids=["read", "lines"])
+def test_faults_while_a_remote_file_is_read_are_os_errors(faulty, call) -> None:
+    with pytest.raises(OSError, match=r"^faulty://open: its file system failed \(RuntimeError: connection lost\)$"):
+        call("faulty://open")
+    with storage.open_file("faulty://open") as file:  # what can be read is read
+        assert file.read(5) == b"line\n" and file.tell() == 5 and file.seek(2) == 2 and not file.closed
+    assert file.closed
+
+
+def test_errors_that_are_clear_already_stay(faulty) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        storage.read("faulty://gone")
+    with pytest.raises(OSError, match=r"faulty://timeout: its file system failed \(TimeoutError\)"):
+        storage.size("faulty://timeout")
+    with pytest.raises(UserError, match="nosuch"):
+        storage.read("nosuch://a")
+
+
+def test_remote_faults_are_sentences_of_the_command_line(faulty, tmp_path, monkeypatch) -> None:
+    found = complaint(cli("ingest", "faulty://a.tar", "--out", tmp_path / "out"), 1)
+    assert found == "faulty://a.tar: its file system failed (RuntimeError: connection lost)."
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": [jpeg(0)], "caption": ["a"]}), buffer)
+    monkeypatch.setattr(_Faulty, "content", buffer.getvalue())
+    found = complaint(cli("ingest", "faulty://open.parquet", "--format", "parquet", "--out", tmp_path / "out"), 1)
+    assert "faulty://open.parquet: its file system failed" in found  # also when Arrow does the reading
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, capsys, number) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(files, "_told", False)
+    for _ in range(2):
+        with files.lock(tmp_path):
+            pass
+    assert capsys.readouterr().err.count("has no locks") == 1
+    assert not list(tmp_path.iterdir())
+    write_tar(tmp_path / "a.tar", pairs(2))
+    assert aligncurate.ingest(tmp_path / "a.tar", tmp_path / "out", quiet=True).rows == 2
+
+
+def test_other_errors_of_locking_are_errors(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="the disk is broken"), files.lock(tmp_path):
+        pass
+
+
+def test_a_dead_worker_process_is_a_sentence(tmp_path, monkeypatch) -> None:
+    write_tar(tmp_path / "a.tar", pairs(2))
+    cli("ingest", tmp_path / "a.tar", "--out", tmp_path / "in", "--quiet")
+
+    def die(*_: object, **__: object) -> None:
+        raise WorkerError("a worker process ended with exit code -9")
+
+    monkeypatch.setattr(exporting, "export", die)
+    found = complaint(cli("export", tmp_path / "in", "--out", tmp_path / "out"), 1)
+    assert found.startswith("a worker process ended with exit code -9; ")
+
+    def blunder(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(exporting, "export", blunder)
+    with pytest.raises(AssertionError, match="a traceback instead of a sentence"):
+        cli("export", tmp_path / "in", "--out", tmp_path / "out")

@@ -1,0 +1,333 @@
+"""Exports are read back: by ourselves, by webdataset, by numpy, as the official annotation file."""
+
+import hashlib
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+import aligncurate
+from aligncurate.demo.scenes import write_tars
+from aligncurate.errors import UserError
+from aligncurate.scoring import shard as pipeline
+from tests.support.inputs import encoded, jpeg, picture
+
+
+@pytest.fixture(scope="module")
+def levelled(tmp_path_factory) -> aligncurate.Dataset:
+    folder = tmp_path_factory.mktemp("export")
+    write_tars(folder / "tars", 90, seed=3, shard_size=40)
+    aligncurate.score(folder / "tars", folder / "scored", model="tiny", quiet=True)
+    return aligncurate.bucket(folder / "scored", folder / "levelled", levels=4, quiet=True)
+
+
+def members(tar: Path) -> dict[str, bytes]:
+    with tarfile.open(tar) as file:
+        return {m.name: file.extractfile(m).read() for m in file}
+
+
+def test_score_export_score_again_gives_the_same(tmp_path, levelled) -> None:
+    done = aligncurate.export(levelled, tmp_path / "shards", shard_size=40, quiet=True)
+    assert done.files == ["00000.tar", "00001.tar", "00002.tar"]
+    assert (done.rows, done.skipped, done.failed) == (90, 0, [])
+    again = aligncurate.score(tmp_path / "shards", tmp_path / "again", model="tiny", quiet=True).dataset
+    same = ["key", "sha256", "caption", "width", "height", "status", "score", "correctness"]
+    assert again.scan().select(same).collect().equals(levelled.scan().select(same).collect())
+    kept = aligncurate.ingest(tmp_path / "shards", tmp_path / "kept", quiet=True).dataset
+    same += ["level"]
+    assert kept.scan().select(same).collect().equals(levelled.scan().select(same).collect())
+
+
+# webdataset leaves closing its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tars_hold_the_original_bytes_for_other_readers(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "shards", quiet=True)
+    rows = levelled.scan().collect().to_dicts()
+    original = {}
+    for tar in sorted({row["source"] for row in rows}):
+        original |= members(Path(tar))
+    samples = list(webdataset.WebDataset(str(tmp_path / "shards/00000.tar"), shardshuffle=False))
+    assert [s["__key__"] for s in samples] == [row["key"] for row in rows]
+    for sample, row in zip(samples, rows, strict=True):
+        assert sample["jpg"] == original[f"{row['key']}.jpg"]
+        assert sample["txt"].decode() == row["caption"]
+        meta = json.loads(sample["json"])
+        assert meta["score"] == pytest.approx(row["score"])
+        assert (meta["level"], meta["correctness"]) == (row["level"], row["correctness"])
+        assert meta["sha256"] == hashlib.sha256(sample["jpg"]).hexdigest()
+    beside = pq.read_table(tmp_path / "shards/00000.parquet")
+    assert beside["key"].to_pylist() == [row["key"] for row in rows]
+    assert beside["level"].to_pylist() == [row["level"] for row in rows]
+
+
+def test_a_folder_per_level(tmp_path, levelled) -> None:
+    done = aligncurate.export(levelled, tmp_path / "shards", per_level=True, shard_size=10, quiet=True)
+    levels = Counter(levelled.scan().collect()["level"].to_list())
+    found: Counter[int] = Counter()
+    for name in done.files:
+        folder, _ = name.split("/")
+        texts = [json.loads(d) for n, d in members(tmp_path / "shards" / name).items() if n.endswith(".json")]
+        assert {f"level-{t['level']}" for t in texts} == {folder}
+        assert len(texts) <= 10
+        found.update(t["level"] for t in texts)
+    assert found == levels
+
+
+def test_an_interrupted_export_is_finished_with_the_same_bytes(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "whole", shard_size=40, quiet=True)
+    aligncurate.export(levelled, tmp_path / "cut", shard_size=40, quiet=True)
+    (tmp_path / "cut/00001.parquet").unlink()
+    (tmp_path / "cut/00001.tar").write_bytes(b"half a tar")
+    (tmp_path / "cut/.tmp-00002.tar").write_bytes(b"left behind")
+    aligncurate.export(levelled, tmp_path / "cut", shard_size=40, quiet=True)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_llava_json_is_the_official_format_and_is_read_back(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "llava", format="llava-json", quiet=True)
+    entries = json.loads((tmp_path / "llava/annotations.json").read_text())
+    rows = levelled.scan().collect().to_dicts()
+    assert [e["id"] for e in entries] == [row["key"] for row in rows]
+    for entry, row in zip(entries, rows, strict=True):
+        assert entry["similarity"] == row["level"] - 1
+        human, gpt = entry["conversations"]
+        assert (human["from"], gpt["from"]) == ("human", "gpt")
+        assert "<image>" in human["value"] and gpt["value"] == row["caption"]
+        assert hashlib.sha256((tmp_path / "llava" / entry["image"]).read_bytes()).digest() == row["sha256"]
+    again = aligncurate.score(tmp_path / "llava/annotations.json", tmp_path / "again", model="tiny", quiet=True)
+    found, before = again.dataset.scan().collect(), levelled.scan().collect()
+    assert found.select("key", "caption", "sha256").equals(before.select("key", "caption", "sha256"))
+    # Other batches than those of the tars, so the last bits may differ.
+    np.testing.assert_allclose(found["score"], before["score"], atol=1e-6)
+
+
+def test_conversations_and_text_only_rows_keep_their_turns(tmp_path) -> None:
+    turns = [
+        {"from": "human", "value": "Who wrote Faust?"},
+        {"from": "gpt", "value": "Goethe."},
+        {"from": "human", "value": "When?"},
+        {"from": "gpt", "value": "Part one in 1808."},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    dataset = aligncurate.ingest(tmp_path / "rows.json", tmp_path / "in", quiet=True).dataset
+    assert dataset.statuses == {"text_only": 1}
+    aligncurate.export(dataset, tmp_path / "llava", format="llava-json", quiet=True)
+    assert json.loads((tmp_path / "llava/annotations.json").read_text()) == [{"id": "a", "conversations": turns}]
+    aligncurate.export(dataset, tmp_path / "shards", quiet=True)
+    back = aligncurate.ingest(tmp_path / "shards", tmp_path / "back", quiet=True).dataset
+    same = ["key", "conversations", "status"]
+    assert back.scan().select(same).collect().equals(dataset.scan().select(same).collect())
+
+
+def test_datacomp_uids_are_sorted_halves(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "uids", format="datacomp-uids", quiet=True)
+    found = np.load(tmp_path / "uids/uids.npy")
+    expected = sorted(
+        hashlib.sha256(row["sha256"] + row["caption"].encode()).hexdigest()[:32]
+        for row in levelled.scan().collect().to_dicts()
+    )
+    assert found.dtype == np.dtype("u8,u8")
+    assert [f"{int(a):016x}{int(b):016x}" for a, b in found] == expected
+
+
+def test_an_own_uid_is_used(tmp_path, levelled) -> None:
+    from aligncurate.verbs.export.export import datacomp_uid
+
+    own = "0123456789abcdef0123456789ABCDEF"
+    assert datacomp_uid({"uid": own, "sha256": b"", "caption": ""}) == own.lower()
+    assert datacomp_uid({"uid": "7", "sha256": b"x", "caption": "y"}) == hashlib.sha256(b"xy").hexdigest()[:32]
+
+
+def test_images_that_are_gone_are_listed(tmp_path) -> None:
+    write_tars(tmp_path / "tars", 6, seed=4, shard_size=3)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    (tmp_path / "tars/00001.tar").unlink()
+    first = (tmp_path / "tars/00000.tar").read_bytes()
+    row = dataset.read(0).to_pylist()[0]
+    changed = first[: row["image_offset"] + 300] + b"\0" + first[row["image_offset"] + 301 :]
+    (tmp_path / "tars/00000.tar").write_bytes(changed)
+    for form in ("webdataset", "llava-json"):
+        done = aligncurate.export(dataset, tmp_path / form, format=form, quiet=True)
+        assert (done.rows, len(done.failed)) == (2, 4)
+        listed = [json.loads(line) for line in (tmp_path / form / "failed.jsonl").read_text().splitlines()]
+        assert listed == done.failed
+        assert "not the one that was scored" in listed[0]["error"]
+
+
+@pytest.mark.parametrize("embed", [True, False])
+def test_embedded_images_need_no_source(tmp_path, embed) -> None:
+    write_tars(tmp_path / "tars", 4, seed=4)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", embed_images=embed, quiet=True).dataset
+    (tmp_path / "tars/00000.tar").unlink()
+    assert aligncurate.export(dataset, tmp_path / "out", quiet=True).rows == (4 if embed else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"format": "zip"}, "--format zip"),
+        ({"shard_size": 0}, "--shard-size 0"),
+        ({"format": "llava-json", "per_level": True}, "--per-level goes with"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, levelled, options, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        aligncurate.export(levelled, tmp_path / "out", quiet=True, **options)
+
+
+def test_an_export_does_not_mix_with_another(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "out", quiet=True)
+    with pytest.raises(UserError, match="another export"):
+        aligncurate.export(levelled, tmp_path / "out", shard_size=7, quiet=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    with pytest.raises(UserError, match="other files"):
+        aligncurate.export(levelled, tmp_path / "full", quiet=True)
+
+
+def test_per_level_needs_levels(tmp_path) -> None:
+    write_tars(tmp_path / "tars", 4, seed=4)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    with pytest.raises(UserError, match="bucket"):
+        aligncurate.export(dataset, tmp_path / "out", per_level=True, quiet=True)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_processes_write_the_same_bytes(tmp_path, levelled) -> None:
+    options = {"shard_size": 7, "per_level": True, "quiet": True}
+    alone = aligncurate.export(levelled, tmp_path / "alone", workers=1, **options)
+    several = aligncurate.export(levelled, tmp_path / "several", workers=3, **options)
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "several")
+    assert (alone.rows, alone.bytes, alone.files) == (several.rows, several.bytes, several.files)
+    tar = next(tmp_path.glob("several/level-1/*.tar"))
+    before = tar.stat().st_ino
+    tar.with_suffix(".parquet").unlink()
+    aligncurate.export(levelled, tmp_path / "several", workers=2, **options)  # finishes what was interrupted
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "several")
+    assert tar.stat().st_ino != before
+
+
+def test_processes_tell_what_cannot_be_read(tmp_path) -> None:
+    write_tars(tmp_path / "tars", 40, seed=8, shard_size=20)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    victim = dataset.scan().collect().row(25, named=True)
+    with Path(victim["source"]).open("r+b") as file:
+        file.seek(victim["image_offset"])
+        file.write(b"other")
+    done = aligncurate.export(dataset, tmp_path / "out", shard_size=10, workers=2, quiet=True)
+    assert [row["key"] for row in done.failed] == [victim["key"]]
+    assert done.rows == 39
+    with pytest.raises(UserError, match="--workers 0"):
+        aligncurate.export(dataset, tmp_path / "none", workers=0, quiet=True)
+
+
+@pytest.mark.parametrize("per_level", [False, True])
+def test_only_row_groups_with_rows_of_the_tar_are_read_whole(tmp_path, monkeypatch, per_level) -> None:
+    monkeypatch.setattr(pipeline, "_ROWS_PER_GROUP_WITH_IMAGES", 10)
+    write_tars(tmp_path / "tars", 60, seed=5, shard_size=60)
+    aligncurate.score(tmp_path / "tars", tmp_path / "scored", model="tiny", embed_images=True, quiet=True)
+    dataset = aligncurate.bucket(tmp_path / "scored", tmp_path / "levelled", levels=4, quiet=True)
+    levels = [row["level"] for row in dataset.read(0, ["level"]).to_pylist()]
+    wanted = []  # rows of each tar
+    for level in sorted(set(levels)) if per_level else [None]:
+        rows = [i for i, found in enumerate(levels) if level in (None, found)]
+        wanted += [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    whole, looked = [], []
+    read = pq.ParquetFile.read_row_group
+
+    def spy(self, group, columns=None, **options):
+        (whole if columns is None or "image" in columns else looked).append(group)
+        return read(self, group, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    options = {"shard_size": 4, "per_level": per_level, "workers": 1, "quiet": True}
+    done = aligncurate.export(dataset, tmp_path / "out", **options)
+    assert whole == [group for rows in wanted for group in sorted({i // 10 for i in rows})]
+    # Planning looks at each group once, a tar at those up to its last row.
+    assert len(looked) <= 6 + sum(max(rows) // 10 + 1 for rows in wanted)
+    keys = dataset.scan().collect()["key"].to_list()
+    for name, rows in zip(done.files, wanted, strict=True):
+        beside = pq.read_table((tmp_path / "out" / name).with_suffix(".parquet"))
+        assert beside["key"].to_pylist() == [keys[i] for i in rows]
+
+
+def test_a_name_that_another_image_had_gets_its_own_image(tmp_path) -> None:
+    for number in range(2):  # of one key, each unique in its file, and as bitmaps of one size
+        (tmp_path / f"{number}.bmp").write_bytes(encoded(picture(number), "BMP"))
+        row = {"id": "same", "image": f"{number}.bmp", "caption": f"caption {number}"}
+        (tmp_path / f"{number}.json").write_text(json.dumps([row]))
+    dataset = aligncurate.ingest(str(tmp_path / "{0..1}.json"), tmp_path / "in", quiet=True).dataset
+    (tmp_path / "0.bmp").rename(tmp_path / "away")
+    first = aligncurate.export(dataset, tmp_path / "out", format="llava-json", quiet=True)
+    assert (first.rows, len(first.failed)) == (1, 1)
+    (tmp_path / "away").rename(tmp_path / "0.bmp")
+    assert aligncurate.export(dataset, tmp_path / "out", format="llava-json", quiet=True).rows == 2
+    for number, entry in enumerate(json.loads((tmp_path / "out/annotations.json").read_text())):
+        assert (tmp_path / "out" / entry["image"]).read_bytes() == (tmp_path / f"{number}.bmp").read_bytes()
+
+
+def test_a_tar_that_was_deleted_is_made_again(tmp_path, levelled) -> None:
+    aligncurate.export(levelled, tmp_path / "out", shard_size=40, quiet=True)
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out/00001.tar").unlink()
+    aligncurate.export(levelled, tmp_path / "out", shard_size=40, quiet=True)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_the_json_is_strict_where_floats_are_not_finite(tmp_path) -> None:
+    nan, inf = float("nan"), float("inf")
+    columns = {
+        "image": [jpeg(0), jpeg(1)],
+        "caption": ["a", "b"],
+        "quality": [nan, 0.5],
+        "boxes": [[1.0, -inf], [2.0]],
+        "clip": [{"mean": inf, "texts": ["NaN"]}, {"mean": 1.5, "texts": []}],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    dataset = aligncurate.ingest(tmp_path / "a.parquet", tmp_path / "in", quiet=True).dataset
+    aligncurate.export(dataset, tmp_path / "out", quiet=True)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    texts = [data for name, data in members(tmp_path / "out/00000.tar").items() if name.endswith(".json")]
+    bad, good = (json.loads(text, parse_constant=refuse) for text in texts)
+    extras = ("quality", "boxes", "clip")
+    assert [bad[name] for name in extras] == [None, [1.0, None], {"mean": None, "texts": ["NaN"]}]
+    assert [good[name] for name in extras] == [columns[name][1] for name in extras]
+
+
+def test_a_column_that_is_called_like_an_ending_names_no_file(tmp_path) -> None:
+    pq.write_table(pa.table({"png": [jpeg(0)], "caption": ["a"]}), tmp_path / "a.parquet")
+    dataset = aligncurate.ingest(tmp_path / "a.parquet", tmp_path / "in", quiet=True).dataset
+    assert dataset.read(0)["image_path"].to_pylist() == ["png"]
+    aligncurate.export(dataset, tmp_path / "out", quiet=True)
+    found = {name.rpartition(".")[2]: data for name, data in members(tmp_path / "out/00000.tar").items()}
+    assert sorted(found) == ["jpg", "json", "txt"] and found["jpg"] == jpeg(0)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_record_is_named(tmp_path, levelled, damaged) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/export.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"export\.json: the file is damaged; delete the folder"):
+        aligncurate.export(levelled, tmp_path / "out", quiet=True)
+
+
+def test_llava_entries_without_levels_are_told(tmp_path, capsys) -> None:
+    write_tars(tmp_path / "tars", 5, seed=9)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    aligncurate.export(dataset, tmp_path / "out", format="llava-json")
+    assert "the entries get no `similarity`" in " ".join(capsys.readouterr().err.split())
+    assert all("similarity" not in entry for entry in json.loads((tmp_path / "out/annotations.json").read_text()))

@@ -1,0 +1,143 @@
+"""Filtering against polars and numpy on the whole dataset at once."""
+
+import tarfile
+
+import numpy as np
+import polars as pl
+import pytest
+
+import aligncurate
+from aligncurate.demo.scenes import write_tars
+from aligncurate.errors import UserError
+from aligncurate.sources import SourceOptions
+from aligncurate.verbs.filter import parse_levels
+
+
+@pytest.fixture(scope="module")
+def levelled(tmp_path_factory) -> aligncurate.Dataset:
+    """Parts of different sizes with many equal scores, without a model: the scores come with the table."""
+    folder = tmp_path_factory.mktemp("selection")
+    rng = np.random.default_rng(7)
+    frame = pl.DataFrame(
+        {
+            "key": [f"k{i}" for i in range(1_000)],
+            "image": ["no.jpg"] * 1_000,
+            "caption": [f"caption {i}" for i in range(1_000)],
+            "score": np.round(rng.normal(0.2, 0.1, 1_000), 2).astype(np.float32),
+            "licence": rng.choice(["cc-by", "cc0", "none"], 1_000),
+        }
+    )
+    write_tars(folder / "tars", 1, seed=1)
+    with tarfile.open(folder / "tars/00000.tar") as tar:
+        image = next(tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg"))
+    frame = frame.with_columns(pl.Series("image", [image if i % 50 else b"broken" for i in range(1_000)]))
+    frame.write_parquet(folder / "rows.parquet")
+    options = SourceOptions(rows_per_shard=130)
+    dataset = aligncurate.ingest(folder / "rows.parquet", folder / "in", source=options, quiet=True).dataset
+    assert dataset.statuses == {"ok": 980, "decode_error": 20}
+    return aligncurate.bucket(dataset, folder / "levelled", levels=8, quiet=True)
+
+
+def rows(dataset: aligncurate.Dataset) -> pl.DataFrame:
+    return dataset.scan().collect()
+
+
+def test_where_is_polars_sql(tmp_path, levelled) -> None:
+    where = "score > 0.25 AND licence IN ('cc0', 'cc-by') AND caption LIKE '%7%'"
+    kept = aligncurate.filter(levelled, tmp_path / "out", where=where, quiet=True)
+    expected = pl.SQLContext(t=rows(levelled)).execute(f"SELECT * FROM t WHERE {where}", eager=True)
+    assert 0 < kept.rows == expected.height
+    assert rows(kept).equals(expected)
+    assert len(kept.parts) == len(levelled.parts)
+
+
+def test_where_sees_the_rows_that_failed(tmp_path, levelled) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", where="status <> 'ok'", quiet=True)
+    assert kept.statuses == {"decode_error": 20}
+
+
+def test_levels(tmp_path, levelled) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", levels="1,6-7", quiet=True)
+    assert rows(kept).equals(rows(levelled).filter(pl.col("level").is_in([1, 6, 7])))
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.3, 0.5, 1.0])
+def test_top_fraction_is_exact_and_takes_the_first_of_equal_scores(tmp_path, levelled, fraction) -> None:
+    kept = rows(aligncurate.filter(levelled, tmp_path / "out", top_fraction=fraction, quiet=True))
+    everything = rows(levelled)
+    scores = np.nan_to_num(everything["score"].to_numpy(), nan=-np.inf)
+    best = np.argsort(-scores, kind="stable")[: int(np.ceil(round(fraction * 980, 6)))]
+    assert kept["key"].to_list() == everything["key"].gather(np.sort(best)).to_list()
+
+
+def test_options_combine_in_order(tmp_path, levelled) -> None:
+    kept = rows(
+        aligncurate.filter(
+            levelled, tmp_path / "out", where="licence = 'cc0'", levels="3-8", top_fraction=0.25, sample=20, quiet=True
+        )
+    )
+    chosen = rows(levelled).filter((pl.col("licence") == "cc0") & pl.col("level").is_between(3, 8))
+    order = np.argsort(-chosen["score"].to_numpy(), kind="stable")[: -(-chosen.height // 4)]
+    top = set(chosen["key"].gather(order).to_list())
+    assert kept.height == 20
+    assert set(kept["key"]) <= top
+
+
+def test_samples_are_random_but_repeat(tmp_path, levelled) -> None:
+    one, same, other = (
+        rows(aligncurate.filter(levelled, tmp_path / name, sample=100, seed=seed, quiet=True))["key"].to_list()
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert len(one) == 100
+    assert one == same
+    assert 2 <= len(set(one) & set(other)) <= 30  # ten in the mean
+    everything = aligncurate.filter(levelled, tmp_path / "d", sample=5_000, quiet=True)
+    assert everything.rows == 1_000
+
+
+def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
+    hits = np.zeros(1_000)
+    for seed in range(30):
+        kept = rows(aligncurate.filter(levelled, tmp_path / str(seed), sample=200, seed=seed, quiet=True))
+        hits[[int(k[1:]) for k in kept["key"]]] += 1
+    # Binomial(30, 0.2): chi-squared over the 1,000 rows has mean 1,000 and deviation 45.
+    statistic = ((hits - 6) ** 2 / (30 * 0.2 * 0.8)).sum()
+    assert 800 < statistic < 1_200
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "nothing to filter by"),
+        ({"where": "scor > 0.3"}, "did you mean score"),
+        ({"where": "score >"}, "--where score >"),
+        ({"where": "score"}, "not true or false"),
+        ({"where": "score > AVG(score)"}, "each row must be decided by itself"),
+        ({"where": "AVG(score) > 0"}, "each row must be decided by itself"),
+        ({"where": "RANK() OVER (ORDER BY score) < 5"}, "each row must be decided by itself"),
+        ({"where": "caption > 3"}, "--where caption > 3"),
+        ({"levels": "5-"}, "--levels 5-"),
+        ({"levels": "8-5"}, "--levels 8-5"),
+        ({"levels": "0"}, "--levels 0"),
+        ({"levels": "best"}, "--levels best"),
+        ({"top_fraction": 0.0}, "--top-fraction 0"),
+        ({"top_fraction": 30.0}, "--top-fraction 30"),
+        ({"sample": 0}, "--sample 0"),
+        ({"sample": 5, "seed": -1}, "--seed -1"),
+        ({"top_fraction": 0.5, "score_column": "caption"}, "no column caption with scores"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, levelled, options, sentence) -> None:
+    with pytest.raises(UserError, match=sentence):
+        aligncurate.filter(levelled, tmp_path / "out", quiet=True, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_level_lists() -> None:
+    assert parse_levels("5-8") == [5, 6, 7, 8]
+    assert parse_levels("3, 1,7-8") == [1, 3, 7, 8]
+
+
+def test_levels_need_a_bucketed_dataset(tmp_path, levelled) -> None:
+    with pytest.raises(UserError, match="aligncurate bucket"):
+        aligncurate.filter(levelled.path.parent / "in", tmp_path / "out", levels="5-8", quiet=True)

@@ -1,0 +1,166 @@
+"""The command line: both stages, the plan, generate, chat and convert, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from aligntrain import cli
+from aligntrain.training.checkpoint import checkpoints
+from tests.support.stage_data import captions, make_models, picture, questions
+
+SMALL = ["--max-length", "96", "--token-budget", "128", "--batch-size", "8", "--dtype", "fp32", "--log-every", "1"]
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.add_typer(cli.app, name="train")
+    for command in (cli.generate, cli.chat, cli.convert):
+        app.command()(command)
+
+    def invoke(*arguments: object, typed: str | None = None) -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments], input=typed, env={"COLUMNS": "200"})
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """Both stages, run from the command line."""
+    path = tmp_path_factory.mktemp("cli")
+    make_models(path)
+    captions(path / "c.tar")
+    questions(path / "q.tar")
+    (path / "p.png").write_bytes(picture(1))
+    (path / "run.toml").write_text('seed = 3\n[finetune]\ntemplate = "chat"\nlearning_rate = 1e-2\nepochs = 9\n')
+    new = ["--llm", path / "llm", "--vision", path / "vision", "--config", path / "run.toml"]
+    result = run("train", "pretrain", path / "c.tar", *new, "--out", path / "first", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "pretrained in 3 steps" in result.output
+    start = ["--init", path / "first", "--config", path / "run.toml", "--set", "epochs=2"]
+    result = run("train", "finetune", path / "q.tar", *start, "--out", path / "second", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "finetuned in 6 steps" in result.output
+    return path
+
+
+def test_settings_come_from_the_file_and_the_options(folder: Path) -> None:
+    settings = json.loads((folder / "second" / "stage.json").read_text())
+    assert (settings["seed"], settings["template"], settings["epochs"]) == (3, "chat", 2)
+    assert (settings["learning_rate"], settings["batch_size"]) == (1e-2, 8)
+    assert len(checkpoints(folder / "second")) == 1
+
+
+def test_plan(folder: Path, run: Run, tmp_path: Path) -> None:
+    new = ["--llm", folder / "llm", "--vision", folder / "vision"]
+    result = run(
+        "train", "plan", folder / "c.tar", folder / "q.tar", *new, *SMALL, "--level-weights", "1:0", "--ranks", 2
+    )
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    for part in ("samples 24", "steps 3 of 8 samples", "images 21 an epoch", "2 ranks", "packing efficiency", "FLOPs",
+                 "if the LLM can keep them apart",
+                 "8 │ 3" if "│" in words else "8 3", "18 no level", "6 no image, which pretraining needs"):  # fmt: skip
+        assert part in words, (part, words)
+    result = run("train", "plan", folder / "q.tar", "--init", folder / "first", *SMALL, "--template", "chat")
+    assert "finetune" in result.output
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "c.tar", "first", "llm", "p.png", "q.tar", "run.toml", "second", "vision",
+    ]  # fmt: skip
+
+
+def test_a_finished_run_says_so(folder: Path, run: Run) -> None:
+    again = ["--init", folder / "first", "--config", folder / "run.toml", "--set", "epochs=2", *SMALL]
+    result = run("train", "finetune", folder / "q.tar", *again, "--out", folder / "second")
+    assert result.exit_code == 0, result.output
+    assert "nothing to do: these 6 steps were done before" in " ".join(result.output.split())
+
+
+def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is no folder may be a model on the hub; where that cannot be reached, one sentence, at once."""
+    asked: list[str] = []
+
+    def unreachable(self: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    for verb in (["plan"], ["pretrain", "--out", folder / "none"]):
+        new = ["--llm", "someone/model", "--vision", folder / "vision"]
+        result = run("train", verb[0], folder / "c.tar", *new, *verb[1:])
+        assert result.exit_code == 2
+        told = "someone/model: there is no such folder, and the Hugging Face hub gives no model of that name (Name or"
+        assert told in " ".join(result.output.split())
+    assert asked == ["someone/model"] * 2
+    assert not (folder / "none").exists()
+    result = run("train", "plan", folder / "c.tar", "--llm", "some where/else", "--vision", folder / "vision")
+    assert "some where/else: there is no such folder" in result.output
+    assert len(asked) == 2
+
+
+def test_alignment_of_nothing(folder: Path, run: Run) -> None:
+    result = run("generate", folder / "second", "--prompt", "hello", "--show-alignment", "--max-new-tokens", 1)
+    assert "without a picture there is no alignment vector" in result.output
+    assert run("generate", folder / "second", "--prompt", "hello", "--temperature", -1).exit_code == 2
+
+
+def test_generate_and_chat(folder: Path, run: Run) -> None:
+    result = run("generate", folder / "second", "--image", folder / "p.png", "--prompt", "what", "--show-alignment",
+                 "--max-new-tokens", 8)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [line.split()[:2] for line in result.output.splitlines()[:7]] == [["level", str(n)] for n in range(1, 8)]
+    text = run("generate", folder / "second", "--prompt", "hello", "--max-new-tokens", 8)
+    assert text.exit_code == 0, text.output
+    talk = run("chat", folder / "second", "--image", folder / "p.png", "--max-new-tokens", 8, typed="what\nsure\n\n")
+    assert talk.exit_code == 0, talk.output
+    answer = result.output.splitlines()[-1]
+    assert talk.output.count("model") == 2
+    assert answer in talk.output  # streamed, the same as at once
+
+
+def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
+    result = run("convert", folder / "second", tmp_path / "official")
+    assert result.exit_code == 0, result.output
+    assert "to the official layout" in result.output
+    assert (tmp_path / "official" / "config.json").is_file()
+    assert run("convert", tmp_path, tmp_path / "x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "pretrain", "c.tar", "--set", "lerning_rate=3"], "did you mean learning_rate"),
+        (["train", "pretrain", "c.tar", "--set", "epochs"], "write it as key=value"),
+        (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "level_weights is '1=0'; it takes weights by level"),
+        (["train", "pretrain", "c.tar", "--out", "x"], "say --llm and --vision"),
+        (["train", "finetune", "q.tar", "--out", "x"], "say --init, the pretrained model"),
+        (["train", "finetune", "q.tar", "--init", "first"], "there is no folder to write to; say --out"),
+        (["train", "finetune", "gone.tar", "--init", "first", "--out", "x"], "there is no such file or folder"),
+        (["train", "pretrain", "q.tar", "--llm", "llm", "--vision", "vision", "--out", "x"], "`aligncurate bucket"),
+        (["train", "plan", "q.tar", "--ranks", "0"], "--ranks is 0"),
+        (["generate", "llm", "--prompt", "x", "--image", "none.png"], "none.png: the image cannot be read"),
+        (["generate", "llm", "--prompt", "x", "--image", "run.toml"], "run.toml: this is text, not an image"),
+        (["generate", "gone", "--prompt", "x"], "there is no model here"),
+    ],
+)
+def test_mistakes(folder: Path, run: Run, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_importing_it_is_light() -> None:
+    code = "import sys, aligntrain.cli; print([m for m in ('torch', 'transformers', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

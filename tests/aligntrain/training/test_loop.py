@@ -1,0 +1,638 @@
+"""The training loop on one rank: the loss, accumulation, resuming, dummies, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aligncurate.errors import UserError
+from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
+from aligntrain.data.index import Index
+from aligntrain.data.reader import MicroBatch, Reader
+from aligntrain.model.build import build_model, build_processor
+from aligntrain.training import checkpoint
+from aligntrain.training import loop as trainer
+from aligntrain.training.checkpoint import checkpoints
+from aligntrain.training.loop import NonFiniteError, learning_rate
+from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
+
+ROOT = Path(__file__).parents[3]
+LEARNS = {"learning_rate": 1e-2, "warmup_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stages")
+    make_models(path)
+    captions(path / "c.tar")
+    questions(path / "q.tar")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> dict[str, str]:
+    return {"llm": str(folder / "llm"), "vision": str(folder / "vision")}
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder: Path, models: dict[str, str]) -> Path:
+    train(pretraining(models, str(folder / "c.tar"), folder / "pretrained", epochs=2, **LEARNS))
+    return folder / "pretrained"
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_both_stages_learn_what_they_should(
+    folder: Path, pretrained: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    before = build_model(pretraining(models, "x", tmp_path), build_processor(pretraining(models, "x", tmp_path)))[0]
+    first = weights(pretrained)
+    moved = {name.split(".")[0] for name, t in before.state_dict().items() if not torch.equal(t, first[name])}
+    assert moved == {"projector", "level_embeddings"}
+    lines = records(pretrained)
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+
+    summary = train(finetuning({"init": str(pretrained)}, str(folder / "q.tar"), tmp_path / "out", epochs=4, **LEARNS))
+    second = weights(tmp_path / "out")
+    moved = {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert moved == {"projector", "gate", "language_model"}
+    lines = records(tmp_path / "out")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1
+    assert summary.loss == lines[-1]["loss"]
+    assert (summary.steps, summary.total, summary.stopped, summary.unreadable) == (12, 12, False, 0)
+    assert sum(lines[-1]["gate_weights"]) == pytest.approx(1, abs=1e-4)
+    assert set(lines[-1]["grad_norm_by_module"]) == {"projector", "gate", "language_model"}
+    assert len(lines[-1]["level_cosine_of_neighbours"]) == 7
+    assert "mfu" not in lines[-1]  # no data sheet says what a CPU can do
+
+    model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "out")
+    processor = AlignGPTProcessor.from_pretrained(tmp_path / "out")
+    assert processor.image_mode == "pad"
+    assert model.config.align_token_id == processor.align_token_id
+
+
+def test_finetuning_finds_the_llms_own_template(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Pretraining's plain template, which drops the questions, must not stand in for it."""
+    config = finetuning({"init": str(pretrained)}, "x", tmp_path)
+    text = build_processor(config).apply_chat_template([{"role": "user", "content": "what"}])
+    assert text == "what?"
+    shutil.copytree(pretrained, tmp_path / "lost")
+    (tmp_path / "lost" / "llm_chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="chat template is not kept there; choose --template v1"):
+        build_processor(config.replace(init=str(tmp_path / "lost")))
+    v1 = build_processor(config.replace(init=str(tmp_path / "lost"), template="v1"))
+    assert "USER: what ASSISTANT:" in v1.apply_chat_template(
+        [{"role": "user", "content": "what"}], add_generation_prompt=True
+    )
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_one_large_micro_batch_equals_many_small(
+    folder: Path, models: dict[str, str], tmp_path: Path, stage: str
+) -> None:
+    """1xN == Nx1, packed or in padded rows: the loss is the mean over the supervised tokens of the whole step."""
+    make, data = (pretraining, "c.tar") if stage == "pretrain" else (finetuning, "q.tar")
+    ways = {
+        "one": {"token_budget": 1024},
+        "many": {"token_budget": 96},
+        "rows": {"token_budget": 256, "packing": "off"},
+        "checkpointed": {"token_budget": 96, "checkpointing": True},
+    }
+    for name, way in ways.items():
+        train(make(models, str(folder / data), tmp_path / name, max_steps=2, **way))
+    for name in ("many", "rows", "checkpointed"):
+        assert_close(weights(tmp_path / "one"), weights(tmp_path / name))
+        for ours, theirs in zip(records(tmp_path / "one"), records(tmp_path / name), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_losses_and_gradients_against_a_naive_computation(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", batch_size=24, max_steps=1)
+    train(config)
+    (record,) = records(tmp_path / "out")
+    processor = build_processor(config)
+    model, _ = build_model(config, processor)
+    index = Index(tmp_path / "out" / "index.arrow", processor)
+    read = Reader(index, processor, packed=False, with_levels=True)
+    losses: dict[int, list[float]] = defaultdict(list)
+    for number in range(24):  # one by one, with the logits of every position
+        inputs = read((number,)).inputs
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        token_losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none")
+        (token_losses.sum() / index.facts.supervised).backward()
+        losses[int(index.levels[number])] += token_losses[labels[0, 1:] != -100].tolist()
+    assert set(record["loss_by_level"]) == {str(level) for level in range(1, 9)}
+    for level, values in losses.items():
+        assert record["loss_by_level"][str(level)] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    everything = [value for values in losses.values() for value in values]
+    assert len(everything) == index.facts.supervised
+    assert record["loss"] == pytest.approx(sum(everything) / len(everything), abs=1e-5)
+    for name in ("projector", "level_embeddings"):
+        gradients = [p.grad.flatten() for n, p in model.named_parameters() if n.startswith(name) and p.grad is not None]
+        assert record["grad_norm_by_module"][name] == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-4)
+
+
+def test_text_alone(models: dict[str, str], tmp_path: Path) -> None:
+    turns = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]}
+    tar = write_tar(tmp_path / "t.tar", {f"t{n}": (None, turns) for n in range(4)})
+    summary = train(finetuning(models, tar, tmp_path / "out", batch_size=4))
+    assert summary.steps == 1
+    assert records(tmp_path / "out")[0]["grad_norm_by_module"]["projector"] == 0
+
+
+def test_what_cannot_be_decoded_changes_nothing_else(models: dict[str, str], tmp_path: Path) -> None:
+    """A broken picture among good ones: the same steps, and the mean of the others' losses."""
+    for name in ("broken", "whole"):
+        samples = {f"s{n}": (picture(n), {"caption": f"a thing {n}", "level": n + 1}) for n in range(8)}
+        if name == "broken":
+            samples["s5"] = (b"no picture", samples["s5"][1])
+        summary = train(pretraining(models, write_tar(tmp_path / f"{name}.tar", samples), tmp_path / name))
+        assert summary.unreadable == (name == "broken")
+        assert summary.steps == 1
+    broken, whole = (records(tmp_path / name)[0] for name in ("broken", "whole"))
+    assert set(whole["loss_by_level"]) - set(broken["loss_by_level"]) == {"6"}
+    for level, loss in broken["loss_by_level"].items():
+        assert loss == pytest.approx(whole["loss_by_level"][level], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, on its own workings
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers(
+    folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """torch.compile by layer, also with activations recomputed: the same as without.
+
+    All of it but the last stage, which takes a minute: the C++ that is made of the graphs.
+    """
+    real, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
+    graphs = {"plain": 0, "compiled": 0}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend="aot_eager", **how))
+    for name in graphs:
+        torch._dynamo.reset()
+        counters.clear()
+        made = name == "compiled"
+        train(finetuning(models, str(folder / "q.tar"), tmp_path / name, max_steps=1, compile=made,
+                         checkpointing=made and checkpointing))  # fmt: skip
+        graphs[name] = counters["stats"]["unique_graphs"]
+    assert graphs["plain"] == 0 < graphs["compiled"]
+    ours, theirs = (records(tmp_path / name)[0] for name in graphs)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    assert ours["grad_norm_by_module"] == pytest.approx(theirs["grad_norm_by_module"], rel=1e-5)
+
+
+def test_s2_with_checkpointing(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """Two scales, four tiles of the larger: recomputing the LLM's layers changes nothing."""
+    for name in ("kept", "recomputed"):
+        config = finetuning(models, str(folder / "q.tar"), tmp_path / name, max_steps=1, s2_scales=[24, 48],
+                            checkpointing=name == "recomputed", **LEARNS)  # fmt: skip
+        train(config)
+    assert weights(tmp_path / "kept")["projector.0.weight"].shape[1] == 2 * 16
+    assert_close(weights(tmp_path / "kept"), weights(tmp_path / "recomputed"))
+    assert records(tmp_path / "kept")[0]["grad_norm_by_module"]["projector"] > 0
+
+
+@pytest.mark.parametrize(("gone", "good"), [(99, 1), (120, 0), (9, 0)])
+def test_images_that_are_all_gone(
+    models: dict[str, str], tmp_path: Path, gone: int, good: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some may be broken; a hundred and no other among them, or all, mean that something is wrong with their place."""
+    meta = {"caption": "a thing", "level": 3}
+    samples = {f"s{n:03d}": (b"gone", meta) for n in range(gone)}
+    samples |= {f"t{n:03d}": (picture(n), meta) for n in range(good)}
+    config = pretraining(models, write_tar(tmp_path / "c.tar", samples), tmp_path / "out", batch_size=60)
+    if good:
+        assert train(config).unreadable == gone
+        assert weights(tmp_path / "out")["projector.0.weight"].isfinite().all()
+    else:
+        step = 2 if gone == 120 else 1
+        sentence = rf"step {step}: none of the last {gone} images could be read \(such as s\d\d\d: .*--image-root"
+        with pytest.raises(UserError, match=sentence):
+            train(config)
+        assert not (tmp_path / "out" / "config.json").exists()
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("this is text, not an image") <= 5
+    if gone > 60:
+        assert "the image cannot be read (this is text, not an image); nothing is learned from it" in told
+
+
+def test_a_folder_of_other_files_is_left_alone(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "config.json"
+    mine.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=r"other files \(config\.json\)"):
+        train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", max_steps=1))
+    assert mine.read_text() == '{"mine": 1}' and list((tmp_path / "out").iterdir()) == [mine]
+
+
+def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    config = finetuning(
+        {"init": str(pretrained)}, str(folder / "q.tar"), tmp_path / "out", lora_rank=4, save_every=2, **LEARNS
+    )
+    train(config)
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    assert len(checkpoints(tmp_path / "again")) == 2
+    shutil.rmtree(checkpoints(tmp_path / "again")[-1])
+    (tmp_path / "again" / "finished.json").unlink()
+    assert train(config.replace(out=str(tmp_path / "again"))).loss is not None
+    before, merged = weights(pretrained), weights(tmp_path / "out")
+    assert_close(merged, weights(tmp_path / "again"), 0)
+    assert before.keys() == merged.keys()  # merged: no adapter is left
+    layer = "language_model.model.layers.0.self_attn.q_proj.weight"
+    assert torch.linalg.matrix_rank(merged[layer] - before[layer], rtol=1e-4) == 4
+    assert torch.equal(before["language_model.lm_head.weight"], merged["language_model.lm_head.weight"])
+    assert not torch.equal(before["gate.mlp.0.weight"], merged["gate.mlp.0.weight"])
+    adapters = load_file(checkpoints(tmp_path / "out")[-1] / "weights-00000.safetensors")
+    model, _ = build_model(config, build_processor(config))
+    model.load_state_dict(adapters, strict=False)
+    exported = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(model.eval()(ids).logits, exported(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def straight(folder: Path, models: dict[str, str]) -> StageConfig:
+    """Ten steps without a break, of a stage with dropout."""
+    config = ten_steps(folder, models, folder / "straight")
+    train(config)
+    return config
+
+
+def ten_steps(folder: Path, models: dict[str, str], out: Path) -> StageConfig:
+    return finetuning(models, str(folder / "q.tar"), out, epochs=4, max_steps=10, save_every=5, batch_size=7,
+                      lora_rank=2, lora_dropout=0.3, **LEARNS)  # fmt: skip
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from tests.aligntrain.training.test_loop import ten_steps
+from aligntrain import train
+from aligntrain.training import checkpoint
+from aligntrain.training import loop as trainer
+folder, out, where = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+models = {"llm": str(folder / "llm"), "vision": str(folder / "vision")}
+rate, sync, calls = trainer.learning_rate, checkpoint.sync, []
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def rate_or_kill(config, step, total):
+    return kill() if step == 7 else rate(config, step, total)
+
+def sync_or_kill(path):  # the second checkpoint: its files are written, and not yet renamed
+    calls.append(path)
+    kill() if "step-00000010" in str(path) else sync(path)
+
+if where == "step":
+    trainer.learning_rate = rate_or_kill
+else:
+    checkpoint.sync = sync_or_kill
+train(ten_steps(folder, models, out))
+"""
+
+
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_killed_and_resumed_bit_for_bit(
+    folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path, where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """10 steps straight == 5 steps + kill -9 (in a step, or while the next checkpoint is written) + the rest."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(ROOT), str(folder), str(out), where], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in checkpoints(out)] == ["step-00000005"]
+    assert not (out / "config.json").exists()
+
+    def taken(config: StageConfig) -> tuple[list[Any], torch.Tensor]:
+        read: list[Any] = []
+        real = trainer.Engine.forward_backward
+
+        def spy(self: Any, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any) -> Any:
+            read.append((inputs["input_ids"].tolist(), torch.get_rng_state().tolist()))
+            return real(self, inputs, *rest, **named)
+
+        monkeypatch.setattr(trainer.Engine, "forward_backward", spy)
+        train(config)
+        monkeypatch.undo()
+        return read, torch.get_rng_state()
+
+    resumed, state = taken(ten_steps(folder, models, out))
+    again, expected = taken(ten_steps(folder, models, tmp_path / "straight"))
+    assert resumed == again[-len(resumed) :]
+    assert len(resumed) < len(again)
+    assert torch.equal(state, expected)
+    ours, theirs = (checkpoints(Path(o))[-1] for o in (out, straight.out))
+    assert ours.name == theirs.name == "step-00000010"
+    for file in ("weights-00000.safetensors", "optimizer-00000.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (Path(straight.out) / "model.safetensors").read_bytes()
+    for mine, other in zip(records(out), records(Path(straight.out)), strict=True):
+        for name in ("step", "loss", "grad_norm", "lr", "gate_weights", "level_cosine"):
+            assert mine.get(name) == other.get(name)
+
+
+@pytest.mark.parametrize(("sent", "at"), [(signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGINT, 5)])
+def test_signals_save_and_stop(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, at: int) -> None:  # fmt: skip
+    """SIGTERM and Ctrl-C; at step 5 there is a checkpoint already, which is not written a second time."""
+
+    def rate_and_signal(config: StageConfig, step: int, total: int) -> float:
+        if step == at - 1:
+            os.kill(os.getpid(), sent)
+        return learning_rate(config, step, total)
+
+    written: list[str] = []
+    sync = checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (written.append(path.name), sync(path)))
+    config = ten_steps(folder, models, tmp_path / "out")
+    monkeypatch.setattr(trainer, "learning_rate", rate_and_signal)
+    summary = train(config)
+    assert (summary.stopped, summary.steps, summary.total) == (sent, at, 10)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == [f"step-{at:08d}"]
+    assert written.count("position.json") == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+    monkeypatch.undo()
+    assert not train(config).stopped
+    assert_close(weights(tmp_path / "out"), weights(Path(straight.out)), 0)
+
+
+def test_a_finished_run_is_not_repeated(straight: StageConfig, tmp_path: Path) -> None:
+    """Nor is the model written again; not even where the checkpoints were deleted to make room."""
+    out = Path(shutil.copytree(straight.out, tmp_path / "out"))
+    before = weights(out)
+    for _ in range(2):
+        (out / "model.safetensors").unlink()  # would come back if it were written again
+        summary = train(straight.replace(out=str(out), workers=1, keep=1))
+        assert (summary.steps, summary.total, summary.loss, summary.again) == (10, 10, None, True)
+        assert not (out / "model.safetensors").exists()
+        shutil.copy(Path(straight.out) / "model.safetensors", out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    with pytest.raises(UserError, match="other settings"):
+        train(straight.replace(out=str(out), seed=1))
+    # Killed while the model was written: the configuration, which is written last, is not there.
+    shutil.copytree(Path(straight.out) / "checkpoints", out / "checkpoints")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).unlink()
+    assert not train(straight.replace(out=str(out))).again
+    assert_close(before, weights(out), 0)
+
+
+def test_the_old_configuration_goes_before_the_new_weights_come(
+    straight: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model over another one: at no time does a folder with a configuration hold only some of the files."""
+    out = Path(shutil.copytree(straight.out, tmp_path / "out"))
+    (out / "finished.json").unlink()
+    seen: list[bool] = []
+    sync = checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (seen.append((out / "config.json").exists()), sync(path)))
+    train(straight.replace(out=str(out)))
+    assert (out / "config.json").exists()
+    moved = len([path for path in out.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")])
+    assert seen[: moved - 5].count(True) == 0  # stage, index, finished and log are not the model's
+
+
+def test_a_full_disk_while_saving(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    config = ten_steps(folder, models, tmp_path / "out")
+    real = checkpoint.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "00000010" in str(path) and "optimizer" in path.name:
+            raise OSError("No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"step-00000010: the checkpoint cannot be written \(No space left"):
+        train(config)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000005"]
+    monkeypatch.undo()
+    train(config)
+    assert_close(weights(tmp_path / "out"), weights(Path(straight.out)), 0)
+    assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-00000005", "step-00000010"}
+
+
+def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    tar = captions(tmp_path / "c.tar", 16)
+    config = pretraining(models, tar, tmp_path / "out", epochs=3, max_steps=3, save_every=2, keep=9)
+    train(config)
+    shutil.rmtree(checkpoints(tmp_path / "out")[-1])
+    (tmp_path / "out" / "finished.json").unlink()
+    with pytest.raises(UserError, match=r"other settings \(learning_rate: 0.001 before, 0.5 now\).*--no-resume"):
+        train(config.replace(learning_rate=0.5))
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["learning_rate"] == 1e-3
+    captions(tmp_path / "c.tar", 16, levels=4)  # as long as before, but of other levels
+    with pytest.raises(UserError, match="the data is not what it was"):
+        train(config)
+    captions(tmp_path / "c.tar", 15)
+    with pytest.raises(UserError, match="the data is not what it was"):
+        train(config)
+    assert train(config.replace(resume=False)).steps == 3
+
+
+def test_another_model_to_start_from_is_not_mixed_in(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """The first stage was run again, with another seed: what the second does not learn would change under it."""
+    init = Path(shutil.copytree(pretrained, tmp_path / "init", ignore=shutil.ignore_patterns("checkpoints")))
+    config = finetuning({"init": str(init)}, str(folder / "q.tar"), tmp_path / "out", max_steps=2, save_every=1)
+    train(config)
+    assert train(config).again
+    made_of = json.loads((init / "finished.json").read_text())
+    made_of["settings"]["seed"] = 9
+    (init / "finished.json").write_text(json.dumps(made_of))
+    with pytest.raises(UserError, match=r"the model in .*init is not the one that the run began with"):
+        train(config)
+
+
+def test_level_weights_of_data_without_levels(
+    folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(finetuning(models, str(folder / "q.tar"), tmp_path / "out", max_steps=1, level_weights={1: 0.5}))
+    assert "the data has no levels, so that level_weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_only_the_newest_checkpoints_stay(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", epochs=2, save_every=1, keep=2))
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000005", "step-00000006"]
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The picture of c005 is full of NaN."""
+    real = Reader.__call__
+
+    def poisoned(self: Reader, pack: tuple[int, ...]) -> MicroBatch:
+        batch = real(self, pack)
+        if 5 in pack:
+            batch.inputs["pixel_values"][pack.index(5)] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Reader, "__call__", poisoned)
+    yield
+
+
+@pytest.mark.usefixtures("poison")
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", batch_size=24, token_budget=96)
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss is not finite in .*c005.*; there is no checkpoint"):
+        train(config)
+    assert not checkpoints(tmp_path / "out")
+
+
+def test_what_a_model_cannot_be_made_of(folder: Path, models: dict[str, str], pretrained: Path, tmp_path: Path) -> None:
+    data, out = str(folder / "q.tar"), tmp_path / "out"
+    with pytest.raises(UserError, match="say --init, the pretrained model"):
+        train(finetuning({}, data, out))
+    with pytest.raises(UserError, match="there is no such folder"):
+        train(finetuning({"init": str(tmp_path / "none")}, data, out))
+    with pytest.raises(UserError, match=r"num_levels is 4, but the model in .* was made with 8"):
+        train(finetuning({"init": str(pretrained)}, data, out, num_levels=4))
+    with pytest.raises(UserError, match="cannot be added or taken away"):
+        train(finetuning({"init": str(pretrained)}, data, out, align_mode="none"))
+    shutil.copytree(pretrained, tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text())
+    config["num_levels"] = 6
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no model can be made of this|do not fit its configuration"):
+        train(finetuning({"init": str(tmp_path / "wrong")}, data, out))
+    with pytest.raises(UserError, match="no folder to write to"):
+        train(StageConfig.pretrain(**models))
+
+
+def test_learning_rate() -> None:
+    config = StageConfig.pretrain(warmup_ratio=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == 0
+    assert max(rates) == rates[10] == 1e-3
+    assert rates[55] == pytest.approx(5e-4)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    from transformers import get_cosine_schedule_with_warmup
+
+    schedule = get_cosine_schedule_with_warmup(optimizer, 10, 100)
+    for rate in rates:
+        assert rate == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_bf16_keeps_float32_masters(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    train(finetuning(models, str(folder / "q.tar"), tmp_path / "out", dtype="bf16", max_steps=1))
+    kept = load_file(checkpoints(tmp_path / "out")[-1] / "weights-00000.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_without_alignment_levels_are_only_counted(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", align_mode="none", level_weights={1: 0}))
+    lines = records(tmp_path / "out")
+    assert {level for line in lines for level in line["loss_by_level"]} == {str(level) for level in range(2, 9)}
+    assert "level_cosine" not in lines[-1]
+    assert not any(name.startswith(("level_embeddings", "gate")) for name in weights(tmp_path / "out"))
+
+
+def test_loggers_by_name(folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, dict[str, float]]] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            sent.append((step, numbers))
+
+        def finish(self) -> None:
+            sent.append((-1, {}))
+
+    library = types.ModuleType("trackio")
+    library.init = lambda **_: Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", library)
+    config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", log_to=["trackio"])
+    train(config)
+    assert [step for step, _ in sent] == [1, 2, 3, -1]
+    assert sent[0][1]["loss"] == records(tmp_path / "out")[0]["loss"]
+    assert "loss_by_level/1" in sent[0][1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="log_to names wandb, which is not installed"):
+        train(config.replace(log_to=["wandb"], resume=False))
+
+
+def test_tensorboard(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """Written by the library, read back by it: every number once, also where a run went on from a checkpoint."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", log_to=["tensorboard"], save_every=2, keep=9)
+    train(config)
+    shutil.rmtree(checkpoints(tmp_path / "out")[-1])
+    (tmp_path / "out" / "finished.json").unlink()
+    train(config)
+    found = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    found.Reload()
+    lines = records(tmp_path / "out")
+    for name in ("loss", "grad_norm"):
+        read = [(event.step, event.value) for event in found.Scalars(name)]
+        assert read == [(line["step"], pytest.approx(line[name])) for line in lines]
+    assert "loss_by_level/1" in found.Tags()["scalars"]
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_wandb_offline(folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", log_to=["wandb"]))
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_training_cannot_go(models: dict[str, str], pretrained: Path, folder: Path, tmp_path: Path) -> None:
+    data = str(folder / "q.tar")
+    with pytest.raises(UserError, match="--out is the same folder as --init, which would be overwritten"):
+        train(finetuning({"init": str(pretrained)}, data, pretrained))
+    with pytest.raises(UserError, match="attention is flex_attention, which cannot train on a CPU; choose sdpa"):
+        train(finetuning(models, data, tmp_path, attention="flex_attention"))
+
+
+def test_a_large_seed(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    assert train(pretraining(models, str(folder / "c.tar"), tmp_path, seed=2**62, max_steps=1)).steps == 1
+
+
+def test_beginning_anew_deletes_the_old_checkpoints(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """Otherwise an old one of more steps would pass for the newest."""
+    config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", epochs=3, keep=1)
+    train(config)
+    train(config.replace(epochs=1, resume=False))
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000003"]
+    train(pretraining(models, str(folder / "c.tar"), tmp_path / "fresh"))
+    assert_close(weights(tmp_path / "out"), weights(tmp_path / "fresh"), 0)
