@@ -10,7 +10,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import aligncurate
-from aligncurate.cli import app
+from aligncurate.cli.app import app
 from aligncurate.dataset import record as pairs
 from aligncurate.demo.scenes import pairs as scene_pairs
 from aligncurate.demo.scenes import write_tars

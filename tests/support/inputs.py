@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import aligncurate
-from aligncurate.cli import app
+from aligncurate.cli.app import app
 from aligncurate.dataset.pointers import read_image
 from aligncurate.sources import SourceOptions, open_source
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import aligncurate
-from aligncurate.cli import app
+from aligncurate.cli.app import app
 from aligncurate.demo.scenes import write_tars
 from aligncurate.io import storage
 from tests.support.inputs import cli
