@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -25,7 +25,10 @@ from aligntrain.stage import StageConfig, field_types, parse_setting
 if TYPE_CHECKING:
     from aligntrain.tools.preview import Preview
 
-app = typer.Typer(
+app = typer.Typer()
+"""Commands that `aligncurate` adds to its own."""
+
+train_app = typer.Typer(
     help="Train AlignGPT from levelled pairs (pretrain) and instructions (finetune).",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -33,36 +36,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-P = ParamSpec("P")
-R = TypeVar("R")
+app.add_typer(train_app, name="train")
 
-_stdout, _stderr = Console(highlight=False), Console(stderr=True, highlight=False)
+_stdout = Console(highlight=False)
 _OPTION_GROUPS = {
     "out": "Input and output", "llm": "Model", "learning_rate": "Optimisation", "max_length": "Batches",
     "lora_rank": "LoRA", "parallel": "Machine", "format": "Reading", "save_every": "Checkpoints and logs",
 }  # fmt: skip
-
-
-def _plain(command: Callable[P, R]) -> Callable[P, R]:
-    """A user's mistake is one sentence and exit code 2, a loss that is not finite one sentence and 1."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            _stderr.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            _stderr.print("[red]error:[/] interrupted.")
-            raise typer.Exit(130) from None
-        except RuntimeError as error:
-            if type(error).__name__ != "NonFiniteError":  # its module is heavy to import
-                raise
-            _stderr.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
-
-    return wrapped
 
 
 def _settings_options() -> list[inspect.Parameter]:
@@ -126,24 +106,21 @@ Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token 
 ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weights over the levels.")]
 
 
-@app.command()
-@_plain
+@train_app.command()
 @_with_settings
 def pretrain(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
     """Stage 1: learn projector and level embeddings from captioned pictures with levels."""
     _train(_config("pretrain", data, config, set, options))
 
 
-@app.command()
-@_plain
+@train_app.command()
 @_with_settings
 def finetune(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
     """Stage 2: learn projector, gate and LLM from conversations about pictures."""
     _train(_config("finetune", data, config, set, options))
 
 
-@app.command()
-@_plain
+@train_app.command()
 @_with_settings
 def plan(
     data: Data,
@@ -165,7 +142,7 @@ def plan(
     _show_preview(preview(settings, ranks), settings, ranks)
 
 
-@_plain
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Question or request.", show_default=False)],
@@ -185,7 +162,7 @@ def generate(
     print(answer(trained, processor, turns, picture, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
-@_plain
+@app.command()
 def chat(
     model: Model,
     image: Picture = None,
@@ -224,7 +201,7 @@ def chat(
         turns.append({"role": "assistant", "content": told})
 
 
-@_plain
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder or .bin file.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .bin file.", show_default=False)],

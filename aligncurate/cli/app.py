@@ -3,27 +3,75 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from aligncurate import __version__
-from aligncurate.errors import UserError, WorkerError
-from aligntrain import cli as training
+from aligncurate.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset
     from aligncurate.scoring.timing import Times
     from aligncurate.verbs.score import Summary
 
+_MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Every error meant for the user ends as one sentence and an exit code: 2 usage error, 1 runtime error."""
+    try:
+        yield
+    except UserError as error:
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _complain("Interrupted. Finished parts are kept; rerun to resume.")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants
+        raise typer.Exit(0) from None
+    except RunError as error:  # no other RuntimeError: those are bugs, whose traceback helps
+        _complain(f"{str(error).rstrip('.')}. Finished parts are kept; rerun to resume.")
+        raise typer.Exit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}.")
+        raise typer.Exit(2 if isinstance(error, _MISTAKES) else 1) from None
+
+
+class _Verbs(TyperGroup):
+    """All verbs. Those of `aligntrain` are added when one of them, or the list, is asked for."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_sentence():
+            return super().invoke(ctx)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._add_training()
+        return super().list_commands(ctx)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            self._add_training()
+        return super().resolve_command(ctx, args)
+
+    def _add_training(self) -> None:
+        from aligntrain.cli import app as training
+
+        self.commands.update(typer.main.get_command(training).commands)  # type: ignore[attr-defined]
+
+
 app = typer.Typer(
+    cls=_Verbs,
     help="Score image-text pairs with CLIP, give them alignment levels, curate and export them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -31,10 +79,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _stdout = Console(highlight=False)
 
 
@@ -121,42 +165,8 @@ RowsPerShard = Annotated[int, typer.Option(rich_help_panel="Source", help="Rows 
 ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
 
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """A user's mistake is one sentence and exit code 2, a fault one sentence and 1; neither is a traceback."""
-    try:
-        yield
-    except UserError as error:
-        _complain(str(error))
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        _complain("stopped; what is committed stays, and the same command goes on from there.")
-        raise typer.Exit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants
-        raise typer.Exit(0) from None
-    except WorkerError as error:  # no other RuntimeError: those are bugs, whose traceback helps
-        _complain(f"{error}; the same command goes on from what is written.")
-        raise typer.Exit(1) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}.")
-        raise typer.Exit(2 if isinstance(error, _MISTAKES) else 1) from None
-
-
 def _complain(sentence: str) -> None:
     Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True)
-
-
-def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """A Typer command whose errors are plain."""
-
-    @wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _plain_errors():
-            return function(*args, **kwargs)
-
-    return app.command()(wrapped)
 
 
 @app.callback()
@@ -175,7 +185,7 @@ def _version(on: bool) -> None:
         raise typer.Exit
 
 
-@verb
+@app.command()
 def score(
     sources: Sources,
     out: Out,
@@ -266,7 +276,7 @@ def score(
     _summarize("scored", summary, out, f"aligncurate bucket {out} --out LEVELLED", quiet)
 
 
-@verb
+@app.command()
 def ingest(
     sources: Sources,
     out: Out,
@@ -297,7 +307,7 @@ def ingest(
     _summarize("ingested", summary, out, f"aligncurate score {out} --out SCORED", quiet)
 
 
-@verb
+@app.command()
 def bucket(
     dataset: DatasetFolder,
     out: Out,
@@ -334,7 +344,7 @@ def bucket(
         _next(f"aligncurate filter {out} --levels {best} --out BEST, or aligncurate export {out} --out SHARDS")
 
 
-@verb
+@app.command()
 def inspect(
     dataset: DatasetFolder,
     examples: Annotated[int, typer.Option(metavar="K", help="Captions to show for each level.")] = 0,
@@ -352,7 +362,7 @@ def inspect(
         show(report)
 
 
-@verb
+@app.command()
 def filter(
     dataset: DatasetFolder,
     out: Out,
@@ -392,7 +402,7 @@ def filter(
             _stdout.print("[yellow]no row fits all the conditions[/]")
 
 
-@verb
+@app.command()
 def export(
     dataset: DatasetFolder,
     out: Out,
@@ -425,7 +435,7 @@ def export(
             _stdout.print(f"[red]{len(done.failed):,}[/] images could not be read any more; see {out / FAILURES}")
 
 
-@verb
+@app.command()
 def models() -> None:
     """List what --model accepts, with input sizes, embedding widths and weights."""
     from rich import box
@@ -444,7 +454,7 @@ def models() -> None:
     _stdout.print("Also hf-hub:organisation/name, or --model-config FILE --pretrained FILE for weights of your own.")
 
 
-@verb
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
     count: Annotated[int, typer.Option(help="Pairs to draw.")] = 4_000,
@@ -518,12 +528,6 @@ def _next(command: str) -> None:
 
 def _rows(count: int) -> str:
     return f"[bold]{count:,}[/] row{'s' if count != 1 else ''}"
-
-
-# Training brings its own commands; importing them loads neither torch nor transformers.
-app.add_typer(training.app, name="train")
-for command in (training.generate, training.chat, training.convert):
-    app.command()(command)
 
 
 def main() -> None:

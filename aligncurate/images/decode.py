@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from aligncurate.dataset.record import Status
+from aligncurate.errors import ImageError
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +38,6 @@ _MARGIN = 1.5
 
 _ORIENTATION = 0x0112
 _TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange width and height
-
-
-class ImageError(Exception):
-    """An image that cannot be used, with the status that its row gets."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import numpy as np
 from aligncurate.dataset.part import SCORE_COUNTS, PartInfo, PartWriter, row_groups
 from aligncurate.dataset.reader import DatasetWriter
 from aligncurate.dataset.record import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Pair, Status, to_table, usable_scores
-from aligncurate.errors import ShardError
+from aligncurate.errors import ImageError, ShardError
 from aligncurate.images import gpu
-from aligncurate.images.decode import Decode, ImageError, decode, open_image
+from aligncurate.images.decode import Decode, decode, open_image
 from aligncurate.levels import Counts
 from aligncurate.progress import Meter
 from aligncurate.scoring.timing import Clock
@@ -213,7 +213,7 @@ class ShardScorer:
             try:
                 self._see(item, checked)
             except ImageError as error:
-                pair.fail(error.status, str(error))
+                pair.fail(Status(error.status), str(error))
             except (FileNotFoundError, NotADirectoryError):
                 pair.fail(Status.MISSING_IMAGE, f"there is no image {pair.image_path}")
             except (OSError, ValueError) as error:  # ValueError: a name that no file can have
@@ -309,7 +309,7 @@ class ShardScorer:
             try:
                 item.pixels = found[number] if found else decode(data, open_image(data)[0], self._wanted, "fast")
             except ImageError as error:
-                item.pair.fail(error.status, str(error))
+                item.pair.fail(Status(error.status), str(error))
                 item.exact = None
 
     def _embed(self, window: _Window) -> _Embedded:

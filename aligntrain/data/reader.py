@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from aligncurate.dataset.record import Status
-from aligncurate.images.decode import ImageError, open_image
+from aligncurate.errors import ImageError
+from aligncurate.images.decode import open_image
 from aligntrain.data.index import Index
 from aligntrain.data.plan import Pack, row_length
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded

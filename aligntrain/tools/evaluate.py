@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from aligncurate.dataset.record import FINE
-from aligncurate.images.decode import ImageError
+from aligncurate.errors import ImageError
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
 from aligntrain.data.index import build_index

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
-from aligncurate.errors import UserError
-from aligncurate.images.decode import ImageError
+from aligncurate.errors import ImageError, UserError
 from aligntrain.data.reader import decode
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.build import quiet_transformers

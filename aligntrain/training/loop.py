@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import aligncurate
-from aligncurate.errors import UserError
+from aligncurate.errors import NonFiniteError, UserError
 from aligncurate.progress import notice
 from aligntrain.data.index import Facts, Index, build_index
 from aligntrain.data.plan import Pack, Plan, plan
@@ -64,10 +64,6 @@ class Summary:
     seconds: float
     stopped: int = 0
     again: bool = False
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is not a number; the message names the step and the samples' keys."""
 
 
 def train(config: StageConfig) -> Summary:

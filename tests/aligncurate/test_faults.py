@@ -151,7 +151,7 @@ def test_a_dead_worker_process_is_a_sentence(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(exporting, "export", die)
     found = complaint(cli("export", tmp_path / "in", "--out", tmp_path / "out"), 1)
-    assert found.startswith("a worker process ended with exit code -9; ")
+    assert found.startswith("a worker process ended with exit code -9. Finished parts are kept")
 
     def blunder(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")

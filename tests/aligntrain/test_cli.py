@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from aligntrain import cli
+from aligncurate.cli.app import app
 from aligntrain.training.checkpoint import checkpoints
 from tests.support.stage_data import captions, make_models, picture, questions
 
@@ -22,11 +21,6 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.add_typer(cli.app, name="train")
-    for command in (cli.generate, cli.chat, cli.convert):
-        app.command()(command)
-
     def invoke(*arguments: object, typed: str | None = None) -> Result:
         return CliRunner().invoke(app, [str(a) for a in arguments], input=typed, env={"COLUMNS": "200"})
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from aligncurate.dataset.record import Status
+from aligncurate.errors import ImageError
 from aligncurate.images import decode as images
-from aligncurate.images.decode import ImageError, Preprocess, decode, decoders_unheard, open_image, preprocess_of
+from aligncurate.images.decode import Preprocess, decode, decoders_unheard, open_image, preprocess_of
 from tests.support.inputs import encoded, picture
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aligncurate.errors import UserError
+from aligncurate.errors import NonFiniteError, UserError
 from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import MicroBatch, Reader
@@ -26,7 +26,7 @@ from aligntrain.model.build import build_model, build_processor
 from aligntrain.training import checkpoint
 from aligntrain.training import loop as trainer
 from aligntrain.training.checkpoint import checkpoints
-from aligntrain.training.loop import NonFiniteError, learning_rate
+from aligntrain.training.loop import learning_rate
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
 
 ROOT = Path(__file__).parents[3]

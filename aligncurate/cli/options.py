@@ -1,0 +1,97 @@
+"""Options of commands, made from settings dataclasses, so that each is stated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from aligncurate.settings import choices, field_types, option_name, parse, without_none
+
+Command = Callable[..., None]
+
+
+def with_settings(
+    *classes: type, leave_out: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command gets an option for every field of the settings dataclasses.
+
+    The command takes them as `**options`: by field name, only those that the user gave, in their types.
+
+    Args:
+        classes: dataclasses whose fields are `aligncurate.settings.setting`s.
+        leave_out: fields that get no option.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())
+        own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        homes = {name: cls for cls in classes for name in field_types(cls) if name not in leave_out}
+        quiet = [p for p in own if p.name == "quiet"]  # last, as everywhere
+        parameters = [p for p in own if p.name != "quiet"] + _parameters(homes) + quiet
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+
+        @wraps(command)
+        def wrapped(**given: Any) -> None:
+            options = {}
+            for name, value in given.items():
+                if name not in homes:
+                    options[name] = value
+                elif value is not None:
+                    options[name] = parse(homes[name], name, value) if isinstance(value, str) else value
+            command(**options)
+
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapped
+
+    return decorate
+
+
+def _parameters(homes: dict[str, type]) -> list[inspect.Parameter]:
+    """A Typer option for each field; None where the user does not give it."""
+    parameters, group = [], None
+    for name, cls in homes.items():
+        field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
+        group = field.metadata["group"] or group
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_annotation(field, field_types(cls)[name], group),
+            )
+        )
+    return parameters
+
+
+def _annotation(field: dataclasses.Field[Any], kind: Any, group: str | None) -> Any:
+    plain = without_none(kind)
+    flag = field.metadata["flag"] or option_name(field.name)
+    names = [flag]
+    if plain is bool:  # a switch that is off needs no word to turn it off
+        names = [flag] if field.default is False else [f"{flag}/--no-{flag.removeprefix('--')}"]
+    elif field.name == "out":
+        names = [flag, "-o"]
+    repeated = typing.get_origin(plain) is tuple and typing.get_args(plain)[0] is str and field.name in _REPEATED
+    value: Any = list[str] if repeated else plain if plain in (bool, int, float) or choices(plain) else str
+    default = field.default if isinstance(field.default, str | int | float) and field.default != "" else None
+    shown = field.metadata["shown"]
+    if shown is None and default is not None and default is not False:
+        shown = "on" if default is True else str(default)
+    option = typer.Option(
+        *names,
+        help=field.metadata["help"],
+        show_default=shown or False,
+        rich_help_panel=group,
+    )
+    return Annotated[value | None, option]
+
+
+_REPEATED = {"model_config"}
+"""Settings whose option is given once per value; any other list is separated by commas."""
