@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -456,14 +457,31 @@ def models() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
-    count: Annotated[int, typer.Option(help="Pairs to draw.")] = 4_000,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("demo"),
+    count: Annotated[int, typer.Option(help="Number of pairs to draw.")] = 4_000,
+    train: Annotated[bool, typer.Option("--train/--no-train", help="Also train a small AlignGPT on them.")] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Run the whole job offline on scenes that are drawn on the spot, and show that it works."""
-    from aligncurate.demo.demo import run
+    """Run the whole workflow offline on drawn scenes with known captions, and show that it works."""
+    from aligncurate.demo.curation import console, curate
+    from aligncurate.progress import duration
 
-    run(out, count=count, quiet=quiet)
+    started = time.monotonic()
+    curate(out, count=count, quiet=quiet)
+    if train:
+        from aligntrain.tools.demo import train_and_ask
+
+        train_and_ask(out, count=count, quiet=quiet)
+    console.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. What to look at and try next:")
+    suggestions = [
+        f"aligncurate inspect {out / 'levelled'} --examples 3",
+        f"aligncurate filter {out / 'levelled'} --out {out / 'odd'} "
+        "--where \"correctness = 'one_detail_wrong' and level >= 7\"",
+        f"aligncurate chat {out / 'finetuned'} --image {out / 'fresh.png'} --show-alignment" if train else "",
+        "aligncurate score YOUR_DATA --out scored    # tars, Parquet, JSON, CSV; downloads OpenAI's ViT-L/14",
+    ]
+    for command in [line for line in suggestions if line]:
+        console.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
 
 
 def _source_options(
