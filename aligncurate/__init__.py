@@ -1,6 +1,6 @@
 """AlignCurate: score image-text pairs with CLIP, give them alignment levels, curate and export them.
 
-The functions here do what the commands of the same name do::
+The functions have the names of the commands and do the same::
 
     import aligncurate
 
@@ -8,6 +8,8 @@ The functions here do what the commands of the same name do::
     aligncurate.bucket("scored", "levelled", levels=8)
     frame = aligncurate.open_dataset("levelled").scan()  # a polars LazyFrame
 """
+
+from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,10 @@ __all__ = [
     "open_source",
     "score",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

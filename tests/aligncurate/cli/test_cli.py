@@ -52,6 +52,7 @@ def test_the_public_names() -> None:
     ]  # fmt: skip
     for name in aligncurate.__all__:
         assert getattr(aligncurate, name).__doc__
+    assert set(aligncurate.__all__) <= set(dir(aligncurate))
     with pytest.raises(AttributeError, match="no attribute 'bukcet'"):
         _ = aligncurate.bukcet
 
