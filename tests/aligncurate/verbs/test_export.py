@@ -139,7 +139,7 @@ def test_datacomp_uids_are_sorted_halves(tmp_path, levelled) -> None:
 
 
 def test_an_own_uid_is_used(tmp_path, levelled) -> None:
-    from aligncurate.verbs.export.export import datacomp_uid
+    from aligncurate.verbs.export.datacomp import datacomp_uid
 
     own = "0123456789abcdef0123456789ABCDEF"
     assert datacomp_uid({"uid": own, "sha256": b"", "caption": ""}) == own.lower()
