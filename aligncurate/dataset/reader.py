@@ -31,7 +31,7 @@ from aligncurate.dataset.part import (
     row_groups,
 )
 from aligncurate.errors import UserError
-from aligncurate.io.files import LOCK, TEMPORARY, lock, make_folder, sync, write_json
+from aligncurate.io.files import claim, read_json, sync, write_json
 from aligncurate.levels import Counts
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Dataset:
             hint = "a dataset is a folder that `aligncurate score` or `ingest` made"
             what = "has no manifest.json" if self.path.is_dir() else "is not there"
             raise UserError(f"{self.path}: this is not a dataset, it {what}; {hint}.")
-        self.manifest = _read_json(file)
+        self.manifest = read_json(file)
         found = self.manifest.get("schema_version")
         if found != SCHEMA_VERSION:
             raise UserError(
@@ -180,16 +180,6 @@ def open_dataset(path: str | Path) -> Dataset:
     return Dataset(path)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not a JSON file ({error}); make the dataset again.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: it holds no object; make the dataset again.")
-    return found
-
-
 class DatasetWriter:
     """Commits the parts of one dataset, over as many runs as it takes.
 
@@ -214,27 +204,20 @@ class DatasetWriter:
 
     @contextmanager
     def open(self) -> Iterator[Self]:
-        """Take the folder for this run: check, lock, and clear what a killed run left half-written."""
-        make_folder(self.path)
-        with lock(self.path):
-            self._check()
-            for leftover in self.path.glob(f"{TEMPORARY}*"):
-                leftover.unlink(missing_ok=True)
-            if not (self.path / MANIFEST).is_file():
+        """Claim the folder for this run and check that the parts in it were made with the same options.
+
+        Raises:
+            UserError: the folder is in use, or holds something else.
+        """
+        with claim(self.path, [MANIFEST]):
+            if (self.path / MANIFEST).is_file():
+                self._check()
+            else:
                 self._write_manifest(complete=False, parts=[])
             yield self
 
     def _check(self) -> None:
-        file = self.path / MANIFEST
-        if not file.is_file():
-            strangers = [p.name for p in self.path.iterdir()]
-            strangers = [n for n in strangers if not n.startswith((TEMPORARY, LOCK))]
-            if strangers:
-                raise UserError(
-                    f"{self.path}: the output folder holds other files ({strangers[0]}); name a new folder."
-                )
-            return
-        before = _read_json(file)
+        before = read_json(self.path / MANIFEST)
         if self._mended:
             self.changed = changed_files(before.get("inputs", []), self.head["inputs"])
             now = {f["uri"]: f for line in self.head["inputs"] for f in line.get("files", [])}
@@ -255,7 +238,7 @@ class DatasetWriter:
     @cached_property
     def _before(self) -> dict[str, Any]:
         """The manifest as this run found it."""
-        return _read_json(self.path / MANIFEST)
+        return read_json(self.path / MANIFEST)
 
     @cached_property
     def _lines(self) -> dict[str, PartInfo]:

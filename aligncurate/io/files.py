@@ -1,11 +1,13 @@
-"""Files and folders that a run may leave only whole: atomic files, locked folders."""
+"""Atomic files and claimed output folders: what an interrupted run leaves is complete or deleted by the next run."""
+
+from __future__ import annotations
 
 import errno
 import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,27 +18,47 @@ from aligncurate.errors import UserError
 from aligncurate.progress import notice
 
 TEMPORARY = ".tmp-"
-"""How names begin of what is not whole yet; a killed run leaves such files, which the next one deletes."""
+"""Prefix of unfinished files. A killed run leaves them behind; the next run deletes them."""
 
 LOCK = ".lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # some network file systems
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
-_told = False  # that a file system has no locks; once is enough
+warned_no_locks = False  # one notice per process is enough
 
 
-def make_folder(path: Path) -> None:
-    """Make an output folder, if it is not there. Raises UserError where a file is in the way."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: --out must be a folder, but this is a file.")
-    path.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
+    """Make `folder` if needed and hold it as the output of this run; delete the temporary files of a killed run.
+
+    Args:
+        folder: the output folder.
+        own: names of the record files by which a verb knows its own folder, such as `manifest.json`.
+
+    Raises:
+        UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: --out must be a folder, but this is a file.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        if not any((folder / name).is_file() for name in own):
+            others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            if others:
+                raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")
+        for leftover in folder.rglob(f"{TEMPORARY}*"):
+            if not leftover.is_dir():
+                leftover.unlink(missing_ok=True)
+        yield
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; the kernel lets go of it however the run ends.
+    """Hold `folder` for one run; the kernel releases the lock however the run ends.
 
-    Where the file system has no locks, the user is told so, and must see to it that there is one run. Raises UserError
-    when another run holds it.
+    On a file system without locks a notice asks the user to start only one run.
+
+    Raises:
+        UserError: another run holds the folder.
     """
     path = folder / LOCK
     while True:
@@ -50,8 +72,8 @@ def lock(folder: Path) -> Iterator[None]:
                 if error.errno not in _NO_LOCKS:
                     raise
                 locked = False
-                _tell_no_locks(folder)
-            # Another run may have ended, and removed the file, between our opening and locking it.
+                _warn_no_locks(folder)
+            # Another run may have ended and removed the file after we opened it and before we locked it.
             if locked and (not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino):
                 continue
             try:
@@ -61,15 +83,15 @@ def lock(folder: Path) -> Iterator[None]:
             return
 
 
-def _tell_no_locks(folder: Path) -> None:
-    global _told
-    if not _told:
-        notice(f"{escape(str(folder))}: this file system has no locks; start no second run that writes to this folder.")
-    _told = True
+def _warn_no_locks(folder: Path) -> None:
+    global warned_no_locks
+    if not warned_no_locks:
+        notice(f"{escape(str(folder))}: this file system has no locks; do not start a second run that writes here.")
+    warned_no_locks = True
 
 
 def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, survive a power cut."""
+    """Flush a file's bytes, or the names in a folder, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,8 +113,26 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, lists of numbers on one line, atomically."""
+    """Write `value` atomically as indented JSON, with lists of numbers on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
-    text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     with atomic_file(path) as temporary:
         temporary.write_text(text + "\n", "utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        UserError: the file is damaged, or holds something other than an object.
+        OSError: the file cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: damaged, not a JSON file ({error}); restore it, or delete its folder and run again."
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, not a JSON object; restore it, or delete its folder and run again.")
+    return value

@@ -123,7 +123,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, caps
         raise OSError(number, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(files, "_told", False)
+    monkeypatch.setattr(files, "warned_no_locks", False)
     for _ in range(2):
         with files.lock(tmp_path):
             pass

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
-from aligncurate.io.files import atomic_file, lock, make_folder, write_json
+from aligncurate.io.files import atomic_file, claim, read_json, write_json
 from aligncurate.progress import meter, notice
 from aligncurate.verbs.export.datacomp import write_datacomp
 from aligncurate.verbs.export.llava import write_llava
@@ -66,7 +66,8 @@ def export(
     done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - count_exportable(opened))
     record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
     with ExitStack() as stack:
-        _take(done.path, record, stack)
+        stack.enter_context(claim(done.path, [RECORD]))
+        _check_record(done.path, record)
         shown = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
         if format == "webdataset":
             write_webdataset(opened, done, shard_size, per_level, workers, shown)
@@ -89,23 +90,12 @@ def _note_failures(done: Exported) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.failed), "utf-8")
 
 
-def _take(target: Path, record: dict[str, Any], stack: ExitStack) -> None:
-    """Check and lock the output folder, as DatasetWriter does for datasets."""
-    file = target / RECORD
-    make_folder(target)
-    stack.enter_context(lock(target))
-    if file.is_file():
-        try:
-            before = json.loads(file.read_text("utf-8"))
-        except ValueError:
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(f"{file}: the file is damaged; delete the folder and export again, or name a new folder.")
-        if any(before.get(k) != v for k, v in record.items()):
-            raise UserError(f"{target}: another export is here; name a new folder, or delete this one.")
-    elif any(not p.name.startswith(".") for p in target.iterdir()):
-        raise UserError(f"{target}: the output folder holds other files; name a new folder.")
-    for leftover in target.rglob(".tmp-*"):
-        leftover.unlink(missing_ok=True)
+def _check_record(folder: Path, record: dict[str, Any]) -> None:
+    """Check that `folder` is new or holds this very export; note the export in it."""
+    file = folder / RECORD
     if not file.is_file():
         write_json(file, {**record, "complete": False})
+        return
+    before = read_json(file)
+    if any(before.get(key) != value for key, value in record.items()):
+        raise UserError(f"{folder}: this folder holds a different export; choose a new folder, or delete this one.")
