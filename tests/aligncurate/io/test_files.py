@@ -34,5 +34,5 @@ def test_claim_refuses_what_is_not_its_own(tmp_path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
 def test_damaged_json_is_named(tmp_path, content) -> None:
     (tmp_path / "record.json").write_text(content)
-    with pytest.raises(UserError, match="record.json: damaged, not a JSON"):
+    with pytest.raises(UserError, match=r"record\.json: damaged, not a JSON"):
         read_json(tmp_path / "record.json")
