@@ -15,30 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from tokenizers import normalizers
 from torch import Tensor
-from transformers import (
-    AddedToken,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    BatchFeature,
-    LlamaTokenizer,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
-from aligncurate.images.decode import MAX_PIXELS
+from aligntrain.inputs.pixels import IMAGE_MODES, pixels_of
 from aligntrain.inputs.templates import ALIGN, IMAGE, PLAIN, V1, Rendered, messages_of, render
+from aligntrain.inputs.tokenizer import end_pattern, load_tokenizer, prepare_tokenizer
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import IGNORE
 
 TEMPLATES = ("plain", "v1", "chat")
-IMAGE_MODES = ("pad", "crop")
 
 
 @dataclass(frozen=True)
@@ -96,8 +85,6 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             raise ValueError(f"template is {template!r}; choose one of {', '.join(TEMPLATES)}.")
         if image_mode not in IMAGE_MODES:
             raise ValueError(f"image_mode is {image_mode!r}; choose one of {', '.join(IMAGE_MODES)}.")
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer.")
         if chat_template is None:
             chat_template = {"plain": PLAIN, "v1": V1, "chat": tokenizer.chat_template}[template]
         if chat_template is None:
@@ -110,20 +97,12 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         self.align = align
         self.gate_text = gate_text
         self.max_length = max_length
-        missing = [token for token in (IMAGE, ALIGN) if token not in tokenizer.get_vocab()]
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-            if tokenizer.pad_token is None:
-                raise ValueError("the tokenizer has no padding, unknown or end token; give it one of them.")
+        prepare_tokenizer(tokenizer)
         self.image_token = IMAGE
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
         self.align_token_id: int = tokenizer.convert_tokens_to_ids(ALIGN)
         self._starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {IMAGE, ALIGN}
-        specials |= set(tokenizer.all_special_tokens) - {IMAGE, ALIGN}
-        longest_first = sorted(specials, key=len, reverse=True)
-        self._ends = re.compile("\n" if template == "plain" else rf" ?(?:{'|'.join(map(re.escape, longest_first))})")
+        self._ends = re.compile("\n") if template == "plain" else end_pattern(tokenizer)
 
     @classmethod
     def from_components(cls, llm: Any, vision: str | Path, **settings: Any) -> AlignGPTProcessor:
@@ -183,13 +162,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
 
         Pillow's resizing, as in the official code, whatever backend the image processor has.
         """
-        mean, std = (np.array(v, np.float32) for v in (self.image_processor.image_mean, self.image_processor.image_std))
-        size = self.pixel_size
-        pixels = np.empty((len(images), 3, size, size), np.float32)
-        for number, image in enumerate(images):
-            square = _squared(image.convert("RGB"), self.image_mode, mean, size, self.image_processor.resample)
-            pixels[number] = ((np.asarray(square, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
-        return torch.from_numpy(pixels)
+        return pixels_of(images, self.image_processor, self.pixel_size, self.image_mode)
 
     def pad(self, samples: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
         """Samples as a batch: ``input_ids``, ``attention_mask``, ``labels`` and ``gate_mask`` (bool), each [B, L]."""
@@ -336,36 +309,6 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         return cut
 
 
-def load_tokenizer(folder: str | Path, **settings: Any) -> Any:
-    """The tokenizer of an LLM, with old Llama tokenizers as the official code has them.
-
-    A "legacy" Llama tokenizer (Vicuna) puts a space before every piece of text, also where there is one already; what
-    transformers 5 makes of the same file does not, and tokenises texts with leading spaces differently.
-
-    Args:
-        folder: with a tokenizer, or a name.
-        settings: passed on; e.g. ``split_special_tokens=True`` reads ``</s>`` in a text as four characters, like a
-            sentencepiece model whose special tokens were never registered.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
-    if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.legacy):
-        return tokenizer
-    backend = tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # LlamaTokenizer would make its own rules again when it is loaded; the plain class keeps the file's.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        unk_token=tokenizer.unk_token,
-        pad_token=tokenizer.pad_token,
-        model_max_length=tokenizer.model_max_length,
-        chat_template=tokenizer.chat_template,
-        clean_up_tokenization_spaces=False,
-        **settings,
-    )
-
-
 def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
     """The ids of the tokens that share a character with an answer; -100 for the others."""
     labels = [IGNORE] * len(ids)
@@ -377,27 +320,6 @@ def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[
         if end and (b > start or a == b >= start):
             labels[i] = ids[i]
     return labels
-
-
-def _squared(image: Image.Image, mode: str, mean: Any, size: int, resample: int) -> Image.Image:
-    short, long = sorted(image.size)
-    if mode == "pad" and long * long > MAX_PIXELS:
-        # A strip of which the square, or of which the resized form, would fill the memory is cut or shrunk before.
-        image = image.resize([max(1, edge * size // long) for edge in image.size], Image.Resampling(resample))
-    elif mode == "crop" and long * size * size > MAX_PIXELS * short:
-        left, top = ((edge - min(edge, 3 * short)) // 2 for edge in image.size)
-        image = image.crop((left, top, image.width - left, image.height - top))
-    if mode == "pad" and image.width != image.height:
-        side = max(image.size)
-        colour = tuple(int(channel * 255) for channel in mean.tolist())
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    short = min(image.size)
-    width, height = (size * edge // short for edge in image.size)
-    resized = image.resize((width, height), Image.Resampling(resample))
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return resized.crop((left, top, left + size, top + size))
 
 
 def _pictures(turns: Iterable[Mapping[str, Any]]) -> list[Any]:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from aligntrain import AlignGPTProcessor
-from aligntrain.inputs.processor import load_tokenizer
+from aligntrain.inputs.tokenizer import load_tokenizer
 from tests.support.train_models import CLIP, tiny
 
 PATCHES, SIDE = 9, 24

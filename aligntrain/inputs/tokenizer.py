@@ -1,0 +1,68 @@
+"""The LLM's tokenizer: loaded as the official code loads it, with the placeholders added."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import normalizers
+from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+from aligntrain.inputs.templates import ALIGN, IMAGE
+
+
+def load_tokenizer(folder: str | Path, **settings: Any) -> Any:
+    """The tokenizer of an LLM, with old Llama tokenizers as the official code has them.
+
+    A "legacy" Llama tokenizer (Vicuna) puts a space before every piece of text, also where there is one already; what
+    transformers 5 makes of the same file does not, and tokenises texts with leading spaces differently.
+
+    Args:
+        folder: with a tokenizer, or a name.
+        settings: passed on; e.g. ``split_special_tokens=True`` reads ``</s>`` in a text as four characters, like a
+            sentencepiece model whose special tokens were never registered.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+    if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.legacy):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # LlamaTokenizer would make its own rules again when it is loaded; the plain class keeps the file's.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.pad_token,
+        model_max_length=tokenizer.model_max_length,
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        **settings,
+    )
+
+
+def prepare_tokenizer(tokenizer: Any) -> None:
+    """Add what a processor needs: ``<image>`` and ``<align>``, and a padding token where there is none.
+
+    The padding token is the unknown token, as in the official code, or else the end token.
+
+    Raises:
+        ValueError: a slow tokenizer, or one without any token to pad with.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer.")
+    missing = [token for token in (IMAGE, ALIGN) if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in missing], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError("the tokenizer has no padding, unknown or end token; give it one of them.")
+
+
+def end_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Matches a special token that ends an answer, with the space that some templates put before it."""
+    specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {IMAGE, ALIGN}
+    specials |= set(tokenizer.all_special_tokens) - {IMAGE, ALIGN}
+    longest_first = sorted(specials, key=len, reverse=True)
+    return re.compile(rf" ?(?:{'|'.join(map(re.escape, longest_first))})")
