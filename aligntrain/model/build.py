@@ -22,6 +22,7 @@ from aligntrain.model import auto  # noqa: F401, transformers must know the mode
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
+from aligntrain.training.lora import add_lora
 
 _SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # of the model, fixed for good
 _MODES = ("align_mode", "gate_text")
@@ -140,34 +141,6 @@ def build_config(config: StageConfig) -> AlignGPTConfig:
         )
 
 
-def add_lora(model: AlignGPTForConditionalGeneration, config: StageConfig, learning: set[str]) -> set[str]:
-    """Put LoRA adapters into all linear layers of the LLM's decoder; what learns is then these, and not the LLM.
-
-    Returns the names that learn. Raises UserError when peft is not installed.
-    """
-    lora_config, inject, _ = _peft()
-    adapters = lora_config(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=_linear_names(model.language_model),
-    )
-    inject(adapters, model.language_model)
-    beside = {name for name in learning if not name.startswith("language_model.")}
-    return beside | {name for name, _ in model.named_parameters() if "lora_" in name}
-
-
-def merge_lora(model: AlignGPTForConditionalGeneration) -> None:
-    """Add the adapters to the weights they stand beside, and take them out."""
-    _, _, layer_class = _peft()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, layer_class):
-            merged: Any = module
-            merged.merge()
-            path, _, child = name.rpartition(".")
-            setattr(model.get_submodule(path), child, merged.get_base_layer())
-
-
 def layers_of(part: nn.Module) -> list[nn.Module]:
     """The layers of an LLM or a tower: the regions for FSDP2, torch.compile and activation checkpointing."""
     lists: list[nn.Module] = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
@@ -280,23 +253,3 @@ def _check_is_there(name: str) -> None:
         raise UserError(
             f"{name}: there is no such folder, and the Hugging Face hub gives no model of that name ({reason})."
         ) from None
-
-
-def _linear_names(language_model: Any) -> list[str]:
-    """Names of the linear layers inside the decoder, without the head."""
-    head = language_model.get_output_embeddings()
-    names = {
-        name.rpartition(".")[2]
-        for name, module in language_model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    return sorted(names)
-
-
-def _peft() -> tuple[Any, Any, Any]:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        raise UserError("lora_rank needs peft; install it with `pip install peft`.") from None
-    return LoraConfig, inject_adapter_in_model, LoraLayer

@@ -32,9 +32,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from aligncurate.errors import UserError
 from aligncurate.io.files import sync
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_model, merge_lora, quiet_transformers, save_processor
+from aligntrain.model.build import build_model, quiet_transformers, save_processor
 from aligntrain.stage import StageConfig
 from aligntrain.training.distributed import World, attempt, whole
+from aligntrain.training.lora import merge_lora
 
 _NAME = re.compile(r"step-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")

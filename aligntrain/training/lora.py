@@ -1,0 +1,59 @@
+"""LoRA adapters (peft) in the LLM's decoder: put in before training, merged into the weights for export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from aligncurate.errors import UserError
+from aligntrain.model.modeling import AlignGPTForConditionalGeneration
+from aligntrain.stage import StageConfig
+
+
+def add_lora(model: AlignGPTForConditionalGeneration, config: StageConfig, learning: set[str]) -> set[str]:
+    """Put LoRA adapters into all linear layers of the LLM's decoder; what learns is then these, and not the LLM.
+
+    Returns the names that learn. Raises UserError when peft is not installed.
+    """
+    lora_config, inject, _ = _peft()
+    adapters = lora_config(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=_linear_names(model.language_model),
+    )
+    inject(adapters, model.language_model)
+    beside = {name for name in learning if not name.startswith("language_model.")}
+    return beside | {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+def merge_lora(model: AlignGPTForConditionalGeneration) -> None:
+    """Add the adapters to the weights they stand beside, and take them out."""
+    _, _, layer_class = _peft()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, layer_class):
+            merged: Any = module
+            merged.merge()
+            path, _, child = name.rpartition(".")
+            setattr(model.get_submodule(path), child, merged.get_base_layer())
+
+
+def _linear_names(language_model: Any) -> list[str]:
+    """Names of the linear layers inside the decoder, without the head."""
+    head = language_model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    return sorted(names)
+
+
+def _peft() -> tuple[Any, Any, Any]:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        raise UserError("lora_rank needs peft; install it with `pip install peft`.") from None
+    return LoraConfig, inject_adapter_in_model, LoraLayer
