@@ -209,12 +209,9 @@ def convert(
     vision: Annotated[Path | None, typer.Option(help="The vision tower's folder.", show_default=False)] = None,
 ) -> None:
     """Turn official AlignGPT and LLaVA checkpoints into a model, or a model into the official layout."""
-    from aligntrain.tools.convert import convert as run
+    from aligntrain.tools.convert.convert import convert as run
 
-    try:
-        done = run(source, target, llm=llm, vision=vision)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    done = run(source, target, llm=llm, vision=vision)
     _stdout.print(f"converted {escape(done)} in {escape(str(target))}", soft_wrap=True)
 
 

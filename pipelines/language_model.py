@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aligntrain.model.build import quiet_transformers
+from aligntrain.model.loading import quiet_transformers
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 IGNORE = -100

@@ -30,9 +30,9 @@ from aligncurate.progress import duration
 from aligncurate.verbs.inspect import render
 from aligntrain import StageConfig
 from aligntrain.model.build import build_model, build_processor
+from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip
 from aligntrain.tools.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import load
-from aligntrain.tools.open_clip_tower import vision_tower_from_open_clip
 from pipelines.language_model import Text, fit, make_llama, make_tokenizer, pad, save
 from pipelines.stage import run_stage
 

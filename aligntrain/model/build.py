@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,23 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
-from transformers.utils import logging
 
 from aligncurate.errors import UserError
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.model.configuration import AlignGPTConfig
+from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 from aligntrain.training.lora import add_lora
 
 _SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # of the model, fixed for good
 _MODES = ("align_mode", "gate_text")
-_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 LLM_TEMPLATE = "llm_chat_template.jinja"
 
 TINY = "tiny"
@@ -54,7 +51,7 @@ def build_processor(config: StageConfig) -> AlignGPTProcessor:
         "image_mode": config.image_mode,
         "max_length": config.max_length,
     }
-    with _user_errors(config):
+    with _load_errors(config):
         if config.init is None:
             shape = _given(config, "vision_select", "s2_scales")
             align, gate_text = config.align_mode != "none", config.gate_text or "instruction"
@@ -96,7 +93,7 @@ def build_model(
     Raises UserError when a folder is not there, holds other shapes, or contradicts the settings.
     """
     torch.manual_seed(config.seed)
-    with _user_errors(config), quiet_transformers():
+    with _load_errors(config), quiet_transformers():
         if config.init is None:
             settings = _given(config, *_SHAPE, *_MODES)
             model = AlignGPTForConditionalGeneration.from_components(
@@ -131,7 +128,7 @@ def build_config(config: StageConfig) -> AlignGPTConfig:
 
     Raises UserError as ``build_model``.
     """
-    with _user_errors(config):
+    with _load_errors(config):
         if config.init is not None:
             return _config_of_init(config)
         text, vision = (AutoConfig.from_pretrained(folder) for folder in (llm_of(config), vision_of(config)))
@@ -204,52 +201,13 @@ def _load(config: StageConfig) -> AlignGPTForConditionalGeneration:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without progress bars, and without the report that new weights are new, which is what they are to be."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _user_errors(config: StageConfig) -> Iterator[None]:
-    """What a wrong folder makes transformers raise, as one sentence."""
+def _load_errors(config: StageConfig) -> Iterator[None]:
+    """Raise one UserError for whatever is wrong with the folders or names that the stage starts from."""
     if config.init is None and (config.llm is None or config.vision is None):
         missing = "--init, the pretrained model" if config.stage == "finetune" else "--llm and --vision"
-        raise UserError(f"there is no model to start from; say {missing}.")
-    folders = [config.init] if config.init is not None else [llm_of(config), vision_of(config)]
-    for folder in folders:
-        _check_is_there(str(folder))
-    try:
+        raise UserError(f"there is no model to start from; give {missing}.")
+    sources = [str(config.init)] if config.init is not None else [str(llm_of(config)), str(vision_of(config))]
+    for source in sources:
+        check_model_exists(source)
+    with model_errors(*sources):
         yield
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise UserError(f"{' and '.join(map(str, folders))}: no model can be made of this ({reason}).") from error
-
-
-def _check_is_there(name: str) -> None:
-    """Raise UserError where a name is neither a folder nor a model on the Hugging Face hub that can be reached.
-
-    The hub is asked once, and only for what is not here already: loading would ask five times, and wait in between.
-    """
-    if Path(name).is_dir():
-        return
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name}: there is no such folder; give a folder with a model.")
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(name, timeout=10)
-    except Exception as error:  # whatever is wrong with the network
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name}: there is no such folder, and the Hugging Face hub gives no model of that name ({reason})."
-        ) from None

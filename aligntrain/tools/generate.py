@@ -1,4 +1,4 @@
-"""Asking a trained model: one answer, a conversation as it is written, and what the gate makes of it."""
+"""Run a trained model: load it, answer questions about an image, show the gate's weights."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from transformers import TextStreamer
 from aligncurate.errors import ImageError, UserError
 from aligntrain.data.reader import decode
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import quiet_transformers
+from aligntrain.model.loading import model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 
 Turns = Sequence[dict[str, str]]
 
 
 def load(folder: str | Path) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
-    """Model and processor from a folder that training or ``convert`` wrote, on a GPU where there is one.
+    """Load model and processor from a folder that training or ``convert`` wrote, onto the GPU if there is one.
 
-    Raises UserError when there is no such model.
+    Raises:
+        UserError: the folder has no model, or one that cannot be loaded.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: there is no model here (no config.json); give the --out of a finished training.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with quiet_transformers():
-            model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    with model_errors(folder), quiet_transformers():
+        model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
         processor = AlignGPTProcessor.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: this is no AlignGPT model ({str(error).splitlines()[0]}).") from error
     return model.to(device).eval(), processor
 
 
 def open_picture(file: str | Path) -> Image.Image:
-    """The picture in a file. Raises UserError when it is not there or is none."""
+    """Open an image file, upright, as RGB.
+
+    Raises:
+        UserError: the file is missing or is not an image.
+    """
     try:
         return decode(Path(file).read_bytes())
     except OSError as error:
@@ -61,11 +63,14 @@ def answer(
 
     Args:
         model, processor: as from ``load``.
-        turns: ``{"role": "user" | "assistant", "content": text}``, the last a question.
-        image: the picture that the first question is about.
-        max_new_tokens: after which the answer is cut.
-        temperature: 0 takes the likeliest token each time; higher samples.
-        on_text: called with every piece of the answer as it comes.
+        turns: ``{"role": "user" | "assistant", "content": text}``, ending with a question.
+        image: the image that the first question is about.
+        max_new_tokens: length limit of the answer.
+        temperature: 0 always takes the most likely token; above 0 samples.
+        on_text: called with each piece of the answer as it is generated.
+
+    Raises:
+        UserError: the conversation cannot be encoded, for example because it mentions ``<image>`` twice.
     """
     inputs = _inputs(model, processor, turns, image)
     streamer = _Pieces(processor.tokenizer, on_text) if on_text is not None else None
@@ -85,7 +90,11 @@ def answer(
 def alignment(
     model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor, turns: Turns, image: Image.Image
 ) -> list[float] | None:
-    """The gate's weights of levels 1..N-1 for a question about a picture; None where the model uses no gate."""
+    """The gate's weights of levels 1..N-1 for a question about an image; None if the model has no gate.
+
+    Raises:
+        UserError: as ``answer``.
+    """
     output = model(**_inputs(model, processor, turns, image), logits_to_keep=1)
     return None if output.gate_weights is None else [float(weight) for weight in output.gate_weights[0]]
 
@@ -101,12 +110,12 @@ def _inputs(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, images=image
         )
     except ValueError as error:
-        raise UserError(f"the question cannot be asked: {error}") from None
+        raise UserError(f"the question cannot be encoded: {error}") from None
     return {name: value.to(model.device) for name, value in features.items()}
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Hands the text on instead of printing it."""
+    """Passes each piece of text to a function instead of printing it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from aligncurate.errors import UserError
 from aligncurate.io.files import sync
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_model, quiet_transformers, save_processor
+from aligntrain.model.build import build_model, save_processor
+from aligntrain.model.loading import quiet_transformers
 from aligntrain.stage import StageConfig
 from aligntrain.training.distributed import World, attempt, whole
 from aligntrain.training.lora import merge_lora

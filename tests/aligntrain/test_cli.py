@@ -92,7 +92,7 @@ def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.Monke
         new = ["--llm", "someone/model", "--vision", folder / "vision"]
         result = run("train", verb[0], folder / "c.tar", *new, *verb[1:])
         assert result.exit_code == 2
-        told = "someone/model: there is no such folder, and the Hugging Face hub gives no model of that name (Name or"
+        told = "someone/model: there is no such folder, and it cannot be found on the Hugging Face Hub (Name or"
         assert told in " ".join(result.output.split())
     assert asked == ["someone/model"] * 2
     assert not (folder / "none").exists()
@@ -135,8 +135,8 @@ def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
         (["train", "pretrain", "c.tar", "--set", "lerning_rate=3"], "did you mean learning_rate"),
         (["train", "pretrain", "c.tar", "--set", "epochs"], "write it as key=value"),
         (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "level_weights is '1=0'; it takes weights by level"),
-        (["train", "pretrain", "c.tar", "--out", "x"], "say --llm and --vision"),
-        (["train", "finetune", "q.tar", "--out", "x"], "say --init, the pretrained model"),
+        (["train", "pretrain", "c.tar", "--out", "x"], "give --llm and --vision"),
+        (["train", "finetune", "q.tar", "--out", "x"], "give --init, the pretrained model"),
         (["train", "finetune", "q.tar", "--init", "first"], "there is no folder to write to; say --out"),
         (["train", "finetune", "gone.tar", "--init", "first", "--out", "x"], "there is no such file or folder"),
         (["train", "pretrain", "q.tar", "--llm", "llm", "--vision", "vision", "--out", "x"], "`aligncurate bucket"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aligntrain import AlignGPTForConditionalGeneration
-from aligntrain.tools.convert import load_any
+from aligntrain.tools.convert.convert import load_any
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 NAMES = {

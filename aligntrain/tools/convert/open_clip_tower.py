@@ -1,4 +1,4 @@
-"""Vision towers out of open_clip encoders, so that a model can look with the eyes that scored its data."""
+"""Turn an open_clip image encoder into a Hugging Face vision tower, to reuse the encoder that scored the data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from aligncurate.errors import UserError
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -17,28 +19,28 @@ _BLOCK = {
 
 
 def vision_tower_from_open_clip(visual: Any, mean: tuple[float, ...], std: tuple[float, ...], folder: Path) -> None:
-    """Write the vision half of an open_clip model as a Hugging Face CLIP vision tower with its image processor.
+    """Save the vision half of an open_clip model as a Hugging Face CLIP vision tower with its image processor.
 
     Args:
         visual: ``model.visual`` of an open_clip model, a plain vision transformer as OpenAI's are.
-        mean, std: per channel, what the encoder's images are normalised with.
-        folder: where it goes.
+        mean, std: per channel, of the normalisation that the encoder expects.
+        folder: output folder.
 
     Raises:
-        ValueError: the encoder looks with something else (a ResNet, a timm model, attentional pooling).
+        UserError: the encoder is not a plain vision transformer (a ResNet, a timm model, attentional pooling).
     """
     weights = dict(visual.state_dict())
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     plain = {"conv1.weight", "class_embedding", "positional_embedding", "ln_pre.weight", "ln_post.weight"}
     if blocks is None or not plain <= set(weights) or getattr(visual, "attn_pool", None) is not None:
-        raise ValueError(
-            f"{type(visual).__name__}: only plain vision transformers with a class token can become a tower."
+        raise UserError(
+            f"{type(visual).__name__}: only plain vision transformers with a class token can be converted to a vision tower."
         )
     width, _, patch_size, _ = weights["conv1.weight"].shape
     side = round((len(weights["positional_embedding"]) - 1) ** 0.5)
     activation = type(blocks[0].mlp.gelu).__name__
     if activation not in ("GELU", "QuickGELU"):
-        raise ValueError(f"the encoder's activation is {activation}; a CLIP tower has GELU or QuickGELU.")
+        raise UserError(f"the encoder's activation is {activation}; only GELU and QuickGELU can be converted.")
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=width,

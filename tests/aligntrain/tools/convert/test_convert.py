@@ -22,8 +22,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from aligncurate.errors import UserError
 from aligntrain import AlignGPTProcessor
-from aligntrain.tools.convert import convert, load_any, load_projector, read_tensors, save_official, save_projector
+from aligntrain.tools.convert.convert import convert, load_any
+from aligntrain.tools.convert.official import save_official
+from aligntrain.tools.convert.projector import load_projector, save_projector
+from aligntrain.tools.convert.tensors import read_tensors
 from tests.support.train_models import SIDE, tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -82,15 +86,15 @@ def test_projector_there_and_back(parity: Path, tmp_path: Path) -> None:
     assert_same(back, given)
     model = load_projector(file, llm=tmp_path / "llm", vision=tower, align_mode="local")
     assert (model.config.num_levels, model.config.projector_type, model.config.align_mode) == (8, "mlp2x_gelu", "local")
-    with pytest.raises(ValueError, match="holds no LLM"):
+    with pytest.raises(UserError, match="contains only a projector"):
         convert(file, tmp_path / "x")
     torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "other.bin")
-    with pytest.raises(ValueError, match="holds no mm_projector"):
+    with pytest.raises(UserError, match="contains no mm_projector"):
         load_projector(tmp_path / "other.bin", llm=tmp_path / "llm", vision=tower)
     LlamaForCausalLM(LlamaConfig(**{s: config[s] for s in sizes} | {"hidden_size": 32})).save_pretrained(
         tmp_path / "llm2"
     )
-    with pytest.raises(ValueError, match=r"projector.0.weight is \(64, 32\), the model's is \(32, 32\)"):
+    with pytest.raises(UserError, match=r"projector.0.weight has shape \(64, 32\), the model expects \(32, 32\)"):
         load_projector(file, llm=tmp_path / "llm2", vision=tower)
 
 
@@ -222,10 +226,10 @@ def test_wrong_shapes_and_names_are_named(official: Path, tmp_path: Path) -> Non
     tensors["gated_weight_layer.extra"] = torch.ones(2)
     del tensors["lm_head.weight"]
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_any(tmp_path, vision=tower)
     for part in (
-        "language_model.model.norm.weight is (63,), the model's is (64,)",
+        "language_model.model.norm.weight has shape (63,), the model expects (64,)",
         "gate.extra (2,) is not in the model",
         "language_model.lm_head.weight (320, 64) is missing",
     ):
@@ -237,19 +241,45 @@ def test_wrong_shapes_and_names_are_named(official: Path, tmp_path: Path) -> Non
 
 
 def test_not_a_checkpoint(official: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         load_any(tmp_path)
     shutil.copy(official / "config.json", tmp_path)
-    with pytest.raises(ValueError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
         load_any(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "text_config": {}}))
-    with pytest.raises(ValueError, match="neither AlignGPT nor LLaVA"):
+    with pytest.raises(UserError, match="neither AlignGPT nor LLaVA"):
         load_any(tmp_path)
+
+
+class NotATensor:
+    """Something that only unsafe loading would bring back."""
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "objects"])
+def test_a_bin_that_is_not_tensors_is_a_user_error(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "projector.bin"
+    if content is None:
+        torch.save({"mm_projector.weight": NotATensor()}, file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"projector\.bin is damaged or contains more than tensors"):
+        convert(file, tmp_path / "ours", llm=tmp_path, vision=tmp_path)
+
+
+def test_transformers_errors_become_user_errors(official: Path, tmp_path: Path) -> None:
+    """What is raised deep inside, as for a tower that is not there, is one sentence naming the checkpoint."""
+    tmp_path.joinpath("config.json").write_text((official / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").symlink_to(official / "pytorch_model.bin")
+    with pytest.raises(UserError, match=f"{tmp_path}: the model cannot be loaded"):
+        convert(tmp_path, tmp_path / "ours", vision="not a name")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="the model cannot be loaded"):
+        convert(tmp_path, tmp_path / "ours")
 
 
 def test_only_llama_goes_official(tmp_path: Path) -> None:
     model = tiny({"model_type": "mistral"})
-    with pytest.raises(ValueError, match="Llama only, not a mistral"):
+    with pytest.raises(UserError, match="Llama only, not mistral"):
         save_official(model, tmp_path)
     save_projector(model, tmp_path / "p.bin")
     assert "align_indicators.indicator_embs" in torch.load(tmp_path / "p.bin", weights_only=True)

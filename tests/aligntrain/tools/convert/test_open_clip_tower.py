@@ -1,4 +1,6 @@
-"""An open_clip encoder's eyes as a CLIP vision tower."""
+"""An open_clip image encoder as a CLIP vision tower."""
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, CLIPVisionModel
 
-from aligntrain.tools.open_clip_tower import vision_tower_from_open_clip
+from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip
 
 SMALL = {
     "embed_dim": 16,
@@ -21,7 +23,7 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.9, 0.8, 0.7)
 def encoder(**settings: Any) -> Any:
     torch.manual_seed(0)
     model = open_clip.CLIP(**{**SMALL, **settings}).eval()
-    with torch.no_grad():  # fresh biases and norms are all alike, and could be exchanged unseen
+    with torch.no_grad():  # new biases and norms are all equal, and swapping two would go unnoticed
         for parameter in model.visual.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model

@@ -1,0 +1,67 @@
+"""Loading models through transformers: without its chatter, and with its many errors as one sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from aligncurate.errors import UserError
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turn off transformers' progress bars, and its warning that new weights are new, which is intended here."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def model_errors(*sources: str | Path) -> Iterator[None]:
+    """Raise a UserError that names the sources for anything that goes wrong while a model is loaded from them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _LOAD_ERRORS as error:
+        names = " and ".join(map(str, sources))
+        raise UserError(f"{names}: the model cannot be loaded ({_first_line(error)}).") from error
+
+
+def check_model_exists(name: str) -> None:
+    """Raise UserError unless ``name`` is a folder or a model on the Hugging Face Hub.
+
+    The Hub is asked once, and only for a model that is not cached: loading would ask five times, with waits in between.
+    """
+    if Path(name).is_dir():
+        return
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name}: there is no such folder; give a folder with a model.")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # anything can be wrong with the network
+        raise UserError(
+            f"{name}: there is no such folder, and it cannot be found on the Hugging Face Hub ({_first_line(error)})."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
