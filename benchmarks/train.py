@@ -33,9 +33,9 @@ from transformers import (
 
 from aligncurate.dataset.record import FINE
 from aligncurate.demo.scenes import write_conversations
+from aligncurate.images.decode import load_rgb
 from aligncurate.sources import SourceOptions, open_source
 from aligntrain import StageConfig, train
-from aligntrain.data.reader import decode
 from aligntrain.model.build import build_processor
 from aligntrain.tools.preview import preview
 from aligntrain.training.metrics import peak_memory
@@ -132,7 +132,7 @@ def stock(shape: Shape, work: Path, data: list[str], root: str | None) -> dict[s
 
     def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
         padded = processor.pad([encoded for encoded, _ in batch])
-        pixels = processor.process_images([decode(load()) for _, load in batch])
+        pixels = processor.process_images([load_rgb(load()) for _, load in batch])
         return {**{k: padded[k] for k in ("input_ids", "attention_mask", "labels")}, "pixel_values": pixels}
 
     generator = torch.Generator().manual_seed(0)

@@ -175,8 +175,22 @@ def decode(data: bytes, image: Image.Image, wanted: Sequence[Preprocess], mode: 
             rgb, original = _fast_rgb(data, image, edge)
             return [preprocess.fast(rgb, original) for preprocess in wanted]
         image.load()
-        turned = image if upright(image) else ImageOps.exif_transpose(image)
+        turned = _turned(image)
         return [preprocess.exact(turned) for preprocess in wanted]
+    except Exception as error:  # see open_image
+        raise ImageError(Status.DECODE_ERROR, f"the image is damaged: {error}") from None
+
+
+def load_rgb(data: bytes) -> Image.Image:
+    """Decode an image file at full size: upright, RGB, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ImageError: not an image, damaged, or more than MAX_PIXELS pixels.
+    """
+    image, _, _ = open_image(data)
+    try:
+        image.load()
+        return _eight_bit(_turned(image)).convert("RGB")
     except Exception as error:  # see open_image
         raise ImageError(Status.DECODE_ERROR, f"the image is damaged: {error}") from None
 
@@ -199,8 +213,7 @@ def _fast_rgb(data: bytes, image: Image.Image, edge: int) -> tuple[NDArray[np.ui
     if _orientation(image) in _TURNED and image.format != "TIFF":  # see open_image
         width, height = height, width
     image.load()
-    turned = image if upright(image) else ImageOps.exif_transpose(image)
-    return np.array(_eight_bit(turned).convert("RGB")), (height, width)
+    return np.array(_eight_bit(_turned(image)).convert("RGB")), (height, width)
 
 
 def fit(image: "torch.Tensor", original: tuple[int, int], size: int, interpolation: str) -> "torch.Tensor":
@@ -222,6 +235,11 @@ def fit(image: "torch.Tensor", original: tuple[int, int], size: int, interpolati
 def upright(image: Image.Image) -> bool:
     """Whether an image needs no EXIF rotation."""
     return _orientation(image) == 1
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image with its EXIF rotation applied."""
+    return image if upright(image) else ImageOps.exif_transpose(image)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
-from aligncurate.images.decode import open_image
+from aligncurate.images.decode import load_rgb
 from aligntrain.data.index import Index
 from aligntrain.data.plan import Pack, row_length
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
@@ -130,7 +127,7 @@ class Reader:
         try:
             data = self._index.image(number)
             assert data is not None
-            return self._processor.process_images([decode(data)])[0]
+            return self._processor.process_images([load_rgb(data)])[0]
         except (OSError, ImageError) as error:
             self._reasons[number] = f"{self._index.key(number)}: the image cannot be read ({error})"
             return None
@@ -139,19 +136,6 @@ class Reader:
         """For every image of the step that could not be read, its key and why; each is told once."""
         lost = (number for micro in step for number in micro.unreadable)
         return [self._reasons.pop(number) for number in lost if number in self._reasons]
-
-
-def decode(data: bytes) -> Image.Image:
-    """The picture in a file's bytes, upright. Raises ImageError for what is none, is damaged or too large."""
-    image, _, _ = open_image(data)
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # which Pillow would clip to white
-            upright = Image.fromarray((np.asarray(upright, np.uint16) >> 8).astype(np.uint8))
-        return upright.convert("RGB")
-    except Exception as error:  # broken files make Pillow raise nearly anything; each is this image's error only
-        raise ImageError(Status.DECODE_ERROR, f"the image is damaged: {error}") from None
 
 
 def read_ahead(

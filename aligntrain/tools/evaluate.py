@@ -14,10 +14,11 @@ from PIL import Image
 
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import ImageError
+from aligncurate.images.decode import load_rgb
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
 from aligntrain.data.index import build_index
-from aligntrain.data.reader import Reader, decode, read_ahead
+from aligntrain.data.reader import Reader, read_ahead
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.inputs.templates import IMAGE
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
@@ -96,7 +97,7 @@ def questions_of(data: Sequence[str | Path], options: SourceOptions | None = Non
             if pair.load is None or pair.conversations is None or pair.status not in FINE:
                 continue
             try:
-                image = decode(pair.load())
+                image = load_rgb(pair.load())
             except (OSError, ImageError):
                 continue
             turns = [(turn["role"], turn["text"].replace(IMAGE, "").strip()) for turn in pair.conversations]

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from aligncurate.errors import ImageError, UserError
-from aligntrain.data.reader import decode
+from aligncurate.images.decode import load_rgb
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
@@ -41,7 +41,7 @@ def open_picture(file: str | Path) -> Image.Image:
         UserError: the file is missing or is not an image.
     """
     try:
-        return decode(Path(file).read_bytes())
+        return load_rgb(Path(file).read_bytes())
     except OSError as error:
         raise UserError(f"{file}: the image cannot be read ({error.strerror or error}).") from None
     except ImageError as error:

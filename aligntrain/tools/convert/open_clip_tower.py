@@ -33,9 +33,7 @@ def vision_tower_from_open_clip(visual: Any, mean: tuple[float, ...], std: tuple
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     plain = {"conv1.weight", "class_embedding", "positional_embedding", "ln_pre.weight", "ln_post.weight"}
     if blocks is None or not plain <= set(weights) or getattr(visual, "attn_pool", None) is not None:
-        raise UserError(
-            f"{type(visual).__name__}: only plain vision transformers with a class token can be converted."
-        )
+        raise UserError(f"{type(visual).__name__}: only plain vision transformers with a class token can be converted.")
     width, _, patch_size, _ = weights["conv1.weight"].shape
     side = round((len(weights["positional_embedding"]) - 1) ** 0.5)
     activation = type(blocks[0].mlp.gelu).__name__

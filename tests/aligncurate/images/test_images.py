@@ -13,7 +13,7 @@ from PIL import Image
 from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
 from aligncurate.images import decode as images
-from aligncurate.images.decode import Preprocess, decode, decoders_unheard, open_image, preprocess_of
+from aligncurate.images.decode import Preprocess, decode, decoders_unheard, load_rgb, open_image, preprocess_of
 from tests.support.inputs import encoded, picture
 
 
@@ -135,6 +135,7 @@ def rotated(upright: Image.Image, orientation: int, kind: str) -> bytes:
 def test_exif_rotation_is_undone(orientation, kind, preprocess) -> None:
     upright = picture(1, 90, 60)
     assert open_image(rotated(upright, orientation, kind))[1:] == (90, 60)
+    assert load_rgb(rotated(upright, orientation, kind)).tobytes() == upright.tobytes()
     for mode, slack in (("exact", 0.0), ("fast", 0.05)):
         found = pixels_of(rotated(upright, orientation, kind), preprocess, mode)
         assert torch.allclose(found, preprocess.transform(upright), atol=slack)
@@ -152,6 +153,7 @@ def test_exif_rotation_of_jpegs(orientation, mode, preprocess) -> None:
 def test_broken_exif_does_not_cost_the_image(preprocess) -> None:
     data = encoded(picture(1), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
     assert open_image(data)[1:] == (48, 40)
+    assert load_rgb(data).size == (48, 40)
     assert torch.equal(pixels_of(data, preprocess), plain(encoded(picture(1)), preprocess))
 
 

@@ -16,11 +16,12 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from aligncurate.errors import UserError
+from aligncurate.images.decode import load_rgb
 from aligncurate.verbs.score import ingest
 from aligntrain import AlignGPTProcessor, StageConfig
 from aligntrain.data.index import Index, build_index
-from aligntrain.data.reader import Reader, decode, read_ahead
-from aligntrain.inputs import processor as processing
+from aligntrain.data.reader import Reader, read_ahead
+from aligntrain.inputs import pixels
 from aligntrain.model.build import build_processor
 from tests.support.stage_data import (
     captions,
@@ -258,7 +259,7 @@ def test_strips_do_not_fill_the_memory(
     y, x = np.mgrid[: size[1], : size[0]]
     image = Image.fromarray(np.stack([60 + 40 * np.sin(x / 90), 80 + 40 * np.cos(y / 90), 0 * x], 2).astype(np.uint8))
     expected = processor.process_images([image])
-    monkeypatch.setattr(processing, "MAX_PIXELS", limit := 10_000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", limit := 10_000)
     areas: list[int] = []
     for name in ("resize", "crop"):
         real = getattr(Image.Image, name)
@@ -285,7 +286,7 @@ def test_any_kind_of_picture(models: dict[str, str]) -> None:
     for mode, (colour, kind, options, expected) in kinds.items():
         buffer = io.BytesIO()
         Image.new(mode, (20, 16), colour).save(buffer, kind, **options)
-        image = decode(buffer.getvalue())
+        image = load_rgb(buffer.getvalue())
         assert image.mode == "RGB"
         assert image.getpixel((3, 3)) == pytest.approx(expected, abs=3), mode
 
@@ -293,7 +294,7 @@ def test_any_kind_of_picture(models: dict[str, str]) -> None:
 def test_sixteen_bits_are_not_all_white() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8), 100 << 8, np.uint16)).save(buffer, "PNG")
-    assert decode(buffer.getvalue()).getpixel((1, 1)) == (100, 100, 100)
+    assert load_rgb(buffer.getvalue()).getpixel((1, 1)) == (100, 100, 100)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
