@@ -24,7 +24,7 @@ from aligncurate.levels import Counts
 from aligncurate.progress import Meter
 from aligncurate.scoring.timing import Clock
 from aligncurate.sources import Shard, Source
-from aligncurate.sources.texts import scored_text
+from aligncurate.sources.captions import scored_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,13 @@ from aligncurate.dataset.record import COLUMNS, Pair, Status, as_level, as_score
 from aligncurate.errors import UserError
 from aligncurate.images.decode import EXTENSIONS
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
+from aligncurate.sources.captions import CAPTIONS, set_caption
+from aligncurate.sources.conversations import parse_conversation, set_conversation
 from aligncurate.sources.image_root import ImageRoot
-from aligncurate.sources.texts import CAPTIONS, IMAGES, conversation, set_caption, set_conversation
+
+IMAGES = ("image", "image_bytes", "jpg", "png", "images", "image_path", "img", "img_path", "filename",
+          "file_name", "filepath", "file", "path")  # fmt: skip
+"""Usual names of image columns, the most likely first."""
 
 KEYS = ("key", "id", "uid", "image_id")
 TURNS = ("conversations", "messages")
@@ -149,9 +154,9 @@ class RowReader:
         turns = row.get(fields.turns) if fields.turns else None
         if turns:
             try:
-                found, inside = conversation(turns)
-                set_conversation(pair, found)
-                images = images or list(inside)
+                parsed, inside = parse_conversation(turns)
+                set_conversation(pair, parsed)
+                images = images or [str(image) for image in inside]
             except ValueError as error:
                 pair.fail(Status.INVALID_ROW, f"row {number}: {error}")
         else:
@@ -221,7 +226,7 @@ def image_names(rows: Iterable[Mapping[str, Any]], fields: Fields) -> list[str]:
         found = images_in(row.get(fields.image)) if fields.image else []
         if not found and fields.turns and row.get(fields.turns):
             try:
-                found = list(conversation(row[fields.turns])[1])
+                found = [str(image) for image in parse_conversation(row[fields.turns])[1]]
             except ValueError:
                 continue
         names += [name for name in found if isinstance(name, str)]

@@ -18,7 +18,8 @@ from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.sources.base import Shard, Source, merge_extras
-from aligncurate.sources.texts import CAPTIONS, conversation, set_caption, set_conversation
+from aligncurate.sources.captions import CAPTIONS, set_caption
+from aligncurate.sources.conversations import parse_conversation, set_conversation
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule: key, then all extensions
 _METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that are no samples
@@ -135,7 +136,7 @@ class WebDatasetSource(Source):
         turns = meta.get("conversations", meta.get("messages"))
         if turns:
             try:
-                set_conversation(pair, conversation(turns)[0])
+                set_conversation(pair, parse_conversation(turns)[0])
             except ValueError as error:
                 pair.fail(Status.INVALID_ROW, str(error))
         elif pair.status is not Status.READ_ERROR:

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
+from aligncurate.sources.conversations import IMAGE, parse_conversation
 from aligntrain.inputs.pixels import IMAGE_MODES, pixels_of
-from aligntrain.inputs.templates import ALIGN, IMAGE, PLAIN, V1, Rendered, messages_of, render
+from aligntrain.inputs.templates import ALIGN, PLAIN, V1, Rendered, messages_of, render
 from aligntrain.inputs.tokenizer import end_pattern, load_tokenizer, prepare_tokenizer
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import IGNORE
@@ -120,7 +121,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def encode(
         self,
-        conversation: Iterable[Mapping[str, Any]],
+        conversation: Sequence[Mapping[str, Any]],
         *,
         has_image: bool,
         key: str = "",
@@ -226,7 +227,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         batched = not isinstance(conversation[0], Mapping)
         conversations = conversation if batched else [conversation]
         pictures = list(images) if isinstance(images, list | tuple) else [images] if images is not None else []
-        pictures = pictures or [picture for turns in conversations for picture in _pictures(turns)]
+        pictures = pictures or [image for turns in conversations for image in parse_conversation(turns)[1]]
         encoded, texts = [], []
         for turns in conversations:
             messages = messages_of(turns, None)
@@ -320,9 +321,3 @@ def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[
         if end and (b > start or a == b >= start):
             labels[i] = ids[i]
     return labels
-
-
-def _pictures(turns: Iterable[Mapping[str, Any]]) -> list[Any]:
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
-    names = ("image", "url", "path")
-    return [part[name] for part in parts if part["type"] == "image" for name in names if name in part]

@@ -1,16 +1,17 @@
-"""Conversations as text: the messages that templates take, the templates, and where the answers lie in the text."""
+"""Chat templates: from a conversation to messages, from messages to text, and where the answers are in that text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE = "<image>"
+from aligncurate.sources.conversations import IMAGE, ROLES, parse_conversation
+
 ALIGN = "<align>"
 
-# Pretraining in LLaVA and AlignGPT: the picture, the caption and a newline; no end token.
+# Pretraining in LLaVA and AlignGPT: the image, the caption and a newline; no end token.
 PLAIN = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<image>' if '<image>' in m['content'] else '' }}"
     "{% elif m['role'] == 'assistant' %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
@@ -26,8 +27,6 @@ V1 = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
 Message = dict[str, str]
 
 
@@ -36,40 +35,38 @@ class Rendered:
     """A conversation as text.
 
     Attributes:
-        text: the whole of it; an image stands as ``<image>``.
-        answers: [start, end) of every answer in ``text``, its end token included.
+        text: all of it, with ``<image>`` for an image.
+        answers: [start, end) of each answer in ``text``, including its end token.
     """
 
     text: str
     answers: list[tuple[int, int]]
 
 
-def messages_of(conversation: Iterable[Mapping[str, Any]], has_image: bool | None) -> list[Message]:
-    """A conversation in any of the usual forms as ``{"role", "content"}`` messages, made regular.
+def messages_of(conversation: Sequence[Mapping[str, Any]], has_image: bool | None) -> list[Message]:
+    """Turn a conversation into ``{"role", "content"}`` messages that alternate and start with a question.
 
-    Roles may be called user/human and assistant/gpt, the text content, text or value; content may be a list of text
-    and image parts. Answers before the first question are dropped, as in the official code. ``<image>`` is put, with
-    a newline, at the front of the message that has it, or of the first question. Without ``has_image`` (None) there is
-    an image where there is an ``<image>``.
+    An opening answer is dropped, as in the official code. ``<image>`` moves, with a newline, to the front of the
+    message that has it, or of the first question.
+
+    Args:
+        conversation: in any form that ``parse_conversation`` reads.
+        has_image: whether the sample has an image; None: it has one if the text has an ``<image>``.
 
     Raises:
-        ValueError: an unknown role, turns that do not alternate, or not exactly one ``<image>`` where there is an
-            image (none where there is none).
+        ValueError: an unknown role, turns that do not alternate, several ``<image>``, or one in a sample without image.
     """
-    messages: list[Message] = []
-    for turn in conversation:
-        name = turn["role"] if "role" in turn else turn["from"]
-        if name not in _ROLES:
-            raise ValueError(f"a turn has the role {name!r}; choose user (human), assistant (gpt) or system.")
-        content = next((turn[field] for field in ("content", "text", "value") if field in turn), None)
-        messages.append({"role": _ROLES[name], "content": _flat(content)})
+    messages = [{"role": turn["role"], "content": turn["text"]} for turn in parse_conversation(conversation)[0]]
+    for message in messages:
+        if message["role"] not in ROLES.values():
+            raise ValueError(f"a turn has the role {message['role']!r}; use user (human), assistant (gpt) or system.")
     system = [m for m in messages[:1] if m["role"] == "system"]
     turns = messages[len(system) :]
     while turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
     for number, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[number % 2]:
-            raise ValueError(f"turn {number + 1} is the {message['role']}'s; questions and answers must alternate.")
+            raise ValueError(f"turn {number + 1} has the role {message['role']}; questions and answers must alternate.")
     if not turns:
         raise ValueError("the conversation has no question.")
     marks = [(m, m["content"].count(IMAGE)) for m in system + turns if IMAGE in m["content"]]
@@ -78,38 +75,29 @@ def messages_of(conversation: Iterable[Mapping[str, Any]], has_image: bool | Non
         raise ValueError(f"the text has {IMAGE}, but the sample has no image.")
     if has_image:
         if sum(count for _, count in marks) > 1:
-            raise ValueError(f"the text has {IMAGE} {sum(c for _, c in marks)} times; one image a sample is the limit.")
+            raise ValueError(f"the text has {IMAGE} {sum(c for _, c in marks)} times; the limit is one per sample.")
         owner = marks[0][0] if marks else turns[0]
         if owner["role"] != "user":
-            raise ValueError(f"{IMAGE} is in the {owner['role']}'s text; it belongs in a question.")
+            raise ValueError(f"{IMAGE} is in a turn of the {owner['role']}; it must be in a question.")
         owner["content"] = f"{IMAGE}\n{owner['content'].replace(IMAGE, '').strip()}".strip()
     return system + turns
-
-
-def _flat(content: Any) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    parts = [IMAGE + "\n" if part["type"] == "image" else part["text"] for part in content]
-    return "".join(parts)
 
 
 def render(
     messages: Sequence[Message], apply: Callable[[Sequence[Message], bool], str], ends: re.Pattern[str]
 ) -> Rendered:
-    """A conversation as text, and where its answers are.
+    """Apply a chat template, and find the answers in its text.
 
-    An answer begins where the text of what came before it ends, the cue for the assistant included, so that what is
-    learned is just what has to be generated after that cue.
+    An answer starts right after the cue for the assistant, so that training learns exactly what is generated after
+    that cue.
 
     Args:
-        messages: as from ``messages_of``; if the last is a question, the text ends with the cue for its answer.
-        apply: messages and whether to add the cue -> text.
-        ends: what closes an answer, tried right behind it.
+        messages: from ``messages_of``; after a final question the text ends with the cue for its answer.
+        apply: the template: (messages, whether to add the cue) -> text.
+        ends: matches the end token of an answer.
 
     Raises:
-        ValueError: the template rewrites earlier turns, so that answers cannot be found in the whole.
+        ValueError: the template rewrites earlier turns, so that the answers cannot be found.
     """
     text = apply(messages, messages[-1]["role"] != "assistant")
     answers = []

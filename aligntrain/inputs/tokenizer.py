@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from aligntrain.inputs.templates import ALIGN, IMAGE
+from aligncurate.sources.conversations import IMAGE
+from aligntrain.inputs.templates import ALIGN
 
 
 def load_tokenizer(folder: str | Path, **settings: Any) -> Any:

@@ -17,10 +17,10 @@ from aligncurate.errors import ImageError
 from aligncurate.images.decode import load_rgb
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.conversations import IMAGE
 from aligntrain.data.index import build_index
 from aligntrain.data.reader import Reader, read_ahead
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.inputs.templates import IMAGE
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.model.packing import can_pack
 from aligntrain.stage import StageConfig

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from aligncurate.errors import ImageError, UserError
 from aligncurate.images.decode import load_rgb
+from aligncurate.sources.conversations import IMAGE
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
@@ -103,8 +104,8 @@ def _inputs(
     model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor, turns: Turns, image: Image.Image | None
 ) -> dict[str, Any]:
     messages = [dict(turn) for turn in turns]
-    if image is not None and not any("<image>" in message["content"] for message in messages):
-        messages[0]["content"] = f"<image>\n{messages[0]['content']}"
+    if image is not None and not any(IMAGE in message["content"] for message in messages):
+        messages[0]["content"] = f"{IMAGE}\n{messages[0]['content']}"
     try:
         features = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, images=image

@@ -217,7 +217,7 @@ def test_too_long_is_cut_at_the_end() -> None:
         ([*TURNS[:2], TURNS[1]], True, "must alternate"),
         ([{"role": "user", "text": "<image><image> Two?"}, TURNS[1]], True, "2 times"),
         (TURNS, False, "but the sample has no image"),
-        ([TURNS[2], {"role": "assistant", "text": "<image>"}], True, "in the assistant's text"),
+        ([TURNS[2], {"role": "assistant", "text": "<image>"}], True, "in a turn of the assistant"),
         ([{"role": "tool", "text": "x"}], False, "role 'tool'"),
         ([{"role": "user", "text": "an <align> tag"}, TURNS[1]], False, "reserved"),
     ],
