@@ -2,10 +2,10 @@
 
 from aligncurate.errors import UserError
 from aligntrain import StageConfig, train
-from aligntrain.training.loop import Summary
+from aligntrain.training.loop import TrainResult
 
 
-def run_stage(config: StageConfig) -> Summary:
+def run_stage(config: StageConfig) -> TrainResult:
     """Train a stage to its end, or go on with it. Raises UserError when it was stopped before, by SIGTERM."""
     summary = train(config)
     if summary.stopped:

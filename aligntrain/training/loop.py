@@ -39,7 +39,7 @@ _TOLD = 5  # unreadable images that are named on the terminal, on every rank
 
 
 @dataclass(frozen=True)
-class Summary:
+class TrainResult:
     """How a run ended.
 
     Attributes:
@@ -66,7 +66,7 @@ class Summary:
     again: bool = False
 
 
-def train(config: StageConfig) -> Summary:
+def train(config: StageConfig) -> TrainResult:
     """Run one stage, or go on with it where its last checkpoint left it; export a Hugging Face folder to ``out``.
 
     Under torchrun or ``accelerate launch`` every process calls it; ``out`` must be a folder that all of them see.
@@ -81,7 +81,7 @@ def train(config: StageConfig) -> Summary:
         return _train(config, world)
 
 
-def _train(config: StageConfig, world: World) -> Summary:
+def _train(config: StageConfig, world: World) -> TrainResult:
     started = time.perf_counter()
     out = Path(config.out)
     world.together(lambda: _check_place(config, world))
@@ -100,7 +100,7 @@ def _train(config: StageConfig, world: World) -> Summary:
                         "--no-resume to begin anew.")  # fmt: skip
     if before is not None and checkpoint.read_finished(out) is not None:
         seconds = time.perf_counter() - started
-        return Summary(out, before.step, before.step, None, index.facts, before.unreadable, seconds, again=True)
+        return TrainResult(out, before.step, before.step, None, index.facts, before.unreadable, seconds, again=True)
 
     model, learning = world.together(lambda: build_model(config, processor))
     packed = config.packing == "on"
@@ -247,7 +247,7 @@ def _train(config: StageConfig, world: World) -> Summary:
     if not stopped:
         world.first_does(finish)
     seconds = time.perf_counter() - started
-    return Summary(out, step if stopped else total, total, loss, index.facts, unreadable, seconds, stopped)
+    return TrainResult(out, step if stopped else total, total, loss, index.facts, unreadable, seconds, stopped)
 
 
 def plan_epoch(config: StageConfig, index: Index, epoch: int, *, packed: bool, world_size: int) -> Plan:
