@@ -1,4 +1,4 @@
-"""What a stage needs on one device, before it is run: weights, gradients, optimizer, activations, logits."""
+"""Estimate the memory of a training stage on one device: weights, gradients, optimizer, activations, logits."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Memory:
     """Bytes on one device.
 
     Attributes:
-        weights: float32 masters of what learns, the rest in the dtype of the computation, and the copies in that dtype
-            that autocast or FSDP2 makes of the masters.
-        gradients, optimizer: float32, and AdamW's two moments.
-        activations: of one micro-batch, kept for the backward pass; an estimate for a Llama-like decoder.
-        logits: of one chunk of supervised tokens, with their gradient.
+        weights: float32 master weights of what is trained, the rest in the compute dtype, and the copies in that
+            dtype that autocast or FSDP2 makes of the master weights.
+        gradients: in float32.
+        optimizer: AdamW's two moments, in float32.
+        activations: kept for the backward pass of one micro-batch; approximate, for a Llama-like decoder.
+        logits: of one chunk of supervised tokens, with their gradients.
     """
 
     weights: int
@@ -37,11 +38,11 @@ class Memory:
 
 
 def estimate_memory(model_config: AlignGPTConfig, config: StageConfig, ranks: int = 1) -> Memory:
-    """What one of so many ranks needs. No weights are made.
+    """Estimate what each of ``ranks`` devices needs, without allocating any weights.
 
-    The first three parts follow from the shapes. Activations are those of a Llama-like layer whose attention keeps no
-    scores (SDPA, FlashAttention): per token its norms' inputs, queries, keys, values, attention's output and the
-    MLP's four intermediates. With ``checkpointing`` every layer keeps its input, and one layer all of that.
+    Weights, gradients and optimizer follow from the shapes. Activations are those of a Llama-like layer whose attention
+    stores no scores (SDPA, FlashAttention): per token the norms' inputs, queries, keys, values, the attention output
+    and the MLP's four intermediates. With ``checkpointing`` each layer stores its input, and one layer all of these.
     """
     with torch.device("meta"):
         model = AlignGPTForConditionalGeneration(model_config)
@@ -64,7 +65,7 @@ def estimate_memory(model_config: AlignGPTConfig, config: StageConfig, ranks: in
     share = ranks if ranks > 1 and _is_sharded(config) else 1
     weights = 4 * learned + half * frozen
     if share > 1:
-        # Two layers are whole at a time, the one in use and the next; what is no layer stays whole.
+        # Two layers are gathered at a time, the current one and the next; what is outside the layers stays gathered.
         layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model.language_model)]
         rest = sum(sizes.values()) - sum(layers) - sum(
             p.numel() for layer in layers_of(model.vision_tower) for p in layer.parameters()
@@ -75,7 +76,8 @@ def estimate_memory(model_config: AlignGPTConfig, config: StageConfig, ranks: in
         gradients=4 * learned // share,
         optimizer=8 * learned // share,
         activations=_activations(model, config, half),
-        logits=CHUNK_TOKENS * model_config.text_config.vocab_size * (half + 4 + 4),
+        # At the peak, in the backward pass: log-probabilities and the gradients of these and of the logits, in float32.
+        logits=12 * CHUNK_TOKENS * model_config.text_config.vocab_size,
     )
 
 
@@ -89,7 +91,7 @@ def _activations(model: AlignGPTForConditionalGeneration, config: StageConfig, h
     heads = text.num_attention_heads
     key_width = width * getattr(text, "num_key_value_heads", heads) // heads
     inner = getattr(text, "intermediate_size", 4 * width)
-    # Norms compute in float32, and keep their input and what they made of it.
+    # Norms compute in float32, and store their input and their output.
     norms = 2 * (half + 4) * width + 2 * half * width
     attention = half * (3 * width + 3 * key_width)
     mlp = half * 4 * inner

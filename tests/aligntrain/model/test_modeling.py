@@ -299,7 +299,8 @@ def test_save_and_load(text: dict[str, Any], tmp_path: Path, samples: list[Sampl
     assert (tmp_path / "model.safetensors").is_file()
     saved = AutoConfig.from_pretrained(tmp_path)
     assert saved.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    # The same attention as the first model's: two backends agree to rounding only.
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
     assert isinstance(again, AlignGPTForConditionalGeneration)
     assert again.config.align_mode == "average"
     state = again.state_dict()
@@ -308,7 +309,8 @@ def test_save_and_load(text: dict[str, Any], tmp_path: Path, samples: list[Sampl
     if text:
         assert again.language_model.lm_head.weight is again.language_model.model.embed_tokens.weight
     inputs = batch(samples)
-    assert torch.equal(model(**inputs, pixel_values=pixels).loss, again(**inputs, pixel_values=pixels).loss)
+    losses = [m(**inputs, pixel_values=pixels).loss for m in (model, again)]
+    torch.testing.assert_close(*losses, **CLOSE)
 
 
 def test_half_precision(samples: list[Sample], pixels: torch.Tensor) -> None:

@@ -1,20 +1,29 @@
-"""What is reckoned beforehand against what a step really holds."""
+"""The memory estimate against the measured bytes of real tensors."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from aligntrain import StageConfig
 from aligntrain.data.index import build_index
 from aligntrain.data.reader import Reader
 from aligntrain.model.build import build_config, build_model, build_processor
-from aligntrain.model.loss import CHUNK_TOKENS
+from aligntrain.model.loss import CHUNK_TOKENS, token_losses
 from aligntrain.tools.memory import Memory, estimate_memory
+from aligntrain.training.distributed import Engine, World
 from aligntrain.training.loop import make_optimizer, plan_epoch
 from tests.support.stage_data import make_models, questions
 
@@ -34,26 +43,40 @@ def estimate(config: StageConfig, ranks: int = 1) -> Memory:
     return estimate_memory(build_config(config), config, ranks)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}], ids=["plain", "lora"])
-def test_weights_gradients_and_optimizer_are_what_a_step_holds(
-    models: dict[str, str], tmp_path: Path, stage: str, settings: dict[str, Any]
-) -> None:
-    if stage == "pretrain" and settings:
-        pytest.skip("LoRA is for finetuning")
-    config = config_of(models, tmp_path, stage, **settings)
-    processor = build_processor(config)
-    model, _ = build_model(config, processor)
+def step(model: nn.Module, config: StageConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """One optimizer step: the gradients and AdamW's moments."""
     optimizer = make_optimizer(model, config, torch.device("cpu"))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return gradients, [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [("pretrain", {}), ("finetune", {}), ("finetune", {"lora_rank": 4})],
+    ids=["pretrain", "finetune", "lora"],
+)
+def test_weights_gradients_and_optimizer_are_what_a_step_holds(
+    models: dict[str, str], tmp_path: Path, stage: str, settings: dict[str, Any], dtype: str
+) -> None:
+    config = config_of(models, tmp_path, stage, dtype=dtype, **settings)
+    model, _ = build_model(config, build_processor(config))
+    gradients, moments = step(model, config)
     told = estimate(config)
+    # Autocast keeps a copy in bfloat16 of every float32 weight.
+    copies = [p.bfloat16() for p in model.parameters() if p.dtype == torch.float32] if dtype == "bf16" else []
     # The vocabulary grows by the two placeholders only in the processor, never in the weights.
-    assert told.weights == sum(p.nbytes for p in model.parameters())
-    assert told.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    moments = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    assert told.weights == sum(weight.nbytes for weight in (*model.parameters(), *copies))
+    assert told.gradients == sum(gradient.nbytes for gradient in gradients)
     assert told.optimizer == sum(moment.nbytes for moment in moments)
 
 
@@ -88,13 +111,60 @@ def test_activations_are_about_what_autograd_keeps(models: dict[str, str], tmp_p
     assert 0.5 * held < reckoned < 2 * held
 
 
-def test_sharding_divides_and_bf16_halves(models: dict[str, str], tmp_path: Path) -> None:
-    whole = estimate(config_of(models, tmp_path, "finetune"))
-    shared = estimate(config_of(models, tmp_path, "finetune"), ranks=4)
-    assert shared.optimizer == whole.optimizer // 4 and shared.gradients == whole.gradients // 4
-    assert shared.activations == whole.activations
-    frozen = estimate(config_of(models, tmp_path, "pretrain", dtype="bf16"))
-    full = estimate(config_of(models, tmp_path, "pretrain"))
-    assert full.weights / 2 < frozen.weights < 0.75 * full.weights and frozen.optimizer == full.optimizer
-    vocabulary = build_config(config_of(models, tmp_path, "finetune")).text_config.vocab_size
-    assert whole.logits == 12 * CHUNK_TOKENS * vocabulary
+@pytest.fixture
+def four_ranks() -> Iterator[World]:
+    """The first of four ranks, of which the others do not exist; enough to see what one of them holds."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield World(0, 4, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_a_sharded_rank_holds_its_share(models: dict[str, str], tmp_path: Path, four_ranks: World) -> None:
+    config = config_of(models, tmp_path, "finetune", parallel="fsdp")
+    model, _ = build_model(config, build_processor(config))
+    everything = sum(p.nbytes for p in model.parameters())
+    Engine(model, config, four_ranks)
+    gradients, moments = step(model, config)
+    told = estimate(config, ranks=4)
+    masters = sum(local(p).nbytes for p in model.parameters())
+    assert masters < told.weights < masters + everything  # and the layers in use, whole
+    assert told.gradients == pytest.approx(sum(local(gradient).nbytes for gradient in gradients), rel=0.03)
+    assert told.optimizer == pytest.approx(sum(local(moment).nbytes for moment in moments), rel=0.03)
+    assert told.activations == estimate(config).activations
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that are alive at once, of all tensors made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, Any] = {}
+        self._bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._alive:
+                storage = tensor.untyped_storage()
+                self._bytes += storage.nbytes()
+                self.peak = max(self.peak, self._bytes)
+                self._alive[key] = weakref.ref(storage, partial(self._free, key, storage.nbytes()))
+        return output
+
+    def _free(self, key: int, size: int, _: Any) -> None:
+        del self._alive[key]
+        self._bytes -= size
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_logits_are_what_the_loss_of_a_chunk_holds(models: dict[str, str], tmp_path: Path, dtype: str) -> None:
+    config = config_of(models, tmp_path, "finetune", dtype=dtype)
+    vocabulary = build_config(config).text_config.vocab_size
+    # So narrow that nothing but the logits takes room.
+    head = torch.nn.Linear(1, vocabulary, bias=False)
+    hidden = torch.randn(1, CHUNK_TOKENS + 1, 1, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, CHUNK_TOKENS + 1))
+    with PeakMemory() as memory, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        token_losses(hidden, labels, None, head).sum().backward()
+    assert estimate(config).logits == pytest.approx(memory.peak, rel=0.05)
