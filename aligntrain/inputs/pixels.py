@@ -37,7 +37,7 @@ def pixels_of(images: Sequence[Image.Image], image_processor: Any, size: int, mo
 def _square(image: Image.Image, mode: str, mean: Any, size: int, resample: int) -> Image.Image:
     short, long = sorted(image.size)
     if mode == "pad" and long * long > MAX_PIXELS:
-        # A strip of which the square, or of which the resized form, would fill the memory is cut or shrunk before.
+        # Cut or shrink a very long image first: its padded square or resized form would not fit in memory.
         image = image.resize([max(1, edge * size // long) for edge in image.size], Image.Resampling(resample))
     elif mode == "crop" and long * size * size > MAX_PIXELS * short:
         left, top = ((edge - min(edge, 3 * short)) // 2 for edge in image.size)

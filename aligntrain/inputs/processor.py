@@ -1,6 +1,6 @@
-"""From conversations and pictures to the model's inputs: token ids, labels, pixels.
+"""Processor: from conversations and images to the model's inputs (token ids, labels, pixels).
 
-One sample, with its labels (x: none) and what the gate's mean is over (g), for ``gate_text`` "instruction":
+One sample with its labels (x: none) and the tokens that the gate averages (g), for ``gate_text`` "instruction":
 
     input_ids  BOS <align> A chat … USER: <image> … <image> What is it? ASSISTANT: A dog </s>
     labels      x     x    x  x   x   x      x    x    x     x   x  x       x      A dog </s>
@@ -36,10 +36,10 @@ class Encoded:
     """One sample as token ids.
 
     Attributes:
-        input_ids: with P image placeholders and one align placeholder where there is an image.
+        input_ids: if there is an image, with P image placeholders and one align placeholder.
         labels: of the same length; -100 where there is nothing to learn.
-        gate_length: tokens before the first answer (all of them, where there is none).
-        truncated: tokens that were cut off at the end.
+        gate_length: number of tokens before the first answer (all of them, if there is none).
+        truncated: number of tokens cut off at the end.
     """
 
     input_ids: list[int]
@@ -52,21 +52,21 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
     """Tokenizer, image processor and template of an AlignGPT model.
 
     Args:
-        image_processor: of the vision tower; its mean, standard deviation and resampling are used.
-        tokenizer: of the LLM; must be a fast one. ``<image>`` and ``<align>`` are added to it where they are missing,
-            and a padding token, the unknown token as in the official code, or else the end token.
+        image_processor: the vision tower's; its mean, standard deviation and resampling are used.
+        tokenizer: the LLM's, a fast one; what it lacks is added to it (see ``prepare_tokenizer``).
         chat_template: Jinja; default: that of ``template``.
         template: ``v1`` (Vicuna), ``plain`` (captions, pretraining) or ``chat``, the tokenizer's own.
         num_patches: P, placeholders per image.
-        pixel_size: side length of the model's pixels.
-        image_mode: ``pad`` pads a picture to a square in the mean colour (finetuning, inference in the official
+        pixel_size: side length of the model's input in pixels.
+        image_mode: ``pad`` pads an image to a square in the mean colour (finetuning and inference in the official
             code), ``crop`` takes its centre square (pretraining).
         align: whether there is an alignment vector (``align_mode`` other than ``none``).
-        gate_text: as in AlignGPTConfig; with "instruction" prompts with earlier answers come with a ``gate_mask``.
-        max_length: tokens after which samples are cut.
+        gate_text: as in AlignGPTConfig; for "instruction", prompts come with a ``gate_mask`` that ends before the
+            first answer.
+        max_length: maximum number of tokens in a training sample; longer ones are cut.
 
     Raises:
-        ValueError: an unknown option, a slow tokenizer, a tokenizer without a chat template for ``chat``.
+        ValueError: an unknown option, a slow tokenizer, or ``chat`` for a tokenizer without a chat template.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
 
     @classmethod
     def from_components(cls, llm: Any, vision: str | Path, **settings: Any) -> AlignGPTProcessor:
-        """A processor for an LLM (a folder, a name or a tokenizer) and a vision tower (a folder or a name).
+        """Build a processor for an LLM (folder, name or tokenizer) and a vision tower (folder or name).
 
-        ``settings`` are this class's arguments, and ``vision_select`` and ``s2_scales`` of AlignGPTConfig, from which
-        the number of patches and pixels follows.
+        ``settings`` are this class's arguments, and ``vision_select`` and ``s2_scales`` of AlignGPTConfig, which
+        determine the number of patches and pixels.
         """
         tokenizer = load_tokenizer(llm) if isinstance(llm, str | Path) else llm
         config = AutoConfig.from_pretrained(vision)
@@ -127,23 +127,23 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         key: str = "",
         training: bool = True,
     ) -> Encoded:
-        """One conversation as token ids and labels.
+        """Encode one conversation as token ids and labels.
 
         Args:
             conversation: turns with a role and a text (see ``templates.messages_of``).
-            has_image: whether a picture belongs to it.
-            key: the sample's name, for errors.
-            training: there must be something to learn, and what is over ``max_length`` is cut. Otherwise the text
-                ends with the cue for an answer, if the last turn is a question.
+            has_image: whether the sample has an image.
+            key: name of the sample in error messages.
+            training: require an answer to learn, and cut at ``max_length``. If False, a final question is followed by
+                the cue for its answer.
 
         Raises:
-            ValueError: no answer, no supervised token left, an irregular conversation, or a picture that
+            ValueError: an irregular conversation, one without an answer or without a label left, or an image that
                 ``max_length`` would cut.
         """
         try:
             messages = messages_of(conversation, has_image)
             if self.template == "plain" and training and [m["role"] for m in messages] != ["user", "assistant"]:
-                raise ValueError("the plain template takes one question and one answer, the caption.")
+                raise ValueError("the plain template needs exactly one question and one answer (the caption).")
             if training and messages[-1]["role"] == "user":
                 messages = messages[:-1]
             if training and not any(m["role"] == "assistant" for m in messages):
@@ -154,19 +154,16 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             raise ValueError(f"sample {key!r}: {error}" if key else str(error)) from error
 
     def encode_caption(self, caption: str, *, key: str = "") -> Encoded:
-        """A picture's caption as a sample of pretraining; raises ValueError as ``encode`` does."""
+        """Encode an image's caption as a pretraining sample. Raises ValueError as ``encode`` does."""
         turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": caption}]
         return self.encode(turns, has_image=True, key=key)
 
     def process_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures as normalised pixels, float32 [I, 3, H, H], H = pixel_size.
-
-        Pillow's resizing, as in the official code, whatever backend the image processor has.
-        """
+        """Images as normalised pixels, float32 [I, 3, H, H], H = pixel_size."""
         return pixels_of(images, self.image_processor, self.pixel_size, self.image_mode)
 
     def pad(self, samples: Sequence[Encoded], side: str = "right") -> dict[str, Tensor]:
-        """Samples as a batch: ``input_ids``, ``attention_mask``, ``labels`` and ``gate_mask`` (bool), each [B, L]."""
+        """Pad samples to a batch: ``input_ids``, ``attention_mask``, ``labels``, ``gate_mask`` (bool), all [B, L]."""
         length = max(len(sample.input_ids) for sample in samples)
         pad_id = self.tokenizer.pad_token_id
 
@@ -190,19 +187,19 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         return_tensors: str | None = "pt",
         **_: Any,
     ) -> BatchFeature:
-        """Prompts, with ``<image>`` where a picture goes, as inputs of ``generate``.
+        """Encode prompts, with ``<image>`` in the place of an image, for ``generate``.
 
         Args:
-            images: one picture (PIL, path or URL), or a list, in the order of the prompts that have ``<image>``.
-            text: one prompt or several, complete: the template is not applied (see ``apply_chat_template``).
-            padding_side: of the shorter prompts.
+            images: one image (PIL, path or URL), or a list in the order of the prompts that have ``<image>``.
+            text: one prompt or several, complete: no template is applied (see ``apply_chat_template``).
+            padding_side: side on which shorter prompts are padded.
             return_tensors: only "pt".
 
         Returns:
-            ``input_ids``, ``attention_mask`` [B, L], ``gate_mask`` and, with pictures, ``pixel_values`` [I, 3, H, H].
+            ``input_ids``, ``attention_mask`` [B, L], ``gate_mask`` and, with images, ``pixel_values`` [I, 3, H, H].
 
         Raises:
-            ValueError: not as many pictures as ``<image>``, or two in one prompt.
+            ValueError: the numbers of images and of ``<image>`` differ, or a prompt has two.
         """
         prompts = [text] if isinstance(text, str) else list(text or [])
         return self._prompts([self._tokenize(Rendered(p, []), IMAGE in p) for p in prompts], images, padding_side)
@@ -218,16 +215,15 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         images: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Messages, in transformers' form, as text or (``tokenize``) as inputs of ``generate``.
+        """Turn messages in transformers' form into text or (``tokenize``) inputs of ``generate``.
 
-        Content is a string with ``<image>`` or a list of ``{"type": "text" | "image", ...}``; pictures are given in it
-        (``image``, ``url`` or ``path``) or as ``images``. With ``gate_text`` "instruction" the gate's mean ends before
-        the first answer of the conversation, as in training.
+        Content is a string with ``<image>`` or a list of ``{"type": "text" | "image", ...}``; images are given there
+        (``image``, ``url`` or ``path``) or as ``images``. With ``gate_text`` "instruction" the gate averages the text
+        before the first answer of the conversation, as in training.
         """
         batched = not isinstance(conversation[0], Mapping)
         conversations = conversation if batched else [conversation]
-        pictures = list(images) if isinstance(images, list | tuple) else [images] if images is not None else []
-        pictures = pictures or [image for turns in conversations for image in parse_conversation(turns)[1]]
+        pictures = _as_list(images) or [image for turns in conversations for image in parse_conversation(turns)[1]]
         encoded, texts = [], []
         for turns in conversations:
             messages = messages_of(turns, None)
@@ -244,15 +240,15 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
 
     def _prompts(self, samples: list[Encoded], images: Any, side: str) -> BatchFeature:
         if not samples:
-            raise ValueError("give at least one prompt (text).")
+            raise ValueError("no prompt given; pass at least one as text.")
         batch = self.pad(samples, side)
         del batch["labels"]
         if self.gate_text == "all":
             batch["gate_mask"] = batch["attention_mask"].bool()
-        pictures = list(images) if isinstance(images, list | tuple) else [images] if images is not None else []
-        wanted = sum(self.image_token_id in sample.input_ids for sample in samples)
-        if len(pictures) != wanted:
-            raise ValueError(f"{wanted} prompts have {IMAGE}, but {len(pictures)} images were given.")
+        pictures = _as_list(images)
+        marked = sum(self.image_token_id in sample.input_ids for sample in samples)
+        if len(pictures) != marked:
+            raise ValueError(f"{marked} prompts have {IMAGE}, but {len(pictures)} images were given.")
         if pictures:
             batch["pixel_values"] = self.process_images([load_image(picture) for picture in pictures])
         return BatchFeature(batch)
@@ -267,10 +263,10 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         return text
 
     def _tokenize(self, rendered: Rendered, has_image: bool) -> Encoded:
-        """The text on either side of the picture is tokenised on its own, as in the official code."""
+        """Tokenize the text before and after the image separately, as in the official code."""
         pieces = rendered.text.split(IMAGE)
         if len(pieces) != 1 + has_image:
-            raise ValueError(f"the text has {IMAGE} {len(pieces) - 1} times; one image a sample is the limit.")
+            raise ValueError(f"the text has {IMAGE} {len(pieces) - 1} times; the limit is one per sample.")
         ids: list[int] = []
         labels: list[int] = []
         start = 0
@@ -281,7 +277,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
             offsets = [(start + a, start + b) for a, b in tokens.offset_mapping]
             if {self.image_token_id, self.align_token_id} & set(tokens.input_ids):
-                raise ValueError(f"the text contains {ALIGN}, which is reserved.")
+                raise ValueError(f"the text contains {ALIGN}, which is a reserved token.")
             ids += tokens.input_ids
             labels += _labels(tokens.input_ids, offsets, rendered.answers)
             start += len(piece) + len(IMAGE)
@@ -298,7 +294,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
     def _cut(self, sample: Encoded) -> Encoded:
         length = self.max_length
         if self.image_token_id in sample.input_ids[length:]:
-            raise ValueError(f"max_length {length} would cut through the image; it must come earlier in the text.")
+            raise ValueError(f"max_length {length} would cut the image; raise it, or put the image earlier.")
         cut = Encoded(
             sample.input_ids[:length],
             sample.labels[:length],
@@ -306,12 +302,12 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             max(0, len(sample.input_ids) - length),
         )
         if all(label == IGNORE for label in cut.labels):
-            raise ValueError(f"there is no token to learn within max_length {length}.")
+            raise ValueError(f"there is nothing to learn within max_length {length}.")
         return cut
 
 
 def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[int, int]]) -> list[int]:
-    """The ids of the tokens that share a character with an answer; -100 for the others."""
+    """Labels: the ids of tokens that overlap an answer; -100 for the others."""
     labels = [IGNORE] * len(ids)
     ahead = iter(answers)
     start, end = next(ahead, (0, 0))
@@ -321,3 +317,7 @@ def _labels(ids: list[int], offsets: list[tuple[int, int]], answers: list[tuple[
         if end and (b > start or a == b >= start):
             labels[i] = ids[i]
     return labels
+
+
+def _as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, list | tuple) else [images] if images is not None else []

@@ -14,22 +14,22 @@ from aligntrain.inputs.templates import ALIGN
 
 
 def load_tokenizer(folder: str | Path, **settings: Any) -> Any:
-    """The tokenizer of an LLM, with old Llama tokenizers as the official code has them.
+    """Load an LLM's tokenizer; "legacy" Llama tokenizers (Vicuna) behave as in the official code.
 
-    A "legacy" Llama tokenizer (Vicuna) puts a space before every piece of text, also where there is one already; what
-    transformers 5 makes of the same file does not, and tokenises texts with leading spaces differently.
+    These put a space before every piece of text, even if it starts with one. transformers 5 does not, and so tokenizes
+    text with leading spaces differently.
 
     Args:
-        folder: with a tokenizer, or a name.
-        settings: passed on; e.g. ``split_special_tokens=True`` reads ``</s>`` in a text as four characters, like a
-            sentencepiece model whose special tokens were never registered.
+        folder: the tokenizer's folder or name.
+        settings: passed on to transformers. ``split_special_tokens=True``, for example, reads ``</s>`` in a text as
+            four characters, as a sentencepiece model does whose special tokens were never registered.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
     if not (isinstance(tokenizer, LlamaTokenizer) and tokenizer.legacy):
         return tokenizer
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # LlamaTokenizer would make its own rules again when it is loaded; the plain class keeps the file's.
+    # LlamaTokenizer would replace these rules when it is loaded again; the plain class keeps the file's.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=tokenizer.bos_token,

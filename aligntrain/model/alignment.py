@@ -1,4 +1,4 @@
-"""The alignment vector of AlignGPT: the table of level embeddings and the gate that mixes them.
+"""The alignment vector of AlignGPT: level embeddings, and the gate that mixes them.
 
 Shapes: I images, M text tokens, P patches, D the LLM's width, N levels, W the gate's width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class LevelEmbeddings(nn.Module):
-    """H: one learned vector per alignment level, [N, D], level N the best (arXiv 2405.14129).
+    """H: one learned vector per alignment level, [N, D]; level N is the best (arXiv 2405.14129).
 
     Args:
         num_levels: N.
@@ -23,20 +23,24 @@ class LevelEmbeddings(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, levels_I: Tensor) -> Tensor:
-        """H[level] for levels 1..N (int64, [I]) -> [I, D]; raises ValueError for a level outside."""
+        """Look up levels 1..N (int64, [I]) -> [I, D].
+
+        Raises:
+            ValueError: a level outside 1..N.
+        """
         num_levels = self.weight.shape[0]
         if levels_I.numel() and (levels_I.min() < 1 or levels_I.max() > num_levels):
             raise ValueError(
-                f"levels run from 1 to {num_levels}, but the batch has {int(levels_I.min())}..{int(levels_I.max())}."
+                f"levels must be 1 to {num_levels}, but the batch has {int(levels_I.min())} to {int(levels_I.max())}."
             )
         return nn.functional.embedding(levels_I - 1, self.weight)
 
     def mix(self, mode: str, alpha_IN1: Tensor | None, num_images: int) -> Tensor:
-        """The alignment vectors of ``num_images`` images whose levels are not known.
+        """The alignment vectors of images without known levels (finetuning, inference).
 
         Args:
             mode: an ``align_mode`` of AlignGPTConfig other than ``none``.
-            alpha_IN1: the gate's weights of levels 1..N-1, [I, N-1]; used by ``gated`` and ``local`` only.
+            alpha_IN1: the gate's weights for levels 1..N-1, [I, N-1]; only ``gated`` and ``local`` need it.
             num_images: I.
 
         Returns:
@@ -57,7 +61,7 @@ class LevelEmbeddings(nn.Module):
 
 
 class AlignmentGate(nn.Module):
-    """From the similarity of every patch with the text to the weights of the levels below the best.
+    """Turns the similarity of each patch with the text into weights for the levels below the best.
 
     alpha = softmax(Linear(W, N-1)(GELU(Linear(P, W)(v)))), as in the official code's ``gated_weight_layer``.
 
@@ -72,29 +76,29 @@ class AlignmentGate(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_patches, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_levels - 1))
 
     def forward(self, dots_IP: Tensor) -> Tensor:
-        """[I, P] -> alpha [I, N-1], float32, rows summing to 1."""
+        """[I, P] -> alpha [I, N-1], float32; each row sums to 1."""
         logits_IN1: Tensor = self.mlp(dots_IP)
         return logits_IN1.softmax(-1, dtype=torch.float32)
 
 
 def gate_dots(features_IPD: Tensor, text_ID: Tensor) -> Tensor:
-    """v_p = <projected patch p, mean text embedding>, not scaled: [I, P, D], [I, D] -> [I, P]."""
+    """v_p = <projected patch p, mean text embedding>, unscaled: [I, P, D], [I, D] -> [I, P]."""
     return torch.einsum("ipd,id->ip", features_IPD, text_ID.to(features_IPD.dtype))
 
 
 def mean_text(text_MD: Tensor, image_M: Tensor, num_images: int) -> Tensor:
-    """The mean embedding of each image's text.
+    """The mean embedding of the text that belongs to each image.
 
-    A product with a one-hot matrix rather than an index_add: the same bits on every run on a GPU, and nothing of
-    the size of the batch's padded rows in memory.
+    Multiplies by a one-hot matrix instead of index_add, which is not deterministic on GPUs, and needs no tensor as
+    large as the padded batch.
 
     Args:
-        text_MD: embeddings of the text tokens that count, [M, D].
-        image_M: int64 [M], the image each of them belongs to; negative: to none (a text-only sample).
+        text_MD: embeddings of the tokens to average, [M, D].
+        image_M: int64 [M], the image that each token belongs to; negative for none (a text-only sample).
         num_images: I.
 
     Returns:
-        float32 [I, D]; zeros for an image without text.
+        float32 [I, D]; zeros where an image has no text.
     """
     own_IM = (image_M == torch.arange(num_images, device=image_M.device)[:, None]).float()
     return (own_IM @ text_MD.float()) / own_IM.sum(1, keepdim=True).clamp(min=1)

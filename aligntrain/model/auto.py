@@ -1,9 +1,11 @@
-"""Tells transformers' Auto classes about AlignGPT; importing this module is all it takes.
+"""Registers AlignGPT with transformers' Auto classes when it is imported.
 
 import aligntrain.model.auto
 model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 """
+
+from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

@@ -1,4 +1,4 @@
-"""The model and the processor that a stage starts from, made ready to learn."""
+"""From a StageConfig to the model and processor that the stage trains."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 from aligntrain.training.lora import add_lora
 
-_SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # of the model, fixed for good
+_SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # fixed once a model is made
 _MODES = ("align_mode", "gate_text")
 LLM_TEMPLATE = "llm_chat_template.jinja"
 
 TINY = "tiny"
-"""Name of the built-in LLM and of the built-in vision tower, which read and see drawn scenes; for trying things out."""
+"""Name of the built-in LLM and vision tower, trained on drawn scenes; for demos and tests."""
 _MODELS = Path(__file__).parents[1] / "builtin"
 
 
 def llm_of(config: StageConfig) -> str | None:
-    """Where the LLM of the settings is: a folder, or a name on the Hugging Face hub."""
+    """The folder, or the name on the Hugging Face Hub, of the LLM in the settings."""
     return str(_MODELS / "tiny-llm") if config.llm == TINY else config.llm
 
 
 def vision_of(config: StageConfig) -> str | None:
-    """Where the vision tower of the settings is: a folder, or a name on the Hugging Face hub."""
+    """The folder, or the name on the Hugging Face Hub, of the vision tower in the settings."""
     return str(_MODELS / "tiny-vision") if config.vision == TINY else config.vision
 
 
 def build_processor(config: StageConfig) -> AlignGPTProcessor:
-    """The stage's processor, its tokenizer and image settings from ``init`` or from ``llm`` and ``vision``.
+    """Build the stage's processor; tokenizer and image settings come from ``init``, or from ``llm`` and ``vision``.
 
-    Raises UserError when these are not there or do not fit.
+    Raises:
+        UserError: one of these cannot be loaded, or does not fit the settings.
     """
     own: dict[str, Any] = {
         "template": config.template,
@@ -74,9 +75,10 @@ def build_processor(config: StageConfig) -> AlignGPTProcessor:
 
 
 def save_processor(processor: AlignGPTProcessor, folder: Path) -> None:
-    """As ``save_pretrained``, and beside it the LLM's own chat template.
+    """Save the processor, and beside it the LLM's own chat template.
 
-    A folder has one template, the processor's; pretraining's would else be all that finetuning finds.
+    ``save_pretrained`` keeps only the template in use. After pretraining that is the plain one, but finetuning may need
+    the LLM's.
     """
     processor.save_pretrained(folder)
     if processor.tokenizer.chat_template is not None:
@@ -86,11 +88,15 @@ def save_processor(processor: AlignGPTProcessor, folder: Path) -> None:
 def build_model(
     config: StageConfig, processor: AlignGPTProcessor
 ) -> tuple[AlignGPTForConditionalGeneration, list[str]]:
-    """The model, with what learns in float32 and the rest in the dtype of the computation; and the learning names.
+    """Build the model, with trained weights in float32 and the rest in the compute dtype.
 
-    New weights follow from the seed alone, so that every rank has the same.
+    New weights depend only on the seed, so that all ranks have the same.
 
-    Raises UserError when a folder is not there, holds other shapes, or contradicts the settings.
+    Returns:
+        The model and the names of its trained parameters.
+
+    Raises:
+        UserError: a folder is missing, has weights of other shapes, or contradicts the settings.
     """
     torch.manual_seed(config.seed)
     with _load_errors(config), quiet_transformers():
@@ -118,15 +124,16 @@ def build_model(
     model.vision_tower.eval()
     if config.checkpointing:
         for layer in layers_of(model.language_model):
-            # Around the layer's own forward, so that FSDP2's gathering and torch.compile stay outside of it.
+            # Wraps the layer's own forward, so that FSDP2's all-gather and torch.compile stay outside.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model, [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def build_config(config: StageConfig) -> AlignGPTConfig:
-    """The configuration of the model that the stage would start from; no weights are read.
+    """Build only the configuration of the model; reads no weights.
 
-    Raises UserError as ``build_model``.
+    Raises:
+        UserError: as ``build_model``.
     """
     with _load_errors(config):
         if config.init is not None:
@@ -139,49 +146,49 @@ def build_config(config: StageConfig) -> AlignGPTConfig:
 
 
 def layers_of(part: nn.Module) -> list[nn.Module]:
-    """The layers of an LLM or a tower: the regions for FSDP2, torch.compile and activation checkpointing."""
+    """The transformer layers of an LLM or tower: the units of FSDP2, torch.compile and activation checkpointing."""
     lists: list[nn.Module] = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())).children()) if lists else []
+    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())).children()) if lists else []
 
 
 def _load_dtype(config: StageConfig) -> torch.dtype:
-    # What learns keeps every bit of a float32 checkpoint; a frozen LLM need not take twice its room for it.
+    # Trained weights are loaded in float32; a frozen LLM would only take twice the memory.
     return torch.bfloat16 if config.dtype == "bf16" and config.stage == "pretrain" else torch.float32
 
 
 def _own_template(config: StageConfig, before: AlignGPTProcessor) -> str | None:
-    """The chat template of the LLM that ``init`` was made with, None where it had none or that is not known."""
+    """The chat template of the LLM that ``init`` was made with; None if it had none or it was not saved."""
     file = Path(str(config.init)) / LLM_TEMPLATE
     if file.is_file():
         return file.read_text("utf-8")
     if before.template == "chat":
         return str(before.chat_template)
     if config.template == "chat":
-        raise UserError(f"{config.init}: its LLM's own chat template is not kept there; choose --template v1.")
+        raise UserError(f"{config.init}: the chat template of its LLM was not saved there; use --template v1.")
     return None
 
 
 def _given(config: StageConfig, *names: str) -> dict[str, Any]:
-    """Those of the settings that are given, as AlignGPTConfig takes them."""
-    found = {name: getattr(config, name) for name in names}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items() if v is not None}
+    """The settings among ``names`` that are given, as arguments of AlignGPTConfig."""
+    values = {name: getattr(config, name) for name in names}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
 
 
 def _config_of_init(config: StageConfig) -> AlignGPTConfig:
-    """The configuration in ``init`` with the modes of the settings. Raises UserError for another shape."""
-    settings: AlignGPTConfig = AlignGPTConfig.from_pretrained(config.init)
-    for name, wanted in _given(config, *_SHAPE).items():
-        if wanted != (found := getattr(settings, name)):
-            raise UserError(f"{name} is {wanted}, but the model in {config.init} was made with {found}; leave it out.")
-    for name, wanted in _given(config, *_MODES).items():
-        found = getattr(settings, name)
-        if (wanted == "none") != (found == "none"):
+    """The configuration in ``init`` with the settings' modes. Raises UserError if the settings change its shape."""
+    model: AlignGPTConfig = AlignGPTConfig.from_pretrained(config.init)
+    for name, value in _given(config, *_SHAPE).items():
+        if value != (fixed := getattr(model, name)):
+            raise UserError(f"{name} is {value}, but the model in {config.init} was made with {fixed}; leave it out.")
+    for name, value in _given(config, *_MODES).items():
+        before = getattr(model, name)
+        if (value == "none") != (before == "none"):
             raise UserError(
-                f"{name} is {wanted!r}, but the model in {config.init} has {found!r}; an alignment vector cannot be "
-                "added or taken away afterwards."
+                f"{name} is {value!r}, but the model in {config.init} has {before!r}; an alignment vector cannot be "
+                "added or removed later."
             )
-        setattr(settings, name, wanted)
-    return settings
+        setattr(model, name, value)
+    return model
 
 
 def _load(config: StageConfig) -> AlignGPTForConditionalGeneration:
@@ -196,7 +203,7 @@ def _load(config: StageConfig) -> AlignGPTForConditionalGeneration:
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("gate."))
     if missing or report["mismatched_keys"]:
         wrong = ", ".join([*missing, *map(str, report["mismatched_keys"])][:3])
-        raise UserError(f"{config.init}: its weights do not fit its configuration ({wrong}); give another model.")
+        raise UserError(f"{config.init}: its weights do not fit its configuration ({wrong}); give an intact model.")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Configuration of an AlignGPT model: the LLM, the vision tower, and what joins them."""
+"""Configuration of an AlignGPT model: LLM, vision tower, projector and alignment."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from transformers.configuration_utils import SubConfigSpec
 ALIGN_MODES = ("gated", "global", "local", "average", "none")
 GATE_TEXTS = ("instruction", "all")
 VISION_SELECTS = ("patch", "cls_patch")
-# Towers whose first token is a class token and no patch; SigLIP's towers have patches only.
+# Towers whose first token is a class token; SigLIP's towers have patches only.
 CLASS_TOKEN_TOWERS = ("clip_vision_model",)
 
 
 class AlignGPTConfig(PreTrainedConfig):  # type: ignore[misc]
-    """Everything that decides the shape and the computation of an AlignGPT model.
+    """Shape and computation of an AlignGPT model.
 
     Args:
-        text_config: the causal LLM's own configuration.
-        vision_config: a CLIP or SigLIP vision tower's configuration (of a dual CLIP or SigLIP model, its vision half).
-        image_token_id: id that stands for one patch in ``input_ids``; -1: the LLM's vocabulary size.
-        align_token_id: id that stands for the alignment vector; -1: the LLM's vocabulary size + 1.
-            Neither id needs a row in the LLM's embedding table, for the vectors are put in from outside.
+        text_config: the causal LLM's configuration.
+        vision_config: the CLIP or SigLIP vision tower's configuration.
+        image_token_id: placeholder id for one patch in ``input_ids``; -1: the LLM's vocabulary size.
+        align_token_id: placeholder id for the alignment vector; -1: the LLM's vocabulary size + 1.
+            Neither id needs a row in the LLM's embedding table, because their embeddings are replaced.
         num_levels: N, the number of alignment levels; N is the best. 8 in the paper (arXiv 2405.14129).
-        align_mode: how the alignment vector is made once there are no levels (finetuning, inference):
+        align_mode: how the alignment vector is computed without levels (finetuning, inference):
             ``gated`` H[N] + sum a_i H[i] (the paper), ``global`` H[N], ``local`` sum a_i H[i],
             ``average`` H[N] + mean H[i], ``fixed:k`` H[k], ``none`` no alignment vector at all (LLaVA).
-        gate_text: which text the gate's mean is over while training: ``instruction``, what comes before the
-            first answer, or ``all``, answers included, as in the official code. At inference it is the prompt.
+        gate_text: the text that the gate averages in training: ``instruction``, everything before the first
+            answer, or ``all``, including the answers, as in the official code. At inference it is the prompt.
         gate_hidden_size: width of the gate's hidden layer; 256 in the official code.
         projector_type: ``linear`` or ``mlp{k}x_gelu``. The paper says linear, the official code uses mlp2x_gelu.
         vision_layer: index into the tower's hidden states (0 is the embedding; negative counts from the end).
         vision_select: ``patch`` drops the class token, ``cls_patch`` keeps it.
-        s2_scales: side lengths in pixels for multi-scale input (S2, arXiv 2403.13043), the smallest first and equal
-            to the tower's own; every other one a multiple of it. None: one scale.
+        s2_scales: side lengths in pixels for multi-scale input (S2, arXiv 2403.13043), ascending. The first is the
+            tower's own, the others are multiples of it. None: one scale.
 
     Raises:
-        ValueError: a setting is unknown or contradicts another.
+        ValueError: a setting has an unknown value or contradicts another.
     """
 
     model_type = "aligngpt"
@@ -68,13 +68,13 @@ class AlignGPTConfig(PreTrainedConfig):  # type: ignore[misc]
             self.image_token_id = vocab_size
         if self.align_token_id < 0:
             self.align_token_id = vocab_size + 1
-        # transformers ties a composite model's embeddings only where the outer configuration says so too.
+        # transformers ties a composite model's embeddings only if the outer configuration is set too.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check()
 
     def _check(self) -> None:
         if self.num_levels < 2:
-            raise ValueError(f"num_levels is {self.num_levels}; an alignment table needs at least 2 levels.")
+            raise ValueError(f"num_levels is {self.num_levels}; it must be at least 2.")
         check_align_mode(self.align_mode, self.num_levels)
         if self.gate_text not in GATE_TEXTS:
             raise ValueError(f"gate_text is {self.gate_text!r}; choose one of {', '.join(GATE_TEXTS)}.")
@@ -91,45 +91,53 @@ class AlignGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.s2_scales is not None:
             base = self.vision_config.image_size
             if self.vision_select != "patch":
-                raise ValueError("s2_scales needs vision_select 'patch': tiles have no common class token.")
+                raise ValueError("s2_scales needs vision_select 'patch', because tiles have no common class token.")
             if list(self.s2_scales) != sorted(set(self.s2_scales)) or self.s2_scales[:1] != [base]:
-                raise ValueError(f"s2_scales is {self.s2_scales}; it must rise and start with the tower's {base} px.")
+                raise ValueError(f"s2_scales is {self.s2_scales}; it must ascend and start with the tower's {base} px.")
             if any(scale % base for scale in self.s2_scales):
                 raise ValueError(f"s2_scales is {self.s2_scales}; every scale must be a multiple of {base} px.")
 
     @property
     def has_class_token(self) -> bool:
-        """Whether the tower's first output is a class token."""
+        """Whether the first token of the tower's output is a class token."""
         return self.vision_config.model_type in CLASS_TOKEN_TOWERS
 
     @property
     def num_patches(self) -> int:
-        """P: positions that one image takes in the sequence."""
+        """P: number of positions that an image takes in the sequence."""
         side = self.vision_config.image_size // self.vision_config.patch_size
         return int(side * side + (self.vision_select == "cls_patch"))
 
     @property
     def vision_feature_size(self) -> int:
-        """Channels of one patch before the projector: the tower's width, once per scale."""
+        """Channels of one patch before the projector: the tower's width times the number of scales."""
         return int(self.vision_config.hidden_size * len(self.s2_scales or [None]))
 
     @property
     def pixel_size(self) -> int:
-        """Side length in pixels that the model takes: the tower's own, or the largest scale."""
+        """Side length of the model's input in pixels: the tower's own, or the largest scale."""
         return int(self.s2_scales[-1] if self.s2_scales else self.vision_config.image_size)
 
 
 def check_align_mode(mode: str, num_levels: int) -> None:
-    """Raise ValueError unless ``mode`` is one of ALIGN_MODES or ``fixed:k`` with 1 <= k <= num_levels."""
+    """Check ``align_mode``.
+
+    Raises:
+        ValueError: not one of ALIGN_MODES, nor ``fixed:k`` with 1 <= k <= num_levels.
+    """
     fixed = re.fullmatch(r"fixed:(\d+)", mode)
     if fixed is None and mode not in ALIGN_MODES:
         raise ValueError(f"align_mode is {mode!r}; choose one of {', '.join(ALIGN_MODES)} or fixed:k.")
     if fixed is not None and not 1 <= int(fixed[1]) <= num_levels:
-        raise ValueError(f"align_mode is {mode!r}, but levels run from 1 to {num_levels}.")
+        raise ValueError(f"align_mode is {mode!r}, but levels are 1 to {num_levels}.")
 
 
 def projector_depth(projector_type: str) -> int:
-    """Number of linear layers of ``linear`` or ``mlp{k}x_gelu``; raises ValueError for anything else."""
+    """Number of linear layers in a projector: 1 for ``linear``, k for ``mlp{k}x_gelu``.
+
+    Raises:
+        ValueError: any other type.
+    """
     if projector_type == "linear":
         return 1
     mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type)

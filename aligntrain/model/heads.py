@@ -1,4 +1,4 @@
-"""A causal LLM cut in two, decoder and head, so that logits can be computed for some positions only."""
+"""Split a causal LLM into decoder and head, to compute logits only where they are needed."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 def decoder_of(language_model: Any) -> Any:
-    """The part of a causal LLM that makes the last hidden states.
+    """The part of a causal LLM that computes the last hidden states.
 
     Raises:
-        ValueError: there is no telling which part that is.
+        ValueError: the LLM has no separate decoder.
     """
     decoder = language_model.get_decoder()
-    # Where transformers does not know better, it returns the LLM itself.
+    # transformers returns the LLM itself if it knows no decoder.
     decoder = getattr(language_model, "model", decoder) if decoder is language_model else decoder
     if decoder is language_model:
-        raise ValueError(f"{type(language_model).__name__} has no decoder of its own that could be run alone.")
+        raise ValueError(f"{type(language_model).__name__} has no decoder that can be run on its own.")
     return decoder
 
 
 def head_of(language_model: Any) -> Callable[[Tensor], Tensor]:
-    """The rest of it: last hidden states [m, D] -> logits [m, V].
+    """The rest of the LLM: last hidden states [m, D] -> logits [m, V].
 
-    LLMs scale, cap or bias their logits each in its own way (Gemma 2, Cohere, Granite, Phi, …), in the code of their
-    own ``forward``. A shallow copy of the LLM, its decoder replaced by one that returns its input, runs that very code
-    on the very same parameters.
+    Many LLMs scale, cap or bias their logits inside ``forward`` (Gemma 2, Cohere, Granite, Phi, …). To run that same
+    code on the same parameters, this calls a shallow copy of the LLM whose decoder just returns its input.
 
     Raises:
-        ValueError: when called, if the LLM's forward did not go through the decoder.
+        ValueError: when the returned function is called, if the LLM's forward bypasses its decoder.
     """
     decoder = decoder_of(language_model)
     path = next(name for name, module in language_model.named_modules() if module is decoder)
     stand_in = _PassThrough(decoder)
     head = _with_child(language_model, path, stand_in)
-    # The class's forward: one that was put on the instance (accelerate's hooks) is bound to the original.
+    # The class's forward: one set on the instance (as accelerate's hooks do) is bound to the original.
     forward = type(head).forward
 
     def logits_of(hidden_MD: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def head_of(language_model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
-    """A shallow copy of a module with another submodule at ``path``; everything else is shared."""
+    """A shallow copy of a module with ``child`` at ``path``; everything else is shared."""
     name, _, rest = path.partition(".")
     clone = copy.copy(module)
     clone._modules = {**module._modules, name: _with_child(module.get_submodule(name), rest, child) if rest else child}
@@ -60,18 +59,18 @@ def _with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
 
 
 class _PassThrough(nn.Module):
-    """Stands in for a decoder whose output is already known; lends its attributes, counts its calls."""
+    """Replaces a decoder whose output is already known: returns its input, has its attributes, counts calls."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self._lender = [decoder]  # in a list, so that it is no submodule
+        self._decoder = [decoder]  # in a list, so that it is not registered as a submodule
         self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._lender[0], name)
+            return getattr(self._decoder[0], name)
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
         self.calls += 1
@@ -79,7 +78,7 @@ class _PassThrough(nn.Module):
 
 
 class _Output(MoeModelOutputWithPast):  # type: ignore[misc]
-    """Any decoder's output; what it does not have is None."""
+    """The output of any decoder; fields that it lacks are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""The language-modelling loss where there are labels, and nowhere else.
+"""The language-modelling loss, computed only at positions that have labels.
 
 Shapes: B rows, L positions, M supervised tokens, D the LLM's width, V its vocabulary.
 """
@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
-# At a vocabulary of 150,000 the float32 logits of one chunk take 0.6 GB.
+# With a vocabulary of 150,000 the float32 logits of one chunk take 0.6 GB.
 CHUNK_TOKENS = 1024
 
 
 def supervised(labels_BL: Tensor, sequence_ids_BL: Tensor | None) -> Tensor:
-    """Which positions predict a label: bool [B, L-1]; position t predicts the token at t+1 of the same sample."""
+    """Positions with a label to predict: bool [B, L-1]; position t predicts the token at t+1 of the same sample."""
     mask = labels_BL[:, 1:] != IGNORE
     if sequence_ids_BL is not None:
         mask &= sequence_ids_BL[:, 1:] == sequence_ids_BL[:, :-1]
@@ -32,20 +32,20 @@ def token_losses(
     head: Callable[[Tensor], Tensor],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
-    """Cross-entropy of every supervised token, without the logits of any other.
+    """Cross-entropy of each supervised token, without computing logits for other positions.
 
-    With more than one chunk each is recomputed in the backward pass, so that the logits of one chunk at a time are in
-    memory.
+    If there is more than one chunk, each is recomputed in the backward pass, so that memory holds the logits of only
+    one at a time.
 
     Args:
         hidden_BLD: the LLM's last hidden states.
-        labels_BL: int64, the token ids themselves (the shift happens here), -100 where there is nothing to learn.
-        sequence_ids_BL: the sample each position belongs to in packed rows, or None.
+        labels_BL: int64, unshifted token ids; -100 where there is nothing to learn.
+        sequence_ids_BL: in packed rows, the sample that each position belongs to; else None.
         head: last hidden states [m, D] -> logits [m, V].
         chunk_tokens: supervised tokens per chunk.
 
     Returns:
-        float32 [M], in row-major order. Their sum carries the gradient also when M is 0.
+        float32 [M], in row-major order; differentiable even if M is 0.
     """
     mask = supervised(labels_BL, sequence_ids_BL)
     hidden_MD = hidden_BLD[:, :-1][mask]

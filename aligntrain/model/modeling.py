@@ -1,6 +1,7 @@
 """AlignGPT as an ordinary Hugging Face model: vision tower -> projector -> [alignment vector] -> causal LLM.
 
-Shapes: B rows, L positions, I images of the batch in row order, P patches, D the LLM's width, N levels, V vocabulary.
+Shapes: B rows, L positions, I images of the batch in row order, P patches, D the LLM's width, N levels,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from aligntrain.model.vision import build_projector, vision_features
 
 @dataclass
 class AlignGPTOutput(CausalLMOutputWithPast):  # type: ignore[misc]
-    """What the model returns.
+    """Output of the model.
 
     Attributes:
-        loss: scalar, with labels: the sum over supervised tokens / ``num_items_in_batch``, or their mean without it.
+        loss: with labels: the sum over supervised tokens / ``num_items_in_batch``, or their mean without it; scalar.
         logits: [B, L or logits_to_keep, V]; None with labels.
-        token_losses: with labels: float32 [M], detached, one per supervised token in row-major order.
-        gate_weights: float32 [I, N-1], where a gate ran.
-        gate_dots: [I, P], where a gate ran.
+        token_losses: with labels: the loss of each supervised token in row-major order; float32 [M], detached.
+        gate_weights: if the gate was used: its weights, float32 [I, N-1].
+        gate_dots: if the gate was used: its input, [I, P].
     """
 
     token_losses: Tensor | None = None
@@ -44,9 +45,9 @@ class AlignGPTOutput(CausalLMOutputWithPast):  # type: ignore[misc]
 class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal LLM that reads ``BOS, <align>, text, <image> x P, text``.
 
-    ``<align>`` is one placeholder for the alignment vector, ``<image>`` stands P times for the patches; a sample has
-    one image or none, and without an image no ``<align>``. The LLM is whatever AutoModelForCausalLM builds from
-    ``config.text_config``, the tower whatever AutoModel builds from ``config.vision_config``.
+    ``<align>`` is the placeholder of the alignment vector, ``<image>`` of one patch. A sample has at most one image;
+    without an image it has no ``<align>`` either. AutoModelForCausalLM builds the LLM from ``config.text_config``,
+    AutoModel the vision tower from ``config.vision_config``.
     """
 
     config_class = AlignGPTConfig
@@ -80,12 +81,12 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         attn_implementation: str | None = None,
         **settings: Any,
     ) -> AlignGPTForConditionalGeneration:
-        """A new model around a trained LLM and a trained tower; projector, table and gate are random.
+        """Build a new model from a trained LLM and vision tower; projector, level embeddings and gate are random.
 
         Args:
-            language_model: a causal LLM, or a folder or name of one.
-            vision_tower: a CLIP or SigLIP vision model or a dual model of that kind, or a folder or name of one.
-            dtype: of the whole model; default: the LLM's.
+            language_model: a causal LLM, or its folder or name.
+            vision_tower: a CLIP or SigLIP (vision) model, or its folder or name.
+            dtype: dtype of the whole model; default: the LLM's.
             attn_implementation: as in ``from_pretrained``.
             settings: fields of AlignGPTConfig.
         """
@@ -111,8 +112,8 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only this model's own modules come here; the LLM and the tower initialise themselves. As in the official
-        # code, linear layers start as torch makes them, not from transformers' normal(0, 0.02).
+        # Called for this model's own modules only; the LLM and the tower initialise themselves. As in the official
+        # code, linear layers are initialised by torch's default, not by transformers' normal(0, 0.02).
         if isinstance(module, LevelEmbeddings):
             initialization.xavier_uniform_(module.weight)
         elif isinstance(module, nn.Linear):
@@ -133,13 +134,15 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         self.language_model.set_output_embeddings(new_embeddings)
 
     def set_stage(self, stage: str) -> list[str]:
-        """Choose what learns: ``pretrain`` projector and table; ``finetune`` projector, LLM and (if it is used) gate.
+        """Choose what is trained.
+
+        ``pretrain``: projector and level embeddings. ``finetune``: projector, LLM and, if it is used, the gate.
 
         Returns:
-            The names of the parameters that now have ``requires_grad``.
+            The names of the parameters that now require gradients.
 
         Raises:
-            ValueError: another stage.
+            ValueError: an unknown stage.
         """
         if stage == "pretrain":
             learning = ["projector", "level_embeddings"]
@@ -170,25 +173,25 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> AlignGPTOutput:
-        """One pass; with labels the loss, without them the logits.
+        """Compute the loss if labels are given, else the logits.
 
         Args:
             input_ids: int64 [B, L], with ``config.align_token_id`` and ``config.image_token_id`` as placeholders.
-            pixel_values: [I, 3, H, H], one image after the other in the order of the samples that own them.
-            attention_mask: [B, L], 0 where there is padding, on either side. Not with ``sequence_ids``.
-            position_ids: int64 [B, L]; default: counted from the mask or the sequence ids.
-            past_key_values: cache of an earlier pass; the images are then behind us.
-            inputs_embeds: [B, L, D] instead of ``input_ids``, for text only or already complete.
-            labels: int64 [B, L], token ids or -100; not shifted.
-            levels: int64 [I], 1..N: ``<align>`` is H[level] (pretraining). Without it ``config.align_mode`` decides.
-            gate_mask: bool [B, L], the tokens in the gate's text mean; BOS, placeholders and padding never count.
-                Default: the tokens before the sample's first label (``gate_text`` "instruction") or all ("all", and
-                without labels). Shorter than the input: the rest does not count.
-            sequence_ids: int64 [B, L], packed rows: one number > 0 per sample, 0 for padding. Only for LLMs of which
-                ``packing.can_pack`` is true; it costs too much to be asked here.
+            pixel_values: [I, 3, H, H], in the order of the samples that they belong to.
+            attention_mask: [B, L], 0 for padding, on either side. Not with ``sequence_ids``.
+            position_ids: int64 [B, L]; default: derived from the mask or the sequence ids.
+            past_key_values: cache of earlier tokens, which include the images.
+            inputs_embeds: [B, L, D] instead of ``input_ids``; for text, or with images already in place.
+            labels: int64 [B, L], unshifted token ids or -100.
+            levels: int64 [I], 1..N: ``<align>`` is H[level] (pretraining). Default: as ``config.align_mode`` says.
+            gate_mask: bool [B, L], the tokens that the gate averages; BOS, placeholders and padding never count.
+                Default: the tokens before the sample's first label (``gate_text`` "instruction"), or all ("all", or
+                without labels). If it is shorter than the input, the rest does not count.
+            sequence_ids: int64 [B, L], for packed rows: one number > 0 per sample, 0 for padding. Only for LLMs that
+                pass ``packing.can_pack``, which is too slow to check here.
             num_items_in_batch: supervised tokens of the whole optimizer step; the loss is the sum divided by it.
-            use_cache: as everywhere in transformers; never in packed rows.
-            logits_to_keep: as everywhere in transformers: the last so many logits, or those positions; 0: all.
+            use_cache: as in transformers; always off in packed rows.
+            logits_to_keep: as in transformers: compute the last N logits, or those at given positions; 0: all.
 
         Raises:
             ValueError: placeholders, images, levels and masks contradict each other.
@@ -197,7 +200,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
             raise ValueError("give either input_ids or inputs_embeds.")
         if sequence_ids is not None:
             if past_key_values is not None or attention_mask is not None:
-                raise ValueError("packed rows (sequence_ids) go without attention_mask and past_key_values.")
+                raise ValueError("packed rows (sequence_ids) cannot be used with attention_mask or past_key_values.")
             use_cache = False
             position_ids = positions_of(sequence_ids) if position_ids is None else position_ids
         elif attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
@@ -239,7 +242,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
     def _gate_text(
         self, input_ids: Tensor, samples_BL: Tensor, gate_mask: Tensor | None, labels: Tensor | None
     ) -> Tensor:
-        """bool [B, L]: the tokens in the gate's mean."""
+        """The tokens that the gate averages, bool [B, L]."""
         ids, config = input_ids, self.config
         text_BL = (samples_BL > 0) & (ids != config.image_token_id) & (ids != config.align_token_id)
         bos = config.text_config.bos_token_id
@@ -251,7 +254,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
             text_BL[:, : gate_mask.shape[1]] &= gate_mask.bool()
             text_BL[:, gate_mask.shape[1] :] = False
         elif labels is not None and config.gate_text == "instruction":
-            # The position of the first label of every sample of every row, or L where it has none.
+            # The position of the first label of each sample in each row; L for samples without labels.
             length = ids.shape[1]
             index_BL = torch.arange(length, device=ids.device).expand_as(ids)
             first_BS = ids.new_full((ids.shape[0], int(samples_BL.max()) + 1), length).scatter_reduce(
@@ -269,10 +272,10 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         gate_mask: Tensor | None,
         labels: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Input embeddings [B, L, D] with the images and alignment vectors in their places; and what the gate did."""
+        """Input embeddings [B, L, D] with patches and alignment vectors in place, and the gate's output."""
         image_BL = input_ids == self.config.image_token_id
         align_BL = input_ids == self.config.align_token_id
-        # The placeholders' ids may lie beyond the embedding table; any row will do, for it is overwritten.
+        # Placeholder ids may lie beyond the embedding table; use row 0, which is overwritten.
         embeds_BLD: Tensor = self.get_input_embeddings()(input_ids.masked_fill(image_BL | align_BL, 0))
         if pixel_values is None or len(pixel_values) == 0:
             _check_placeholders(int(image_BL.sum()), int(align_BL.sum()), 0, self.config)
@@ -294,7 +297,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
     def _align(
         self, features_IPD: Tensor, text_MD: Tensor, image_M: Tensor, levels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The alignment vectors [I, D] and what the gate did."""
+        """The alignment vectors [I, D], and the gate's output."""
         num_images = len(features_IPD)
         if levels is not None:
             if levels.shape != (num_images,):
@@ -308,10 +311,10 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         return align_ID, {"gate_weights": alpha_IN1, "gate_dots": dots_IP}
 
     def _nothing_from_images(self, embeds_BLD: Tensor) -> Tensor:
-        """Zero, computed from a blank image by the modules that images go through.
+        """Zero, computed from a blank image by the modules that process images.
 
-        Without it the projector and the gate would have no gradient in a batch of text, and ranks of a distributed
-        run would wait for each other in different modules.
+        Without it the projector and the gate would have no gradients in a text-only batch, and a distributed run would
+        hang: its ranks would wait for each other in different modules.
         """
         size = self.config.pixel_size
         features_IPD = self.projector(
@@ -326,7 +329,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         return nothing.to(embeds_BLD.dtype)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """As in transformers. The gate looks at the prompt only, never at what was generated after it."""
+        """As in transformers. The gate averages the prompt only, not the generated tokens."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("gate_mask") is None:
             kwargs["gate_mask"] = torch.ones_like(input_ids, dtype=torch.bool)
@@ -334,7 +337,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
 
 
 def _samples_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Sequence ids of rows that hold one sample each: 1, and 0 in the padding."""
+    """Sequence ids of rows with one sample each: 1, and 0 for padding."""
     if attention_mask is None or attention_mask.shape != input_ids.shape:
         return torch.ones_like(input_ids)
     return attention_mask.to(input_ids.dtype)
@@ -347,19 +350,19 @@ def _check_placeholders(image_tokens: int, align_tokens: int, images: int, confi
             f"the batch has {images} images of {patches} patches each, but {image_tokens} image placeholders in "
             f"input_ids; there must be {images * patches}."
         )
-    wanted = 0 if config.align_mode == "none" else images
-    if align_tokens != wanted:
+    expected = 0 if config.align_mode == "none" else images
+    if align_tokens != expected:
         raise ValueError(
             f"the batch has {images} images, but {align_tokens} align placeholders in input_ids; "
-            f"there must be {wanted} (align_mode {config.align_mode!r})."
+            f"there must be {expected} (align_mode {config.align_mode!r})."
         )
 
 
 def _images_of(image_BL: Tensor, align_BL: Tensor, samples_BL: Tensor, patches: int) -> Tensor:
-    """int64 [B, L]: which image of the batch each position's sample owns; -1: none.
+    """The image that belongs to the sample at each position, int64 [B, L]; -1: none.
 
     Raises:
-        ValueError: a sample has two images, or its alignment placeholder is in another.
+        ValueError: a sample has two images, or an image without alignment placeholder.
     """
     rows_I, columns_I = (index[::patches] for index in image_BL.nonzero(as_tuple=True))
     align_rows_I, align_columns_I = align_BL.nonzero(as_tuple=True)

@@ -1,11 +1,11 @@
-"""Several samples in one row, none of which sees another: positions, and whether an LLM can do it.
+"""Packing: several samples in one row that do not attend to each other, and whether an LLM supports it.
 
     input_ids     BOS al im im a  b  BOS c  d  BOS al im im e  pad pad
     sequence_ids   1  1  1  1  1  1   2  2  2   3  3  3  3  3   0   0
     positions      0  1  2  3  4  5   0  1  2   0  1  2  3  4   0   0
 
-transformers builds the block mask of every attention backend, sliding windows included, from positions that start
-again; but only where there is neither an attention mask nor a cache. The model sees to both.
+For every attention backend, sliding windows included, transformers derives the block mask from positions that restart
+at 0; but only if there is neither an attention mask nor a cache. The model makes sure of both.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 
 def positions_of(sequence_ids_BL: Tensor) -> Tensor:
-    """Position of every token within its own sample.
+    """Position of each token within its own sample.
 
     Args:
-        sequence_ids_BL: int64 [B, L]; one value per sample, its tokens side by side; 0 is padding.
+        sequence_ids_BL: int64 [B, L]; one number per sample, whose tokens are adjacent; 0 is padding.
 
     Returns:
-        int64 [B, L]; 0 throughout the padding, so that every padding token is a sample of its own that no other sees.
+        int64 [B, L]; 0 for all padding, so that each padding token is a sample of its own that no other attends to.
     """
     index_L = torch.arange(sequence_ids_BL.shape[1], device=sequence_ids_BL.device)
     start_BL = torch.ones_like(sequence_ids_BL, dtype=torch.bool)
@@ -33,25 +33,25 @@ def positions_of(sequence_ids_BL: Tensor) -> Tensor:
 
 
 def sequence_ids_of(lengths: list[int], row_length: int) -> list[int]:
-    """Sequence ids of one row: sample i (from 1) ``lengths[i-1]`` times, then 0 up to ``row_length``.
+    """Sequence ids of one row: i repeated ``lengths[i-1]`` times for samples i = 1, 2, …, then 0 up to ``row_length``.
 
     Raises:
-        ValueError: the samples do not fit.
+        ValueError: the samples do not fit into the row.
     """
     if sum(lengths) > row_length:
-        raise ValueError(f"samples of {sum(lengths)} tokens do not fit in a row of {row_length}.")
+        raise ValueError(f"samples with {sum(lengths)} tokens in total do not fit into a row of {row_length}.")
     ids = [number for number, length in enumerate(lengths, 1) for _ in range(length)]
     return ids + [0] * (row_length - len(ids))
 
 
 @torch.no_grad()
 def can_pack(language_model: nn.Module) -> bool:
-    """Whether the LLM keeps packed samples apart, found out by asking it.
+    """Test whether the LLM keeps packed samples apart.
 
-    Two short random samples are run packed and separately, on the device and in the dtype the LLM is in. LLMs with a
-    recurrent state, or whose attention ignores positions, fail; batches grouped by length are then the way to train.
-    On a CPU, where FlashAttention does not run and flex attention takes long to compile, SDPA stands in for them:
-    transformers makes the masks of all three from the same positions.
+    Runs two short random samples packed and separately, on the LLM's own device and in its dtype. LLMs with recurrent
+    state, or whose attention ignores positions, fail; train them with padded batches. On a CPU, where FlashAttention
+    does not run and flex attention takes long to compile, SDPA is used instead: transformers derives the masks of all
+    three from the same positions.
     """
     lm: Any = language_model
     attention = lm.config._attn_implementation

@@ -1,4 +1,4 @@
-"""From pixels to projected patches: the tower's features at one or several scales, and the projector.
+"""Vision: features of the tower at one or several scales, and the projector.
 
 Shapes: I images, T tiles, P patches, C the tower's width, S scales, H = W pixels.
 """
@@ -22,22 +22,22 @@ def build_projector(projector_type: str, in_size: int, out_size: int) -> nn.Sequ
 
 
 def vision_features(tower: nn.Module, pixels: Tensor, config: AlignGPTConfig) -> Tensor:
-    """What the projector takes of every image.
+    """The projector's input for each image.
 
     Args:
         tower: a CLIP or SigLIP vision model.
         pixels: [I, 3, H, H], normalised, H = config.pixel_size.
-        config: chooses the layer, the tokens and the scales.
+        config: selects the layer, the tokens and the scales.
 
     Returns:
         [I, P, S*C] in the tower's dtype.
 
     Raises:
-        ValueError: the pixels are not of that size.
+        ValueError: the pixels have another size.
     """
     size = config.pixel_size
     if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
-        raise ValueError(f"pixel_values has shape {tuple(pixels.shape)}; the model takes [images, 3, {size}, {size}].")
+        raise ValueError(f"pixel_values has shape {tuple(pixels.shape)}; expected [images, 3, {size}, {size}].")
     pixels = pixels.to(next(tower.parameters()).dtype)
     if config.s2_scales is None:
         return _tower_tokens(tower, pixels, config)
@@ -47,7 +47,7 @@ def vision_features(tower: nn.Module, pixels: Tensor, config: AlignGPTConfig) ->
 
 
 def _tower_tokens(tower: nn.Module, pixels: Tensor, config: AlignGPTConfig) -> Tensor:
-    # An index, not True: transformers then keeps that layer's hidden states alone.
+    # An index instead of True: transformers then keeps the hidden states of that layer only.
     output = tower(pixels, output_hidden_states=config.vision_layer)
     tokens: Tensor = output.hidden_states[config.vision_layer]
     return tokens[:, 1:] if config.has_class_token and config.vision_select == "patch" else tokens
@@ -56,13 +56,13 @@ def _tower_tokens(tower: nn.Module, pixels: Tensor, config: AlignGPTConfig) -> T
 def _scale_features(tower: nn.Module, pixels: Tensor, scale: int, tiles: int, config: AlignGPTConfig) -> Tensor:
     """One scale of S2 (arXiv 2403.13043, ``s2wrapper``): [I, 3, H, H] -> [I, P, C].
 
-    The image is resized to ``scale`` and cut in ``tiles`` x ``tiles`` squares of the tower's own size; the squares'
-    feature maps are put together again and averaged down to the grid of one.
+    The image is resized to ``scale`` and cut into ``tiles`` x ``tiles`` squares of the tower's input size. Their
+    feature maps are joined and averaged down to the grid of one square.
     """
     num_images, base = pixels.shape[0], config.vision_config.image_size
     if pixels.shape[-1] != scale:
         pixels = interpolate(pixels.float(), size=(scale, scale), mode="bicubic").to(pixels.dtype)
-    # [I, 3, (row y), (col x)] -> tiles of one image next to each other, row by row
+    # [I, 3, (row y), (column x)] -> the tiles of one image are adjacent, row by row
     tile_pixels = pixels.reshape(num_images, 3, tiles, base, tiles, base).permute(0, 2, 4, 1, 3, 5)
     tokens_TPC = _tower_tokens(tower, tile_pixels.flatten(0, 2), config)
     if tiles == 1:

@@ -1,4 +1,4 @@
-"""How good a model is on data that it did not learn from: its loss, and how often it answers as people did."""
+"""Evaluate a model on held-out data: its loss, and the accuracy of its answers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from aligntrain.training.loop import plan_epoch
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean cross-entropy of the supervised tokens of some data.
+    """Mean cross-entropy of supervised tokens.
 
     Attributes:
-        loss: over all tokens.
-        by_level: over those of samples of each level, where the data has levels.
-        tokens: how many were supervised.
+        loss: over all samples.
+        by_level: over the samples of each level, if the data has levels.
+        tokens: number of supervised tokens.
     """
 
     loss: float
@@ -46,13 +46,14 @@ class HeldOutLoss:
 def held_out_loss(
     model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor, config: StageConfig
 ) -> HeldOutLoss:
-    """The loss that training on ``config.data`` would begin with; nothing is learned.
+    """Compute the loss on ``config.data``, as training on it would at its first step.
 
     Args:
-        model, processor: as training or ``generate.load`` gives them.
-        config: the stage's settings, its ``data`` the held-out data.
+        model, processor: from training or ``generate.load``.
+        config: the stage's settings, with the held-out data as ``data``.
 
-    Raises UserError as ``train``.
+    Raises:
+        UserError: the data cannot be used, as in ``train``.
     """
     levels = model.config.num_levels if model.config.align_mode != "none" else 0
     modes = [(module, module.training) for module in model.modules()]
@@ -78,7 +79,7 @@ def held_out_loss(
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture, and what people answered."""
+    """A question about an image, with the reference answer."""
 
     key: str
     image: Image.Image
@@ -87,9 +88,10 @@ class Question:
 
 
 def questions_of(data: Sequence[str | Path], options: SourceOptions | None = None) -> Iterator[Question]:
-    """Every question of conversations about pictures, each alone; rows without a usable picture are passed over.
+    """Iterate over the questions in conversations about images; rows without a usable image are skipped.
 
-    Raises UserError when the data cannot be read.
+    Raises:
+        UserError: the data cannot be read.
     """
     source = open_source([str(item) for item in data], options)
     for shard in source.shards:
@@ -101,20 +103,21 @@ def questions_of(data: Sequence[str | Path], options: SourceOptions | None = Non
             except (OSError, ImageError):
                 continue
             turns = [(turn["role"], turn["text"].replace(IMAGE, "").strip()) for turn in pair.conversations]
-            for (role, text), (other, answer) in pairwise(turns):
-                if role == "user" and other == "assistant":
+            for (role, text), (next_role, answer) in pairwise(turns):
+                if role == "user" and next_role == "assistant":
                     yield Question(pair.key, image, text, answer)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many questions were answered just as people did, but for case and a full stop.
+    """How many answers equal the reference, ignoring case and a final full stop.
 
     Attributes:
-        questions: that were asked.
-        right: answered rightly.
-        usual: the answer that is the most frequent one in other data, and ``usual_right`` how often it is right.
-        examples: question, the model's answer and people's.
+        questions: number of questions asked.
+        right: number of correct answers.
+        usual: the most frequent answer in other data, for the baseline.
+        usual_right: number of questions to which it is the correct answer.
+        examples: (question, the model's answer, reference) of each question.
     """
 
     questions: int
@@ -129,7 +132,7 @@ class Accuracy:
 
     @property
     def baseline(self) -> float:
-        """Accuracy of always giving the usual answer."""
+        """Accuracy of always giving the most frequent answer."""
         return self.usual_right / max(1, self.questions)
 
 
@@ -146,32 +149,32 @@ def answer_accuracy(
     limit: int | None = None,
     quiet: bool = False,
 ) -> Accuracy:
-    """Ask every question on its own, greedily, and compare with people's answers.
+    """Ask each question on its own, decode greedily, and compare with the reference answers.
 
     Args:
-        model, processor: as from ``generate.load``.
-        questions: what to ask.
-        known: answers in the training data; the most frequent is the baseline.
-        instruction: put behind a question that does not end with it, such as "Answer with one word."
-        batch_size: questions asked at once.
-        max_new_tokens: after which an answer is cut.
-        limit: only the first so many questions.
+        model, processor: from ``generate.load``.
+        questions: the questions to ask.
+        known: answers in the training data; the most frequent one is the baseline.
+        instruction: appended to questions that do not end with it, such as "Answer with one word."
+        batch_size: questions per batch.
+        max_new_tokens: length limit of an answer.
+        limit: ask at most N questions.
         quiet: show no progress.
     """
     usual = Counter(map(_plain, known)).most_common(1)[0][0]
     right = usual_right = asked = 0
     examples: list[tuple[str, str, str]] = []
-    with meter("asking", None, unit="questions", quiet=quiet) as shown:
-        waiting = islice(questions, limit)
-        while batch := list(islice(waiting, batch_size)):
+    with meter("asking", None, unit="questions", quiet=quiet) as progress:
+        remaining = islice(questions, limit)
+        while batch := list(islice(remaining, batch_size)):
             texts = [_with(question.text, instruction) for question in batch]
-            told = _answers(model, processor, texts, [question.image for question in batch], max_new_tokens)
-            for question, text in zip(batch, told, strict=True):
+            answers = _answers(model, processor, texts, [question.image for question in batch], max_new_tokens)
+            for question, text in zip(batch, answers, strict=True):
                 right += _plain(text) == _plain(question.answer)
                 usual_right += usual == _plain(question.answer)
                 examples.append((question.text, text, question.answer))
             asked += len(batch)
-            shown.add(len(batch), len(batch), 0)
+            progress.add(len(batch), len(batch), 0)
     return Accuracy(asked, right, usual, usual_right, examples)
 
 

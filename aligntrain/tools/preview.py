@@ -1,4 +1,4 @@
-"""What a stage would do, without doing it: steps, packing, tokens, levels, rows left out, time, memory."""
+"""Preview a training stage without running it: steps, packing, tokens, levels, skipped rows, time, memory."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ASSUMED_UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class Preview:
-    """A stage before it runs.
+    """What a training stage would do.
 
     Attributes:
-        facts: what became of the data's rows.
-        steps: optimizer steps of the stage.
-        micro_batches: of every rank in the first epoch.
-        efficiency: of packing, see ``Plan.efficiency``, over the first epoch.
-        tokens, images: that an epoch takes, level weights included.
-        flops: of the whole stage, by the formula of ``metrics``.
+        facts: statistics of the data's rows, and why some are skipped.
+        steps: optimizer steps in the stage.
+        micro_batches: per rank, in the first epoch.
+        efficiency: of packing in the first epoch, see ``Plan.efficiency``.
+        tokens, images: per epoch, after level weights.
+        flops: of the whole stage, estimated as in ``training.metrics``.
         seconds: estimated, at ASSUMED_UTILISATION of ``flops_per_s``.
-        flops_per_s: of one device: the data sheet's, or where that is not known what matrix products reach on it.
-        measured: whether it was measured.
-        memory: of one device.
+        flops_per_s: peak of one device, from its data sheet if known, otherwise measured.
+        measured: whether ``flops_per_s`` was measured.
+        memory: estimate for one device.
     """
 
     facts: Facts
@@ -51,11 +51,12 @@ class Preview:
 
 
 def preview(config: StageConfig, ranks: int = 1) -> Preview:
-    """Plan a stage on so many ranks; the LLM is taken to be able to pack unless ``packing`` is off.
+    """Plan a stage for ``ranks`` devices; assumes that the LLM supports packing unless ``packing`` is off.
 
-    Reads the data's texts and no image, loads no weights and trains nothing.
+    Reads the data's texts but no images, and loads no weights.
 
-    Raises UserError as ``train``.
+    Raises:
+        UserError: the data, the model or the settings cannot be used, as in ``train``.
     """
     processor = build_processor(config)
     model_config = build_config(config)
@@ -90,7 +91,7 @@ def preview(config: StageConfig, ranks: int = 1) -> Preview:
 
 
 def measure_flops(device: torch.device, seconds: float = 0.3) -> float:
-    """FLOP/s that products of two square matrices reach: bfloat16 on GPUs, float32 on the CPU."""
+    """Measure FLOP/s by multiplying square matrices: bfloat16 on GPUs, float32 on the CPU."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a = torch.ones(size, size, dtype=dtype, device=device)
     torch.mm(a, a)

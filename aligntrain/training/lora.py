@@ -1,4 +1,4 @@
-"""LoRA adapters (peft) in the LLM's decoder: put in before training, merged into the weights for export."""
+"""LoRA adapters (peft) in the LLM's decoder: added before training, merged into the weights for export."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from aligntrain.stage import StageConfig
 
 
 def add_lora(model: AlignGPTForConditionalGeneration, config: StageConfig, learning: set[str]) -> set[str]:
-    """Put LoRA adapters into all linear layers of the LLM's decoder; what learns is then these, and not the LLM.
+    """Add LoRA adapters to all linear layers of the LLM's decoder; they are trained instead of the LLM.
 
-    Returns the names that learn. Raises UserError when peft is not installed.
+    Args:
+        model: without adapters.
+        config: the adapters' rank, alpha and dropout.
+        learning: names of the parameters that would be trained without LoRA.
+
+    Returns:
+        The names of the parameters to train.
+
+    Raises:
+        UserError: peft is not installed.
     """
     lora_config, inject, _ = _peft()
     adapters = lora_config(
@@ -24,12 +33,12 @@ def add_lora(model: AlignGPTForConditionalGeneration, config: StageConfig, learn
         target_modules=_linear_names(model.language_model),
     )
     inject(adapters, model.language_model)
-    beside = {name for name in learning if not name.startswith("language_model.")}
-    return beside | {name for name, _ in model.named_parameters() if "lora_" in name}
+    outside = {name for name in learning if not name.startswith("language_model.")}
+    return outside | {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
 def merge_lora(model: AlignGPTForConditionalGeneration) -> None:
-    """Add the adapters to the weights they stand beside, and take them out."""
+    """Merge the adapters into the weights that they adapt, and remove them."""
     _, _, layer_class = _peft()
     for name, module in list(model.named_modules()):
         if isinstance(module, layer_class):
@@ -40,7 +49,7 @@ def merge_lora(model: AlignGPTForConditionalGeneration) -> None:
 
 
 def _linear_names(language_model: Any) -> list[str]:
-    """Names of the linear layers inside the decoder, without the head."""
+    """Names of the decoder's linear layers; the head is not one of them."""
     head = language_model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]

@@ -189,7 +189,7 @@ def test_caption() -> None:
     encoded = proc.encode_caption("A red chair")
     assert learned(proc, encoded.labels) == ["A red chair\n"]
     assert encoded.input_ids[: 2 + PATCHES] == [0, proc.align_token_id, *[proc.image_token_id] * PATCHES]
-    with pytest.raises(ValueError, match="one question and one answer"):
+    with pytest.raises(ValueError, match="exactly one question and one answer"):
         proc.encode(TURNS, has_image=True)
 
 
@@ -199,9 +199,9 @@ def test_too_long_is_cut_at_the_end() -> None:
     cut = processor(max_length=length).encode(TURNS, has_image=True)
     assert (cut.input_ids, cut.labels, cut.truncated) == (whole.input_ids[:length], whole.labels[:length], 3)
     first = whole.gate_length
-    with pytest.raises(ValueError, match="sample 'k': there is no token to learn within max_length"):
+    with pytest.raises(ValueError, match="sample 'k': there is nothing to learn within max_length"):
         processor(max_length=first).encode(TURNS, has_image=True, key="k")
-    with pytest.raises(ValueError, match="would cut through the image"):
+    with pytest.raises(ValueError, match="would cut the image"):
         processor(max_length=PATCHES).encode(TURNS, has_image=True)
     prompt = processor(max_length=first).encode(TURNS[:1], has_image=True, training=False)
     assert prompt.input_ids == whole.input_ids[: len(prompt.input_ids)]
@@ -213,7 +213,7 @@ def test_too_long_is_cut_at_the_end() -> None:
         ([], False, "no question"),
         (TURNS[:1], True, "has no answer"),
         (TURNS[1:2], False, "no question"),
-        ([TURNS[0], {"role": "assistant", "text": ""}], True, "no token to learn"),
+        ([TURNS[0], {"role": "assistant", "text": ""}], True, "nothing to learn"),
         ([*TURNS[:2], TURNS[1]], True, "must alternate"),
         ([{"role": "user", "text": "<image><image> Two?"}, TURNS[1]], True, "2 times"),
         (TURNS, False, "but the sample has no image"),

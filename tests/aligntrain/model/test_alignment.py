@@ -32,7 +32,7 @@ def test_levels_count_from_one() -> None:
     table = LevelEmbeddings(4, 5)
     assert torch.equal(table(torch.tensor([4, 1])), table.weight[[3, 0]])
     for outside in (0, 5):
-        with pytest.raises(ValueError, match="levels run from 1 to 4"):
+        with pytest.raises(ValueError, match="levels must be 1 to 4"):
             table(torch.tensor([2, outside]))
 
 

@@ -115,7 +115,7 @@ def test_multi_scale_equals_the_loop(samples: list[Sample]) -> None:
     rows = batch(samples, "left")
     del rows["labels"]
     model.eval().generate(**rows, pixel_values=pixels, max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"takes \[images, 3, 72, 72\]"):
+    with pytest.raises(ValueError, match=r"expected \[images, 3, 72, 72\]"):
         model(**rows, pixel_values=torch.zeros(2, 3, SIDE, SIDE))
 
 
@@ -129,5 +129,5 @@ def test_llms_that_cannot_be_cut_in_two_are_refused() -> None:
     llm = tiny().language_model
     with pytest.raises(ValueError, match="Bypass does not compute its logits from its decoder"):
         head_of(Bypass(llm.config))(torch.zeros(2, 32))
-    with pytest.raises(ValueError, match="LlamaModel has no decoder of its own"):
+    with pytest.raises(ValueError, match="LlamaModel has no decoder that can be run on its own"):
         decoder_of(llm.model)

@@ -443,7 +443,7 @@ IDS = torch.tensor([[BOS, ALIGN, *[IMAGE] * PATCHES, 5]])
         ({"input_ids": IDS, "pixel_values": torch.zeros(1, 3, 16, 16)}, r"has shape \(1, 3, 16, 16\)"),
         (
             {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, SIDE, SIDE), "levels": torch.tensor([9])},
-            "levels run from 1 to 8",
+            "levels must be 1 to 8",
         ),
         (
             {"input_ids": IDS, "pixel_values": torch.zeros(1, 3, SIDE, SIDE), "levels": torch.tensor([1, 2])},
@@ -452,7 +452,7 @@ IDS = torch.tensor([[BOS, ALIGN, *[IMAGE] * PATCHES, 5]])
         ({"input_ids": torch.cat([IDS, IDS], 1), "pixel_values": torch.zeros(2, 3, SIDE, SIDE)}, "exactly one image"),
         (
             {"input_ids": IDS, "sequence_ids": torch.ones_like(IDS), "attention_mask": torch.ones_like(IDS)},
-            "without attention_mask",
+            "cannot be used with attention_mask",
         ),
         ({}, "either input_ids or inputs_embeds"),
     ],
@@ -467,8 +467,8 @@ def test_contradictions_are_errors(inputs: dict[str, Any], message: str) -> None
     ("settings", "message"),
     [
         ({"align_mode": "magic"}, "align_mode is 'magic'"),
-        ({"align_mode": "fixed:9"}, "levels run from 1 to 8"),
-        ({"num_levels": 1}, "at least 2 levels"),
+        ({"align_mode": "fixed:9"}, "levels are 1 to 8"),
+        ({"num_levels": 1}, "num_levels is 1; it must be at least 2"),
         ({"gate_text": "answers"}, "gate_text"),
         ({"projector_type": "mlp0x_gelu"}, "projector_type"),
         ({"vision_select": "cls"}, "vision_select"),
