@@ -106,12 +106,12 @@ def render(
         if message["role"] != "assistant" or not content:
             continue
         before = apply(messages[:number], True)
-        found = text.find(content, len(before))
-        if not text.startswith(before) or found < 0:
-            raise ValueError("the chat template changes earlier turns or the answers; it cannot be used for training.")
-        stop = found + len(content)
+        start = text.find(content, len(before))
+        if not text.startswith(before) or start < 0:
+            raise ValueError("the chat template changes earlier turns or the answers; use another template.")
+        stop = start + len(content)
         trailing = len(message["content"]) - len(message["content"].rstrip())
-        # A template may or may not strip its contents.
+        # Some templates strip the content, others do not.
         if trailing and text.startswith(message["content"][-trailing:], stop):
             stop += trailing
         end = ends.match(text, stop)

@@ -1,4 +1,4 @@
-"""Fixtures of the training side's tests: one thread, a batch, and the official code's expected numbers."""
+"""Fixtures for the tests of aligntrain: one thread, a batch, and the official code's expected numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def parity() -> Path:
     if not PARITY.is_dir():
-        pytest.skip(f"the official code's numbers are not at {PARITY} (ALIGN_PARITY names another place)")
+        pytest.skip(f"the official code's numbers are not at {PARITY}; set ALIGN_PARITY to their folder")
     return PARITY
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models and batches for the training side's tests."""
+"""Tiny random models and batches for the tests of aligntrain."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CLIP = {
 def tiny(
     text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **settings: Any
 ) -> AlignGPTForConditionalGeneration:
-    """A random model, in training mode, always the same for the same arguments."""
+    """A random model in training mode; the same arguments give the same weights."""
     torch.manual_seed(0)
     text = {**LLAMA, **(text or {})}
     if text["model_type"] != "llama":
@@ -49,7 +49,7 @@ def tiny(
     if attention is not None:
         config._attn_implementation = attention
     model = AlignGPTForConditionalGeneration(config)
-    # The small normal initialisation would leave every logit near zero, and every comparison easy.
+    # With the small default initialisation all logits would be near zero, and all comparisons easy.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -67,7 +67,7 @@ class Sample:
 
 
 def batch(samples: list[Sample], side: str = "right", pad: int = 0) -> dict[str, torch.Tensor]:
-    """Samples in rows of their own."""
+    """Samples as padded rows."""
     length = max(len(s.ids) for s in samples)
 
     def rows(values: Callable[[Sample], list[int]], filler: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def batch(samples: list[Sample], side: str = "right", pad: int = 0) -> dict[str,
 
 
 def packed(samples: list[Sample], padding: int = 3) -> dict[str, torch.Tensor]:
-    """Samples in one row."""
+    """Samples packed into one row."""
     ids = [i for s in samples for i in s.ids] + [0] * padding
     labels = [i for s in samples for i in s.labels] + [-100] * padding
     numbers = [n for n, s in enumerate(samples, 1) for _ in s.ids] + [0] * padding
@@ -94,7 +94,7 @@ def packed(samples: list[Sample], padding: int = 3) -> dict[str, torch.Tensor]:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every gradient that there is; the model's are set to None."""
+    """Copies of all gradients; clears the model's."""
     result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return result

@@ -1,4 +1,4 @@
-"""Slow twins of the alignment, the loss and S2, one loop per index: the oracles of the tests."""
+"""Naive twins of alignment, loss and S2 with a loop per index; the oracles of the tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def alpha(gate: torch.nn.Module, dots: Tensor) -> Tensor:
 
 
 def align(mode: str, table: Tensor, weights: Tensor) -> Tensor:
-    """The alignment vector of every image, levels counted from 1 as in the paper."""
+    """The alignment vector of each image; levels count from 1, as in the paper."""
     levels = {level: table[level - 1] for level in range(1, len(table) + 1)}
     best = len(table)
     rows = []

@@ -1,4 +1,4 @@
-"""Conversations and pictures to model inputs: ids, labels, pixels, prompts."""
+"""Conversations and images to model inputs: ids, labels, pixels, prompts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GEMMA = (
     " + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}"
     "{% endif %}"
 )
-# Drops what was thought in earlier turns, as reasoning models' templates do.
+# Shortens earlier answers, as the templates of reasoning models drop their thoughts.
 FORGETS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ (m['content'] if loop.last or m['role'] == 'user' else '...') + '<|im_end|>\n' }}{% endfor %}"
@@ -50,7 +50,7 @@ TURNS = [
 
 
 def tokenizer(bos: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer as other LLMs have, its special tokens ChatML's."""
+    """A byte-level tokenizer, as most LLMs have, with ChatML's special tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def processor(tok: Any = None, **settings: Any) -> AlignGPTProcessor:
 
 
 def learned(proc: AlignGPTProcessor, labels: list[int]) -> list[str]:
-    """The stretches of labelled tokens, as text."""
+    """Each run of labelled tokens, as text."""
     texts: list[list[int]] = []
     for before, label in zip([-100, *labels], labels, strict=False):
         if label != -100:
@@ -266,7 +266,7 @@ def test_pictures_of_other_modes_and_towers() -> None:
 
 
 def test_prompts_generate_what_training_taught(tmp_path: Path) -> None:
-    """A prompt is the start of its training sample; a saved model and processor answer as the ones in memory."""
+    """A prompt is the start of its training sample; saved and reloaded, model and processor answer the same."""
     proc = processor()
     vocab = len(proc.tokenizer)
     model = tiny({"vocab_size": vocab}, image_token_id=proc.image_token_id, align_token_id=proc.align_token_id).eval()

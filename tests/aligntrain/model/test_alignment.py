@@ -1,4 +1,4 @@
-"""The level table and the gate against their naive twins."""
+"""Level embeddings and gate against their naive twins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_every_mode_equals_the_loop(mode: str, num_levels: int, num_patches: int
     torch.manual_seed(3)
     table, gate = LevelEmbeddings(num_levels, 6), AlignmentGate(num_patches, num_levels, 7)
     features = torch.randn(3, num_patches, 6)
-    # The third image has no text; a negative owner belongs to no image.
+    # The third image has no text; a negative owner means no image.
     text, owner = torch.randn(8, 6), torch.tensor([0, 1, 1, -1, 0, 1, -1, 0])
     lists = [[t for t, o in zip(text, owner.tolist(), strict=True) if o == i] for i in range(3)]
     dots = gate_dots(features, mean_text(text, owner, 3))
@@ -37,7 +37,7 @@ def test_levels_count_from_one() -> None:
 
 
 def test_table_starts_xavier_uniform() -> None:
-    table = tiny(num_levels=8).level_embeddings.weight.detach() / 4  # ``tiny`` scales what it makes by four
+    table = tiny(num_levels=8).level_embeddings.weight.detach() / 4  # ``tiny`` multiplies its weights by 4
     bound = (6 / (8 + 32)) ** 0.5
     assert 0.9 * bound < table.abs().max() <= bound
     assert abs(float(table.std()) - bound / 3**0.5) < 0.05 * bound
@@ -46,7 +46,7 @@ def test_table_starts_xavier_uniform() -> None:
 @pytest.mark.parametrize("gate_text", ["instruction", "all"])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_gate_text(gate_text: str, layout: str, samples: list[Sample], pixels: torch.Tensor) -> None:
-    """The mean is over the text before the first answer, or all of it; never BOS, placeholders, padding, neighbours."""
+    """The gate averages the text before the first answer, or all; never BOS, placeholders, padding or neighbours."""
     model = tiny(gate_text=gate_text)
     inputs = packed(samples) if layout == "packed" else batch(samples, layout)
     output = model(**inputs, pixel_values=pixels)
@@ -61,7 +61,7 @@ def test_gate_text(gate_text: str, layout: str, samples: list[Sample], pixels: t
 def test_explicit_gate_mask_wins(samples: list[Sample], pixels: torch.Tensor) -> None:
     model = tiny()
     inputs = batch(samples)
-    # Shorter than the row: what is behind it does not count. BOS never does.
+    # Shorter than the row: later tokens do not count. BOS never counts.
     mask = torch.zeros(3, 4, dtype=torch.bool)
     mask[0, :3] = True
     output = model(**inputs, pixel_values=pixels, gate_mask=mask)

@@ -1,4 +1,4 @@
-"""LLMs and towers of other families: every one trains, generates, packs and round-trips."""
+"""LLMs and vision towers of other families: each trains, generates, packs and round-trips."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LLMS: dict[str, dict[str, Any]] = {
     "gpt-oss": {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1},
 }
-# Their masks do not follow positions, so packed samples would see each other.
+# Their masks ignore positions, so packed samples would attend to each other.
 UNPACKABLE = {"opt", "gpt-oss"}
 
 
@@ -57,7 +57,7 @@ def test_llm(family: str, samples: list[Sample], pixels: torch.Tensor, tmp_path:
     assert separate["gate.mlp.0.weight"].any()
     assert separate["projector.0.weight"].any()
 
-    # The loss's head is the LLM's own, with whatever scaling, capping or bias it has.
+    # The loss uses the LLM's own head, including scaling, capping and bias.
     labels = inputs.pop("labels")
     mask = (labels == -100).cumprod(1).bool()
     logits = model(**inputs, pixel_values=pixels, gate_mask=mask).logits
@@ -121,7 +121,7 @@ def test_multi_scale_equals_the_loop(samples: list[Sample]) -> None:
 
 def test_llms_that_cannot_be_cut_in_two_are_refused() -> None:
     class Bypass(LlamaForCausalLM):
-        """Computes its logits without its decoder."""
+        """Computes logits without running its decoder."""
 
         def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> CausalLMOutputWithPast:
             return CausalLMOutputWithPast(logits=self.lm_head(inputs_embeds))

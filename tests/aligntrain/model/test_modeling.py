@@ -73,7 +73,7 @@ def test_packed_equals_separate(
         text |= {"model_type": "mistral", "sliding_window": window}
     model = tiny(text, attention=attention)
     rows, row = batch(samples), packed(samples)
-    if attention != "flex_attention":  # which torch cannot differentiate on a CPU
+    if attention != "flex_attention":  # no backward pass on CPUs
         results = []
         for inputs in (rows, row):
             output = model(**inputs, pixel_values=pixels)
@@ -84,7 +84,7 @@ def test_packed_equals_separate(
             torch.testing.assert_close(results[1][1][name], gradient, **CLOSE, msg=name)
     for inputs in (rows, row):
         del inputs["labels"]
-    # Compiling flex attention takes a minute on a CPU, and its mask is the same without.
+    # Compiling flex attention takes a minute on a CPU and does not change its mask.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = model(**rows, pixel_values=pixels).logits[rows["attention_mask"].bool()]
         logits = model(**row, pixel_values=pixels).logits[row["sequence_ids"] > 0]
@@ -96,7 +96,7 @@ def test_packed_equals_separate(
 def test_packed_equals_separate_in_gradients_of_flex_attention(
     samples: list[Sample], pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch has no compiled backward of it for CPUs, and so refuses; the one that is not compiled works there too."""
+    """torch refuses because it has no compiled backward pass for CPUs; the uncompiled one works there too."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     model = tiny({"hidden_size": 64, "intermediate_size": 64}, attention="flex_attention")
     results = []
@@ -111,8 +111,8 @@ def test_packed_equals_separate_in_gradients_of_flex_attention(
         torch.testing.assert_close(results[1][1][name], gradient, **CLOSE, msg=name)
 
 
-def test_can_pack_asks_in_a_way_that_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash attention needs a GPU, where the model is not yet when this is asked; flex attention takes a minute."""
+def test_can_pack_runs_on_a_cpu_whatever_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention needs a GPU, and can_pack runs before the model is moved there; flex attention takes a minute."""
     model = tiny(attention="flex_attention").language_model
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -141,7 +141,7 @@ def test_packed_rows_of_a_batch(samples: list[Sample], pixels: torch.Tensor) -> 
 
 
 def test_no_label_crosses_samples(samples: list[Sample], pixels: torch.Tensor) -> None:
-    # The first token of a sample cannot be predicted from the sample before it, even if it is labelled.
+    # The first token of a sample is not predicted from the sample before it, even if it is labelled.
     model = tiny()
     samples[1].labels[0] = samples[1].ids[0]
     assert len(model(**packed(samples), pixel_values=pixels).token_losses) == 7
@@ -155,7 +155,7 @@ def test_positions() -> None:
         sequence_ids_of([3, 4], 6)
 
 
-def test_can_pack_finds_out() -> None:
+def test_can_pack_detects_recurrent_llms() -> None:
     assert can_pack(tiny().language_model)
     mamba = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
     assert not can_pack(AutoModelForCausalLM.from_config(mamba))
@@ -274,7 +274,7 @@ def test_batch_generation_equals_single(attention: str, samples: list[Sample], p
 
 
 def right_first(model: AlignGPTForConditionalGeneration, asked: list[Sample], pixels: torch.Tensor) -> torch.Tensor:
-    """The first greedy token of every prompt, left-padded, end token allowed."""
+    """The first greedy token of each left-padded prompt; the end token is allowed."""
     rows = batch(asked, "left")
     del rows["labels"]
     return model.generate(**rows, pixel_values=pixels, max_new_tokens=1, do_sample=False)[:, -1]
@@ -299,7 +299,7 @@ def test_save_and_load(text: dict[str, Any], tmp_path: Path, samples: list[Sampl
     assert (tmp_path / "model.safetensors").is_file()
     saved = AutoConfig.from_pretrained(tmp_path)
     assert saved.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)}
-    # The same attention as the first model's: two backends agree to rounding only.
+    # With the same attention as the first model: backends agree only up to rounding.
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
     assert isinstance(again, AlignGPTForConditionalGeneration)
     assert again.config.align_mode == "average"
@@ -357,7 +357,7 @@ def test_from_components(tmp_path: Path) -> None:
         tower = model.vision_tower.state_dict()
         for name, tensor in clip.vision_model.state_dict().items():
             assert torch.equal(tower[name], tensor), name
-        # The new parts start as in the official code: Xavier-uniform table, torch's own linear layers.
+        # New parts are initialised as in the official code: Xavier-uniform embeddings, torch's default linear layers.
         assert 0.8 * (6 / (3 + 16)) ** 0.5 < model.level_embeddings.weight.detach().abs().max() < (6 / (3 + 16)) ** 0.5
         for linear in (model.projector[0], model.gate.mlp[0]):
             for parameter in linear.parameters():
@@ -367,7 +367,7 @@ def test_from_components(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("select", ["patch", "cls_patch"])
 def test_mode_none_is_llava(select: str) -> None:
-    """transformers' own LLaVA on the same weights: loss, logits, gradients, generation."""
+    """Equal to transformers' LLaVA with the same weights: loss, logits, gradients, generation."""
     torch.manual_seed(0)
     text = LlamaConfig(
         vocab_size=70,

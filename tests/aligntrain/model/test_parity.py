@@ -1,4 +1,4 @@
-"""The numbers that the official code computes, computed here."""
+"""Parity with the official code: the same losses, gradients, gate weights and generated tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 class Official:
-    """One of the two official models with what it should compute."""
+    """One of the two official models, with the numbers that the official code computed."""
 
     def __init__(self, folder: Path) -> None:
         self.model = load_any(folder / "checkpoint")
@@ -33,14 +33,14 @@ class Official:
         self.seeds = json.loads((folder / "meta.json").read_text())["image_seeds"]
 
     def pixels(self, stage: str) -> Tensor:
-        """One picture per row; the official loader makes one up for rows of text, which the model never uses."""
+        """One image per row with an image; the official loader invents one for text rows, which its model ignores."""
         rows = len(self.expected[f"{stage}.input_ids"])
         generator = np.random.default_rng(self.seeds[stage])
         pixels = torch.from_numpy(generator.standard_normal((rows, 3, 336, 336), dtype=np.float32))
         return pixels[(self.expected[f"{stage}.input_ids"] == -200).any(1)]
 
     def inputs(self, stage: str) -> dict[str, Tensor]:
-        """The official ids (-200 for the image) as ids with placeholders."""
+        """The official token ids, with placeholders instead of -200 for the image."""
         config = self.model.config
         ids = self.expected[f"{stage}.input_ids"]
         labels = self.expected.get(f"{stage}.labels", torch.full_like(ids, -100))
@@ -70,7 +70,7 @@ class Official:
             torch.testing.assert_close(gradient, self.expected[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
     def supervised_logits(self, inputs: dict[str, Any]) -> Tensor:
-        """Row by row, the logits that predict each label."""
+        """The logits that predict each label, row by row."""
         labels = inputs.pop("labels")
         with torch.no_grad():
             logits = self.model(**inputs).logits
@@ -111,7 +111,7 @@ def test_finetuning_with_and_without_images(official: Official) -> None:
 
 
 def test_official_gate_is_not_ours(official: Official) -> None:
-    # Our own default leaves the answers out of the text mean, so the official numbers need gate_text "all".
+    # Our default leaves the answers out of the gate's text, so the official numbers need gate_text "all".
     assert official.model.config.gate_text == "all"
     official.model.config.gate_text = "instruction"
     try:

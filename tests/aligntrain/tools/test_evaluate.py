@@ -1,4 +1,4 @@
-"""Held-out loss against a plain loop, and answers against counting by hand."""
+"""Held-out loss against a plain loop, accuracy against counting by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def naive_losses(model: Any, processor: Any, samples: list[tuple[list[dict[str, str]], bytes | None, int]]) -> Any:
-    """The loss of every supervised token, one sample at a time, by level."""
+    """The loss of each supervised token by level, one sample at a time."""
     found: dict[int, list[float]] = defaultdict(list)
     model.eval()
     for turns, image, level in samples:
@@ -52,8 +52,8 @@ def test_loss_of_levelled_captions_is_that_of_a_plain_loop(models: dict[str, str
     config = pretraining(models, captions(tmp_path / "c.tar"), tmp_path / "out")
     processor = build_processor(config)
     model, _ = build_model(config, processor)
-    told = held_out_loss(model, processor, config.replace(level_weights={1: 0.0}))  # a setting of training's order
-    assert model.training and not model.vision_tower.training  # as they were
+    told = held_out_loss(model, processor, config.replace(level_weights={1: 0.0}))  # only changes the order of training
+    assert model.training and not model.vision_tower.training  # modes are restored
     samples = []
     for n in range(24):
         text = f"a thing number {n} " + "very " * (n % 4) + "small"
@@ -118,7 +118,7 @@ def test_accuracy_counts_what_the_model_says(models: dict[str, str], tmp_path: P
         answer(model.eval(), processor, [{"role": "user", "content": f"{text}\nsay it"}], image, max_new_tokens=6)
         for text, image in zip(texts, images, strict=True)
     ]
-    # People said the same in two of five cases, but for case and a full stop, and "Yes" in the others.
+    # Two of five references equal the model's answer, ignoring case and full stop; the others are "Yes".
     said = [single[0].upper() + ".", "Yes", "yes", single[3], "yes."]
     asked = [Question("", image, text, s) for image, text, s in zip(images, texts, said, strict=True)]
     known = ["no", "Yes.", "yes"]

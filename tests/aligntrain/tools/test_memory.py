@@ -74,7 +74,7 @@ def test_weights_gradients_and_optimizer_are_what_a_step_holds(
     told = estimate(config)
     # Autocast keeps a copy in bfloat16 of every float32 weight.
     copies = [p.bfloat16() for p in model.parameters() if p.dtype == torch.float32] if dtype == "bf16" else []
-    # The vocabulary grows by the two placeholders only in the processor, never in the weights.
+    # The two placeholders extend only the tokenizer's vocabulary, not the weights.
     assert told.weights == sum(weight.nbytes for weight in (*model.parameters(), *copies))
     assert told.gradients == sum(gradient.nbytes for gradient in gradients)
     assert told.optimizer == sum(moment.nbytes for moment in moments)
@@ -100,20 +100,20 @@ def test_activations_are_about_what_autograd_keeps(models: dict[str, str], tmp_p
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model(**batch.inputs, num_items_in_batch=torch.tensor(1.0))
     logits = 4 * len(output.token_losses) * model.config.text_config.vocab_size
-    held = sum(size for size in kept.values() if size != logits)  # they are counted apart
+    held = sum(size for size in kept.values() if size != logits)  # estimated separately
     told = estimate(config)
     tokens = batch.inputs["input_ids"].numel()
-    reckoned = told.activations * tokens / config.token_budget
+    estimated = told.activations * tokens / config.token_budget
     if checkpointing:
         layers = model.config.text_config.num_hidden_layers
         one_layer = estimate(config.replace(checkpointing=False)).activations * tokens / config.token_budget / layers
-        reckoned -= 0.9 * one_layer  # which lives in the backward pass only
-    assert 0.5 * held < reckoned < 2 * held
+        estimated -= 0.9 * one_layer  # held only during the backward pass
+    assert 0.5 * held < estimated < 2 * held
 
 
 @pytest.fixture
 def four_ranks() -> Iterator[World]:
-    """The first of four ranks, of which the others do not exist; enough to see what one of them holds."""
+    """Rank 0 of 4; the other ranks are fake, which is enough to see what one rank holds."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     yield World(0, 4, torch.device("cpu"))
     dist.destroy_process_group()
@@ -127,14 +127,14 @@ def test_a_sharded_rank_holds_its_share(models: dict[str, str], tmp_path: Path, 
     gradients, moments = step(model, config)
     told = estimate(config, ranks=4)
     masters = sum(local(p).nbytes for p in model.parameters())
-    assert masters < told.weights < masters + everything  # and the layers in use, whole
+    assert masters < told.weights < masters + everything  # plus the layers that are gathered
     assert told.gradients == pytest.approx(sum(local(gradient).nbytes for gradient in gradients), rel=0.03)
     assert told.optimizer == pytest.approx(sum(local(moment).nbytes for moment in moments), rel=0.03)
     assert told.activations == estimate(config).activations
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that are alive at once, of all tensors made while it is on."""
+    """Measures the peak number of bytes in tensors that are created while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class PeakMemory(TorchDispatchMode):
 def test_logits_are_what_the_loss_of_a_chunk_holds(models: dict[str, str], tmp_path: Path, dtype: str) -> None:
     config = config_of(models, tmp_path, "finetune", dtype=dtype)
     vocabulary = build_config(config).text_config.vocab_size
-    # So narrow that nothing but the logits takes room.
+    # So narrow that everything but the logits is negligible.
     head = torch.nn.Linear(1, vocabulary, bias=False)
     hidden = torch.randn(1, CHUNK_TOKENS + 1, 1, requires_grad=True)
     labels = torch.randint(0, vocabulary, (1, CHUNK_TOKENS + 1))

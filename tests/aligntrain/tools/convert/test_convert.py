@@ -1,4 +1,4 @@
-"""Foreign checkpoints in and out again, tensor for tensor."""
+"""Foreign checkpoints converted and converted back, tensor for tensor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_official_there_and_back(official: Path, tmp_path: Path) -> None:
     assert convert(official, tmp_path / "ours") == "official AlignGPT to a model"
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").config.gate_text == "all"
     assert convert(tmp_path / "ours", tmp_path / "official") == "a model to the official layout"
-    # Inverse frequencies are in the official file too, computed by torch; they come out the same.
+    # The official file also has inverse frequencies, which are recomputed here and must be the same.
     assert_same(read_tensors(tmp_path / "official"), read_tensors(official))
     written, read = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "official", official))
     own = {"transformers_version", "image_aspect_ratio", "tokenizer_model_max_length", "tokenizer_padding_side"}
@@ -234,7 +234,7 @@ def test_wrong_shapes_and_names_are_named(official: Path, tmp_path: Path) -> Non
         "language_model.lm_head.weight (320, 64) is missing",
     ):
         assert part in str(error.value)
-    # A model saved after pretraining has no gate; it gets a new one, once.
+    # A model saved after pretraining has no gate; it gets a new one.
     tensors = {k: v for k, v in read_tensors(official).items() if not k.startswith("gated_weight_layer")}
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     assert load_any(tmp_path, vision=tower).gate.mlp[0].weight.isfinite().all()
@@ -252,7 +252,7 @@ def test_not_a_checkpoint(official: Path, tmp_path: Path) -> None:
 
 
 class NotATensor:
-    """Something that only unsafe loading would bring back."""
+    """An object that only unsafe loading would restore."""
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "objects"])
@@ -267,7 +267,7 @@ def test_a_bin_that_is_not_tensors_is_a_user_error(content: bytes | None, tmp_pa
 
 
 def test_transformers_errors_become_user_errors(official: Path, tmp_path: Path) -> None:
-    """What is raised deep inside, as for a tower that is not there, is one sentence naming the checkpoint."""
+    """An error deep inside transformers, such as a missing tower, becomes one sentence that names the checkpoint."""
     tmp_path.joinpath("config.json").write_text((official / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").symlink_to(official / "pytorch_model.bin")
     with pytest.raises(UserError, match=f"{tmp_path}: the model cannot be loaded"):
