@@ -104,7 +104,7 @@ def test_finetuning_finds_the_llms_own_template(folder: Path, pretrained: Path, 
     assert text == "what?"
     shutil.copytree(pretrained, tmp_path / "lost")
     (tmp_path / "lost" / "llm_chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat template is not kept there; choose --template v1"):
+    with pytest.raises(UserError, match="chat template of its LLM was not saved there; use --template v1"):
         build_processor(config.replace(init=str(tmp_path / "lost")))
     v1 = build_processor(config.replace(init=str(tmp_path / "lost"), template="v1"))
     assert "USER: what ASSISTANT:" in v1.apply_chat_template(
@@ -513,13 +513,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, models: dict[str,
 
 def test_what_a_model_cannot_be_made_of(folder: Path, models: dict[str, str], pretrained: Path, tmp_path: Path) -> None:
     data, out = str(folder / "q.tar"), tmp_path / "out"
-    with pytest.raises(UserError, match="say --init, the pretrained model"):
+    with pytest.raises(UserError, match="give --init, the pretrained model"):
         train(finetuning({}, data, out))
     with pytest.raises(UserError, match="there is no such folder"):
         train(finetuning({"init": str(tmp_path / "none")}, data, out))
     with pytest.raises(UserError, match=r"num_levels is 4, but the model in .* was made with 8"):
         train(finetuning({"init": str(pretrained)}, data, out, num_levels=4))
-    with pytest.raises(UserError, match="cannot be added or taken away"):
+    with pytest.raises(UserError, match="cannot be added or removed later"):
         train(finetuning({"init": str(pretrained)}, data, out, align_mode="none"))
     shutil.copytree(pretrained, tmp_path / "wrong")
     config = json.loads((tmp_path / "wrong" / "config.json").read_text())
