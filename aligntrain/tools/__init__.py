@@ -1,1 +1,1 @@
-"""What is done with a model besides training: generate, evaluate, preview, convert."""
+"""Tools around training: generate, evaluate, preview, estimate memory, convert checkpoints."""

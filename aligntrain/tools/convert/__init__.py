@@ -1,1 +1,1 @@
-"""Checkpoints of other codes to this package's layout and back; a file for each foreign format."""
+"""Convert checkpoints of other projects to this package's layout and back; one file per foreign format."""
