@@ -1,1 +1,1 @@
-"""What the model is fed: the processor, chat templates, tokenizer and pixels."""
+"""The model's inputs: processor, chat templates, tokenizer and pixels."""
