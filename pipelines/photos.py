@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor
 
 import aligncurate
+from aligncurate.cli.render import render
 from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligncurate.verbs.inspect import render
 from aligntrain import StageConfig
 from aligntrain.model.build import build_model, build_processor
 from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip

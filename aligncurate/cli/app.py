@@ -336,10 +336,10 @@ def bucket(
         quiet=quiet,
     )
     if not quiet:
-        from aligncurate.verbs.inspect import inspect as look
-        from aligncurate.verbs.inspect import show
+        from aligncurate.cli.render import console, render
+        from aligncurate.verbs.inspect import inspect as measure
 
-        show(look(labelled, score_column=score_column))
+        console().print(render(measure(labelled, score_column=score_column)))
         count = labelled.manifest["thresholds"]["levels"]
         best = f"{count // 2 + 1}-{count}"
         _next(f"aligncurate filter {out} --levels {best} --out BEST, or aligncurate export {out} --out SHARDS")
@@ -348,19 +348,21 @@ def bucket(
 @app.command()
 def inspect(
     dataset: DatasetFolder,
-    examples: Annotated[int, typer.Option(metavar="K", help="Captions to show for each level.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    examples: Annotated[int, typer.Option(metavar="K", help="Show K captions of each level.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
     score_column: ScoreColumn = "score",
 ) -> None:
-    """Show what a dataset holds: rows by status, scores, and the levels with examples."""
-    from aligncurate.verbs.inspect import inspect as look
-    from aligncurate.verbs.inspect import show
+    """Show a dataset: rows by status, the histogram of scores, what each threshold keeps, and the levels."""
+    from aligncurate.cli.render import console, next_command, render
+    from aligncurate.verbs.inspect import inspect as measure
 
-    report = look(dataset, examples=examples, score_column=score_column)
+    inspection = measure(dataset, examples=examples, score_column=score_column)
     if as_json:
-        print(json.dumps(report.to_json(), indent=1, ensure_ascii=False))
-    else:
-        show(report)
+        print(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
+        return
+    console().print(render(inspection))
+    if command := next_command(inspection):
+        _next(command)
 
 
 @app.command()

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 import aligncurate
+from aligncurate.cli.render import render
 from aligncurate.dataset.reader import Dataset
 from aligncurate.demo import scenes
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligncurate.verbs.inspect import render
 
 SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
 NAMES = {

@@ -1,33 +1,37 @@
-"""The verb `inspect`: what a dataset holds, as data and on the terminal."""
+"""The verb `inspect`: measures a dataset. `aligncurate.cli.render` draws the result."""
+
+from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.errors import UserError
-from aligncurate.levels import Counts, order_statistics
+from aligncurate.levels import Counts, Floats, WrongCounts, assign_levels, key_scores, order_statistics
 from aligncurate.verbs.bucket import check_score_column, iter_scores
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-_BINS = 20
-_BAR = 22  # characters
-_EXAMPLE_PARTS = 16  # examples come from so many parts, spread over the dataset
+_BINS = 36  # two characters each on 80 columns, three on 120
+_TAIL = 0.001  # share of the scores at either end that may fall into the end bins
+_EXAMPLE_PARTS = 16  # examples come from at most this many parts, spread over the dataset
+_MISMATCHED_PARTS = 8
+_MISMATCHED_PAIRS = 20_000
+_SAME_SCORE = 0.01  # embeddings that miss the rows' own scores by more belong to another encoder
 
 
 @dataclass(frozen=True)
 class Level:
-    """One alignment level; `level` None stands for the pairs that have no level."""
+    """One alignment level; `level` is None for the rows without a level. `share` is of all rows."""
 
     level: int | None
     count: int
@@ -39,15 +43,65 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `inspect` finds; `to_json` gives the same that `aligncurate inspect --json` prints.
+class Cut:
+    """What keeping `level` and the levels above it keeps.
+
+    Attributes:
+        level: the lowest level that is kept.
+        score: its threshold.
+        count, share: rows that score at least `score`, and their share of all rows.
+        mismatched: share of the mismatched pairs that score at least `score`.
+    """
+
+    level: int
+    score: float
+    count: int
+    share: float
+    mismatched: float | None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Scores per bin. A bin holds its lower edge; the last bin holds its upper edge too.
+
+    All bins have the same width, except that the first reaches down to the smallest and the last up to the largest
+    score: about 0.1% of the scores at either end may lie far out, and would squeeze all others into a few bins.
+
+    Attributes:
+        edges: ascending, one more than there are bins.
+        counts: scores in each bin.
+        levels: level of the middle of each bin; empty without thresholds for these scores.
+        mismatched: mismatched pairs in each bin; empty where there are none.
+    """
+
+    edges: list[float]
+    counts: list[int]
+    levels: list[int]
+    mismatched: list[int]
+
+
+@dataclass(frozen=True)
+class Mismatched:
+    """Scores of images with another row's caption: where pairs that do not belong together score."""
+
+    pairs: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a dataset holds; `to_json` gives what `aligncurate inspect --json` prints.
 
     Attributes:
         statuses: rows by status.
+        errors: each status of failed rows with their number and an example, most frequent first.
         quantiles: exact scores at QUANTILES (rank floor(q * (n - 1))), empty without scores.
-        histogram: counts in equal bins from the smallest to the largest score.
-        errors: the most frequent errors with their number of rows.
-        levels: worst first; empty when the dataset is not bucketed.
+        histogram: None without scores.
+        mismatched: None where the dataset has no embeddings that give its scores.
+        method: how the thresholds were found, `quantile` or `uniform`.
+        frozen: whether the thresholds were taken from other scores (`bucket --thresholds`).
+        cuts: one per threshold, lowest first; empty without thresholds for these scores.
+        levels: worst first; empty when the dataset has no levels.
     """
 
     path: str
@@ -61,33 +115,45 @@ class Report:
     statuses: dict[str, int]
     errors: list[dict[str, Any]]
     quantiles: dict[str, float]
-    histogram: list[int]
+    histogram: Histogram | None
+    mismatched: Mismatched | None
     method: str | None
+    frozen: bool
+    cuts: list[Cut]
     levels: list[Level]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: str = "score") -> Report:
+def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: str = "score") -> Inspection:
     """Count and measure a dataset.
 
+    Reads the scores once if `score` left their counts in the manifest, else twice.
+
     Args:
-        dataset: what to look at.
-        examples: captions to show for each level.
-        score_column: scores to measure.
+        dataset: the dataset, or its folder.
+        examples: number of captions to show for each level.
+        score_column: the scores to measure.
 
     Raises UserError when there is no such dataset or column.
     """
     opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     if examples < 0:
-        raise UserError(f"--examples {examples}: use a number of at least 0.")
+        raise UserError(f"--examples {examples}: must be at least 0.")
     check_score_column(opened, score_column)
-    counts = Counts.of(iter_scores(opened, score_column))
-    quantiles, histogram, mean = _distribution(opened, score_column, counts)
-    thresholds = opened.manifest.get("thresholds")
-    encoder = opened.manifest.get("encoder")
-    return Report(
+    thresholds = opened.manifest.get("thresholds") or {}
+    mine = thresholds.get("score_column") == score_column
+    values = np.asarray(thresholds["values"] if mine else [], np.float32)
+    mismatched = _mismatched_scores(opened, score_column)
+    counts = opened.score_counts(score_column) or Counts.of(iter_scores(opened, score_column))
+    try:
+        measured = _measure(opened, score_column, counts, values, mismatched)
+    except WrongCounts:  # something else has rewritten the parts
+        counts = Counts.of(iter_scores(opened, score_column))
+        measured = _measure(opened, score_column, counts, values, mismatched)
+    encoder = opened.encoder_of(score_column)
+    return Inspection(
         path=str(opened.path),
         rows=opened.rows,
         parts=len(opened.parts),
@@ -95,36 +161,179 @@ def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: s
         encoder=f"{encoder['model']} ({encoder['pretrained']}), {encoder['precision']}" if encoder else None,
         score_column=score_column,
         scored=counts.total,
-        mean=mean,
+        mean=measured.mean,
         statuses=opened.statuses,
         errors=_errors(opened),
-        quantiles=quantiles,
-        histogram=histogram,
-        method=thresholds["method"] if thresholds else None,
+        quantiles=measured.quantiles,
+        histogram=measured.histogram,
+        mismatched=Mismatched(len(mismatched), float(mismatched.mean(dtype=np.float64))) if len(mismatched) else None,
+        method=thresholds.get("method"),
+        frozen=_frozen(opened),
+        cuts=measured.cuts,
         levels=_levels(opened, score_column, opened.levels, examples) if opened.levels else [],
     )
 
 
-def _distribution(dataset: Dataset, column: str, counts: Counts) -> tuple[dict[str, float], list[int], float | None]:
+@dataclass(frozen=True)
+class _Measured:
+    mean: float | None
+    quantiles: dict[str, float]
+    histogram: Histogram | None
+    cuts: list[Cut]
+
+
+class _Tally:
+    """Counts scores below each of some ascending boundaries, and adds them up, as they pass by."""
+
+    def __init__(self, boundaries: Floats) -> None:
+        self._boundaries = boundaries
+        self._cells = np.zeros(len(boundaries) + 1, np.int64)
+        self.sum = 0.0
+
+    def watch(self, scans: Iterable[Floats]) -> Iterator[Floats]:
+        for scores in scans:
+            self.add(scores)
+            yield scores
+
+    def add(self, scores: Floats) -> None:
+        cells = np.searchsorted(self._boundaries, scores, side="right")
+        self._cells += np.bincount(cells, minlength=len(self._cells))
+        self.sum += float(scores.sum(dtype=np.float64))
+
+    @property
+    def total(self) -> int:
+        return int(self._cells.sum())
+
+    def below(self, values: Floats) -> NDArray[np.int64]:
+        """How many scores are less than each of `values`, which must be boundaries."""
+        return np.asarray(np.cumsum(self._cells)[np.searchsorted(self._boundaries, values)])
+
+    def histogram(self, inner: Floats) -> list[int]:
+        return [int(n) for n in np.diff([0, *self.below(inner), self.total])]
+
+
+def _measure(dataset: Dataset, column: str, counts: Counts, thresholds: Floats, mismatched: Floats) -> _Measured:
+    """Everything that needs the scores, in one pass over them. Raises WrongCounts when `counts` are not theirs."""
     total = counts.total
     if not total:
-        return {}, [], None
+        return _Measured(None, {}, None, [])
+    low, high = _range(counts, mismatched)
+    inner = np.unique(np.linspace(low, high, _BINS + 1)[1:-1].astype(np.float32))
+    boundaries = np.union1d(inner, thresholds)
+    pairs, others = _Tally(boundaries), _Tally(boundaries)
+    others.add(mismatched)
     ranks = [int(q * (total - 1)) for q in QUANTILES]
-    values = order_statistics(lambda: iter_scores(dataset, column), ranks, counts)
-    low, high = float(values[0]), float(values[-1])
-    bins = np.zeros(_BINS, np.int64)
-    sum_ = 0.0
-    for scores in iter_scores(dataset, column):
-        bins += np.histogram(scores, _BINS, (low, high if high > low else low + 1))[0]
-        sum_ += float(scores.sum(dtype=np.float64))
-    return {f"{q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}, bins.tolist(), sum_ / total
+    values = order_statistics(lambda: pairs.watch(iter_scores(dataset, column)), ranks, counts)
+
+    ends = np.asarray([low, high, values[0], values[-1], *mismatched])
+    edges = np.asarray([ends.min(), *inner, ends.max()])
+    histogram = Histogram(
+        edges=edges.tolist(),
+        counts=pairs.histogram(inner),
+        levels=assign_levels(_middles(edges), thresholds).tolist() if len(thresholds) else [],
+        mismatched=others.histogram(inner) if others.total else [],
+    )
+    cuts = [
+        Cut(
+            level=level,
+            score=float(score),
+            count=total - int(below),
+            share=(total - int(below)) / dataset.rows,
+            mismatched=1 - int(others_below) / others.total if others.total else None,
+        )
+        for level, (score, below, others_below) in enumerate(
+            zip(thresholds, pairs.below(thresholds), others.below(thresholds), strict=True), 2
+        )
+    ]
+    quantiles = {f"{q:g}": float(v) for q, v in zip(QUANTILES, values, strict=True)}
+    return _Measured(pairs.sum / total, quantiles, histogram, cuts)
+
+
+def _range(counts: Counts, mismatched: Floats) -> tuple[float, float]:
+    """Scores between which nearly all pairs and all mismatched pairs lie."""
+    ends = np.cumsum(counts.bins)
+    tail = int(_TAIL * (counts.total - 1))
+    first, last = np.searchsorted(ends, [tail, counts.total - 1 - tail], side="right").astype(np.uint32)
+    bounds = key_scores(np.asarray([first << 16, (last << 16) | 0xFFFF], np.uint32)).astype(float)
+    low, high = bounds[0], bounds[1]
+    if len(mismatched):
+        low = min(low, float(np.quantile(mismatched, _TAIL)))
+        high = max(high, float(np.quantile(mismatched, 1 - _TAIL)))
+    return low, high
+
+
+def _middles(edges: NDArray[np.float64]) -> Floats:
+    """Middles of the bins; of the end bins as if they were as wide as the others."""
+    middles = (edges[:-1] + edges[1:]) / 2
+    if len(middles) > 2:
+        middles[0], middles[-1] = 2 * middles[1] - middles[2], 2 * middles[-2] - middles[-3]
+    return middles.astype(np.float32)
+
+
+def _mismatched_scores(dataset: Dataset, column: str) -> Floats:
+    """Cosines of images with the caption of another row of their part; empty where the embeddings do not give `column`.
+
+    Takes up to 20,000 rows from up to 8 parts, the same ones every time. The other row is half of those read away,
+    since neighbours often show the same image or come from the same page; rows with the same image or caption are left
+    out.
+    """
+    for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING):
+        if name not in dataset.schema.names or not pa.types.is_fixed_size_list(dataset.schema.field(name).type):
+            return np.empty(0, np.float32)
+    step = -(-len(dataset.parts) // _MISMATCHED_PARTS)
+    chosen = range(0, len(dataset.parts), step)
+    found, missed = [], []
+    for index in chosen:
+        table = _rows_with_embeddings(dataset, index, column, _MISMATCHED_PAIRS // len(chosen))
+        if table.num_rows < 2:
+            continue
+        images, texts = (_unit(table[name]) for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING))
+        missed.append(np.abs((images * texts).sum(1) - table[column].to_numpy()))
+        other = np.roll(np.arange(len(images)), -(len(images) // 2))
+        differs = np.ones(len(images), bool)
+        for name in ("sha256", "caption", "conversations"):
+            values = np.asarray([str(v) for v in table[name].to_pylist()])
+            differs &= (values != values[other]) | (values == "None")
+        found.append((images * texts[other]).sum(1)[differs])
+    if not missed or np.median(np.concatenate(missed)) > _SAME_SCORE:
+        return np.empty(0, np.float32)
+    return np.concatenate(found)
+
+
+def _rows_with_embeddings(dataset: Dataset, index: int, column: str, limit: int) -> pa.Table:
+    columns = [column, "status", "sha256", "caption", "conversations", IMAGE_EMBEDDING, TEXT_EMBEDDING]
+    columns = list(dict.fromkeys(columns))
+    tables, rows = [], 0
+    for table in dataset.groups(index, columns):
+        usable = pc.equal(table["status"], Status.OK.value)
+        for name in (column, IMAGE_EMBEDDING, TEXT_EMBEDDING):
+            usable = pc.and_(usable, pc.is_valid(table[name]))
+        tables.append(table.filter(usable))
+        rows += tables[-1].num_rows
+        if rows >= limit:
+            break
+    return pa.concat_tables(tables).slice(0, limit) if tables else pa.table({})
+
+
+def _unit(column: pa.ChunkedArray) -> Floats:
+    """Embeddings, float32 [rows, D] of length 1."""
+    width = column.type.list_size
+    vectors = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+    return np.asarray(vectors / lengths, np.float32)
+
+
+def _frozen(dataset: Dataset) -> bool:
+    """Whether the last `bucket` took its thresholds from a file."""
+    steps = [dataset.manifest, *reversed(dataset.manifest.get("history", []))]
+    return next((step["options"]["thresholds"] == "frozen" for step in steps if step["verb"] == "bucket"), False)
 
 
 def _errors(dataset: Dataset) -> list[dict[str, Any]]:
     """An example of each kind of failure, most frequent first."""
     if not any(part.failed for part in dataset.parts):
         return []
-    found = (
+    kinds = (
         dataset.scan()
         .filter(pl.col("error").is_not_null())
         .group_by("status")
@@ -132,7 +341,7 @@ def _errors(dataset: Dataset) -> list[dict[str, Any]]:
         .sort("rows", "status", descending=[True, False])
         .collect(engine="streaming")
     )
-    return found.to_dicts()
+    return kinds.to_dicts()
 
 
 def _levels(dataset: Dataset, column: str, levels: int, examples: int) -> list[Level]:
@@ -144,31 +353,33 @@ def _levels(dataset: Dataset, column: str, levels: int, examples: int) -> list[L
         .collect(engine="streaming")
     )
     by_level = {row["level"]: row for row in grouped.to_dicts()}
-    shown = _examples(dataset, column, examples) if examples else {}
-    found = []
+    examples_of = _examples(dataset, column, examples) if examples else {}
+    measured = []
     for level in [*range(1, levels + 1), *([None] if None in by_level else [])]:
         row = by_level.get(level, {"n": 0, "low": None, "high": None, "mean": None})
         share = row["n"] / dataset.rows if dataset.rows else 0.0
-        texts = shown.get(level, []) if level is not None else []
-        found.append(Level(level, row["n"], share, row["low"], row["high"], row["mean"], texts))
-    return found
+        texts = examples_of.get(level, []) if level is not None else []
+        measured.append(Level(level, row["n"], share, row["low"], row["high"], row["mean"], texts))
+    return measured
 
 
 def _examples(dataset: Dataset, column: str, count: int) -> dict[int, list[dict[str, Any]]]:
     """A few pairs of each level, the same ones every time, from parts spread over the dataset."""
     step = max(1, len(dataset.parts) // _EXAMPLE_PARTS)
-    found: dict[int, list[dict[str, Any]]] = {}
+    chosen: dict[int, list[dict[str, Any]]] = {}
     columns = ["key", "level", column, "caption", "conversations"]
     for index in range(0, len(dataset.parts), step):
         for row in dataset.read(index, columns).to_pylist():
             if row["level"] is not None:
-                found.setdefault(row["level"], []).append(row)
-        for level, rows in found.items():
+                chosen.setdefault(row["level"], []).append(row)
+        for level, rows in chosen.items():
             rows.sort(key=lambda row: hashlib.blake2b(row["key"].encode(), digest_size=8).digest())
-            found[level] = rows[:count]
+            chosen[level] = rows[:count]
+    for rows in chosen.values():
+        rows.sort(key=lambda row: -np.inf if row[column] is None else row[column], reverse=True)
     return {
-        level: [{"key": r["key"], "score": r[column], "text": _text(r)} for r in sorted(rows, key=lambda r: -r[column])]
-        for level, rows in found.items()
+        level: [{"key": row["key"], "score": row[column], "text": _text(row)} for row in rows]
+        for level, rows in chosen.items()
     }
 
 
@@ -176,112 +387,3 @@ def _text(row: dict[str, Any]) -> str:
     if row["caption"] is not None:
         return str(row["caption"])
     return " ".join(f"{turn['role']}: {turn['text']}" for turn in row["conversations"] or [])
-
-
-def render(report: Report) -> RenderableType:
-    """The report for a terminal."""
-    pieces: list[RenderableType] = [_head(report)]
-    if len(report.statuses) > 1 or report.errors:
-        pieces.append(_status_table(report))
-    if report.scored:
-        pieces.append(_score_table(report))
-        if not report.levels:
-            pieces.append(_histogram(report))
-    if report.levels:
-        pieces.append(_level_table(report))
-        if any(level.examples for level in report.levels):
-            pieces.append(_example_table(report))
-    elif report.scored:
-        pieces.append(Text("No levels yet: `aligncurate bucket` gives them.", style="dim"))
-    return Group(*[Padding(piece, (0, 0, 1, 0)) for piece in pieces])
-
-
-def _head(report: Report) -> Text:
-    text = Text()
-    text.append(report.path, style="bold")
-    parts = "1 part" if report.parts == 1 else f"{report.parts:,} parts"
-    text.append(f"\n{report.rows:,} rows in {parts}, made by `{report.made_by}`")
-    if report.encoder:
-        text.append(f"\nscored with {report.encoder}")
-    return text
-
-
-def _table(*columns: str, left: Sequence[int] = (), title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1))
-    for number, name in enumerate(columns):
-        text = number in left
-        # Numbers keep their width when a long text beside them does not fit.
-        table.add_column(name, justify="left" if text else "right", no_wrap=not text, min_width=None if text else 6)
-    return table
-
-
-def _status_table(report: Report) -> Table:
-    table = _table("status", "rows", "share", "an example", left=(0, 3), title="Status")
-    examples = {error["status"]: f"{error['key']}: {error['error']}" for error in report.errors}
-    for status, rows in report.statuses.items():
-        style = "green" if status == "ok" else ("cyan" if status == "text_only" else "red")
-        share = f"{rows / report.rows:.1%}"
-        table.add_row(Text(status, style=style), f"{rows:,}", share, Text(examples.get(status, ""), style="dim"))
-    return table
-
-
-def _score_table(report: Report) -> Table:
-    shown = {"0": "min", "0.05": "5%", "0.25": "25%", "0.5": "median", "0.75": "75%", "0.95": "95%", "1": "max"}
-    title = "Score" if report.score_column == "score" else f"Score ({report.score_column})"
-    table = _table("pairs", "mean", *shown.values(), title=title)
-    table.add_row(f"{report.scored:,}", f"{report.mean:.3f}", *[f"{report.quantiles[q]:.3f}" for q in shown])
-    return table
-
-
-def _bar(count: int, largest: int) -> Text:
-    eighths = round(8 * _BAR * count / largest) if largest else 0
-    full, part = divmod(eighths, 8)
-    return Text("█" * full + " ▏▎▍▌▋▊▉"[part].strip(), style="cyan")
-
-
-def _histogram(report: Report) -> Table:
-    table = _table("score", "pairs", "", left=(2,))
-    values = list(report.quantiles.values())
-    edges = np.linspace(values[0], values[-1], _BINS + 1)
-    for low, count in zip(edges, report.histogram, strict=False):
-        table.add_row(f"{low:.3f}", f"{count:,}", _bar(count, max(report.histogram)))
-    return table
-
-
-def _level_table(report: Report) -> Table:
-    table = _table(
-        "level",
-        "pairs",
-        "share",
-        "score",
-        "mean",
-        "",
-        left=(5,),
-        title=f"Levels ({report.method})" if report.method else "Levels",
-    )
-    largest = max(level.count for level in report.levels)
-    for level in reversed([lv for lv in report.levels if lv.level is not None]):
-        scores = f"{level.minimum:.3f} … {level.maximum:.3f}" if level.minimum is not None else "–"
-        mean = f"{level.mean:.3f}" if level.mean is not None else "–"
-        table.add_row(
-            str(level.level), f"{level.count:,}", f"{level.share:.1%}", scores, mean, _bar(level.count, largest)
-        )
-    missing = next((lv for lv in report.levels if lv.level is None), None)
-    if missing is not None:
-        table.add_row("none", f"{missing.count:,}", f"{missing.share:.1%}", "–", "–", Text("not scored", style="dim"))
-    return table
-
-
-def _example_table(report: Report) -> Table:
-    table = _table("level", "score", "text", left=(2,), title="Examples")
-    table.columns[2].no_wrap = True
-    for level in reversed(report.levels):
-        for number, example in enumerate(level.examples):
-            name = str(level.level) if number == 0 else ""
-            table.add_row(name, f"{example['score']:.3f}", Text(" ".join(example["text"].split())))
-    return table
-
-
-def show(report: Report) -> None:
-    """Print the report to standard output."""
-    Console(highlight=False).print(render(report))

@@ -95,7 +95,7 @@ def test_inspect_says_the_same_in_json(folder) -> None:
     assert found["quantiles"]["0.5"] == scores[29]
     assert (found["quantiles"]["0"], found["quantiles"]["1"]) == (scores[0], scores[-1])
     assert found["mean"] == pytest.approx(sum(scores) / 59)
-    assert sum(found["histogram"]) == 59
+    assert sum(found["histogram"]["counts"]) == 59
     assert [level["level"] for level in found["levels"]] == [1, 2, 3, 4, 5, 6, 7, 8, None]
     for level in found["levels"][:8]:
         some = frame.filter(frame["level"] == level["level"])
