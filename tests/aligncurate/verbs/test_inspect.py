@@ -1,0 +1,208 @@
+"""`inspect` against numpy and polars, and how it is drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+import aligncurate
+from aligncurate.cli.render import console, render
+from aligncurate.demo.scenes import write_tars
+from aligncurate.verbs.inspect import QUANTILES, Inspection
+from tests.support.inputs import cli, pairs, write_tar
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`scored`, `levelled` (with embeddings), and `plain` (frozen thresholds, no embeddings) of 120 scenes."""
+    path = tmp_path_factory.mktemp("inspect")
+    write_tars(path / "tars", 120, seed=4, shard_size=60)
+    aligncurate.score(path / "tars", path / "scored", model="tiny", embeddings="fp16", quiet=True)
+    aligncurate.bucket(path / "scored", path / "levelled", levels=4, quiet=True)
+    aligncurate.score(path / "tars", path / "plain-scored", model="tiny", quiet=True)
+    aligncurate.bucket(path / "plain-scored", path / "plain", thresholds=path / "levelled", quiet=True)
+    return path
+
+
+def drawn(inspection: Inspection, width: int) -> str:
+    out = Console(width=width, file=io.StringIO(), highlight=False, emoji=False)
+    out.print(render(inspection))
+    return out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def scores_of(path: Path) -> np.ndarray:
+    return aligncurate.open_dataset(path).scan().select("score").collect()["score"].drop_nulls().to_numpy()
+
+
+@pytest.mark.parametrize("name", ["scored", "levelled", "plain"])
+def test_the_histogram_is_numpys(folder, name) -> None:
+    found = aligncurate.inspect(folder / name)
+    scores = scores_of(folder / name)
+    assert found.histogram is not None
+    assert found.histogram.counts == np.histogram(scores, found.histogram.edges)[0].tolist()
+    assert sum(found.histogram.counts) == found.scored == 120
+    assert len(found.histogram.edges) == 37
+    widths = np.diff(found.histogram.edges)[1:-1]
+    assert np.allclose(widths, widths[0], rtol=1e-3)
+    ranks = [int(q * 119) for q in QUANTILES]
+    assert list(found.quantiles.values()) == np.sort(scores)[ranks].tolist()
+    assert found.mean == pytest.approx(scores.mean(dtype=np.float64))
+
+
+def test_far_outliers_share_the_end_bins(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(2))
+    aligncurate.score(tmp_path / "a.tar", tmp_path / "scored", model="tiny", quiet=True)
+    part = next((tmp_path / "scored").rglob("*.parquet"))
+    frame = pl.read_parquet(part)
+    scores = np.linspace(0, 1, 5_000, dtype=np.float32)
+    scores[[0, -1]] = -1e6, 1e6
+    _replace(tmp_path / "scored", frame.sample(5_000, with_replacement=True, seed=1).with_columns(score=scores))
+    found = aligncurate.inspect(tmp_path / "scored")  # the counts in the manifest are not those of these rows
+    assert found.histogram is not None
+    assert found.histogram.edges[0] == -1e6 and found.histogram.edges[-1] == 1e6
+    assert found.histogram.counts == np.histogram(scores, found.histogram.edges)[0].tolist()
+    assert max(found.histogram.counts) < 5_000 / 30
+    assert "the end bins reach down to -1e+06 and up to 1e+06" in drawn(found, 80)
+
+
+def _replace(path: Path, frame: pl.DataFrame) -> None:
+    """Put other rows into the only part of a dataset; the manifest says how many."""
+    part = next(path.rglob("*.parquet"))
+    schema = aligncurate.open_dataset(path).schema
+    import pyarrow.parquet as pq
+
+    pq.write_table(frame.to_arrow().cast(schema), part)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["parts"][0] |= {"rows": frame.height, "ok": frame.height, "statuses": {"ok": frame.height}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("name", "frozen"), [("levelled", False), ("plain", True)])
+def test_cuts_say_what_a_filter_keeps(folder, tmp_path, name, frozen) -> None:
+    found = aligncurate.inspect(folder / name)
+    assert (found.method, found.frozen) == ("quantile", frozen)
+    assert [cut.level for cut in found.cuts] == [2, 3, 4]
+    for cut in found.cuts:
+        kept = aligncurate.filter(folder / name, tmp_path / str(cut.level), levels=f"{cut.level}-4", quiet=True)
+        assert cut.count == kept.rows == np.count_nonzero(scores_of(folder / name) >= np.float32(cut.score))
+        assert cut.share == kept.rows / 120
+    assert found.histogram is not None
+    middles = (np.array(found.histogram.edges[1:-2]) + found.histogram.edges[2:-1]) / 2
+    expected = 1 + (middles[:, None] >= [cut.score for cut in found.cuts]).sum(1)
+    assert found.histogram.levels[1:-1] == expected.tolist()
+
+
+def test_mismatched_pairs_are_images_with_other_captions(folder) -> None:
+    found = aligncurate.inspect(folder / "levelled")
+    frame = aligncurate.open_dataset(folder / "levelled").scan().collect()
+    expected = []
+    for part in (frame[:60], frame[60:]):
+        images, texts = (np.array(part[f"{n}_embedding"].to_list(), np.float32) for n in ("image", "text"))
+        captions, hashes = part["caption"].to_list(), part["sha256"].to_list()
+        for row in range(60):
+            other = (row + 30) % 60
+            if captions[row] != captions[other] and hashes[row] != hashes[other]:
+                lengths = np.linalg.norm(images[row]) * np.linalg.norm(texts[other])
+                expected.append(images[row] @ texts[other] / lengths)
+    assert found.mismatched is not None and found.histogram is not None
+    assert found.mismatched.pairs == len(expected) == sum(found.histogram.mismatched)
+    assert found.mismatched.mean == pytest.approx(np.mean(expected), abs=1e-5)
+    assert found.mean is not None and found.mismatched.mean < found.mean
+    assert found.histogram.mismatched == np.histogram(np.float32(expected), found.histogram.edges)[0].tolist()
+    for cut in found.cuts:
+        assert cut.mismatched == pytest.approx(np.mean(np.array(expected) >= cut.score))
+    assert f"{found.mismatched.pairs} mismatched pairs" in drawn(found, 80)
+
+
+def test_without_own_embeddings_nothing_is_said_of_mismatched_pairs(folder, tmp_path) -> None:
+    found = aligncurate.inspect(folder / "plain")
+    assert found.mismatched is None and found.histogram is not None and found.histogram.mismatched == []
+    assert all(cut.mismatched is None for cut in found.cuts)
+    assert "mismatched" not in drawn(found, 80)
+    # Embeddings that do not give the rows' scores belong to something else.
+    aligncurate.score(folder / "tars/00000.tar", tmp_path / "other", model="tiny", embeddings="fp16", quiet=True)
+    frame = aligncurate.open_dataset(tmp_path / "other").scan().collect()
+    _replace(tmp_path / "other", frame.with_columns(score=pl.col("score") / 2))
+    assert aligncurate.inspect(tmp_path / "other").mismatched is None
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 120, 200])
+def test_the_drawing_has_the_heights_of_the_counts(folder, width) -> None:
+    found = aligncurate.inspect(folder / "plain")
+    assert found.histogram is not None
+    lines = drawn(found, width).splitlines()
+    assert max(len(line) for line in lines) <= width
+    top = next(n for n, line in enumerate(lines) if "┤" in line)
+    panel = [line.partition("┤")[2] or line.partition("│")[2] for line in lines[top : top + 8]]
+    columns = ["".join(cells).strip() for cells in zip(*[line[1:] for line in panel], strict=True)]
+    heights = [sum(" ▁▂▃▄▅▆▇█".index(cell) for cell in column) for column in columns]
+    merge = -(-36 // (width - 5)) if width > 40 else -(-36 // max(8, width - 5))
+    bins = np.add.reduceat(found.histogram.counts, np.arange(0, 36, merge))
+    expected = np.ceil(bins * 64 / bins.max()).astype(int)
+    per_bin = len(heights) // len(bins)
+    assert per_bin >= 1 and heights == np.repeat(expected, per_bin).tolist()
+
+
+def test_levels_and_thresholds_are_marked_on_the_axis(folder) -> None:
+    found = aligncurate.inspect(folder / "plain")
+    assert found.histogram is not None
+    line = next(line for line in drawn(found, 120).splitlines() if "━" in line)
+    scale = line.lstrip()
+    marks = [place for place, sign in enumerate(scale) if sign == "┷"]
+    edges = found.histogram.edges
+    low, high = 2 * edges[1] - edges[2], 2 * edges[-2] - edges[-3]
+    for mark, cut in zip(marks, found.cuts, strict=True):
+        assert mark == pytest.approx((cut.score - low) / (high - low) * len(scale), abs=1.01)
+    assert [sign for sign in scale if sign.isdigit()] == ["1", "2", "3", "4"]
+
+
+def test_nothing_is_cut_and_markup_is_text(folder, tmp_path) -> None:
+    caption = "a [bold]red[/] :bug: " + " ".join(f"word{n}" for n in range(60)) + " " + "x" * 150
+    samples = pairs(3)
+    samples["s0"]["txt"] = caption.encode()
+    samples["broken[/]:bug:"] = {"jpg": b"no image", "txt": b"a caption"}
+    write_tar(tmp_path / "a.tar", samples)
+    aligncurate.score(tmp_path / "a.tar", tmp_path / "s[red]:bug:", model="tiny", quiet=True)
+    aligncurate.bucket(tmp_path / "s[red]:bug:", tmp_path / "l[red]:bug:", levels=2, quiet=True)
+    for width in (80, 120):
+        text = drawn(aligncurate.inspect(tmp_path / "l[red]:bug:", examples=3), width)
+        for words in (caption, "broken[/]:bug:", str(tmp_path / "l[red]:bug:")):
+            assert "".join(words.split()) in "".join(text.split())
+        assert "…" not in text.replace(" … ", "")
+    piped = cli("inspect", tmp_path / "l[red]:bug:", "--examples", 3).stdout
+    assert "".join(caption.split()) in "".join(piped.split())
+    assert "4 rows in 1 part, made by `bucket`" in piped
+    assert "decode_error" in piped and "not an image" in piped
+    assert "\x1b" not in piped
+
+
+def test_the_next_command_fits_the_dataset(folder, tmp_path) -> None:
+    aligncurate.ingest(folder / "tars/00000.tar", tmp_path / "raw", quiet=True)
+    for path, command in (
+        (tmp_path / "raw", "aligncurate score"),
+        (folder / "scored", "aligncurate bucket"),
+        (folder / "levelled", "aligncurate filter"),
+    ):
+        assert f"next: {command} {path}" in cli("inspect", path).stdout
+
+
+def test_json_has_everything_that_is_drawn(folder) -> None:
+    found = json.loads(cli("inspect", folder / "levelled", "--json", "--examples", 1).stdout)
+    assert found == json.loads(json.dumps(aligncurate.inspect(folder / "levelled", examples=1).to_json()))
+    assert found["histogram"].keys() == {"edges", "counts", "levels", "mismatched"}
+    assert [len(found["histogram"][name]) for name in ("edges", "counts", "levels", "mismatched")] == [37, 36, 36, 36]
+    assert found["cuts"][0].keys() == {"level", "score", "count", "share", "mismatched"}
+
+
+def test_the_console_leaves_text_alone(capsys) -> None:
+    console().print("a :bug: in 12 files", "https://example.org/:smile:", markup=False)
+    console(stderr=True).print(":bug:")
+    captured = capsys.readouterr()
+    assert captured.out == "a :bug: in 12 files https://example.org/:smile:\n"
+    assert captured.err == ":bug:\n"
