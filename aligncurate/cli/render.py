@@ -46,6 +46,8 @@ def render(inspection: Inspection) -> RenderableType:
     pieces: list[RenderableType] = [_head(inspection)]
     if len(inspection.statuses) > 1 or inspection.errors:
         pieces.append(_status_table(inspection))
+    if inspection.errors:
+        pieces[-1] = Group(pieces[-1], _failed_command(inspection))
     if inspection.histogram is not None:
         pieces += [_score_table(inspection), _Drawing(inspection)]
     if inspection.cuts:
@@ -90,14 +92,15 @@ def _origin(inspection: Inspection) -> str:
     return f"{levels} {sizes} ({inspection.method}), {where}"
 
 
-def _table(*columns: str, left: Sequence[int] = (), title: str | None = None) -> Table:
-    """A table whose texts wrap where they do not fit; nothing is cut."""
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", title_style="bold", header_style="dim"
-    )
+def _table(*columns: str, left: Sequence[int] = (), title: str) -> Table:
+    """A table whose texts wrap where they do not fit."""
+    name = Text(title, style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=name, title_justify="left", header_style="dim")
     for number, name in enumerate(columns):
         text = number in left
-        table.add_column(name, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        table.add_column(
+            name, justify="left" if text else "right", no_wrap=not text, overflow="fold" if text else "ellipsis"
+        )
     return table
 
 
@@ -111,13 +114,16 @@ def _status_table(inspection: Inspection) -> Table:
     return table
 
 
+def _failed_command(inspection: Inspection) -> Text:
+    path = shlex.quote(inspection.path)
+    return Text(f"all failed rows: aligncurate filter {path} --where 'error IS NOT NULL' --out FAILED", style="dim")
+
+
 def _score_table(inspection: Inspection) -> Table:
     names = {"0": "min", "0.05": "5%", "0.25": "25%", "0.5": "median", "0.75": "75%", "0.95": "95%", "1": "max"}
-    title = "Scores" if inspection.score_column == "score" else f"Scores ({inspection.score_column})"
-    table = _table("rows", "mean", *names.values(), title=title)
-    table.add_row(
-        f"{inspection.scored:,}", _number(inspection.mean), *[_number(inspection.quantiles[q]) for q in names]
-    )
+    column = "" if inspection.score_column == "score" else f" ({inspection.score_column})"
+    table = _table("mean", *names.values(), title=f"Scores{column} of {count(inspection.scored, 'row')}")
+    table.add_row(_number(inspection.mean), *[_number(inspection.quantiles[q]) for q in names])
     return table
 
 
