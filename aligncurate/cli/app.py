@@ -349,6 +349,14 @@ def bucket(
 def inspect(
     dataset: DatasetFolder,
     examples: Annotated[int, typer.Option(metavar="K", help="Show K captions of each level.")] = 0,
+    mismatched: Annotated[
+        bool,
+        typer.Option(
+            "--mismatched",
+            help="Also score 2,000 images with other rows' captions, with the dataset's encoder. Datasets scored with "
+            "--embeddings show this anyway.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
     score_column: ScoreColumn = "score",
 ) -> None:
@@ -356,7 +364,7 @@ def inspect(
     from aligncurate.cli.render import console, next_command, render
     from aligncurate.verbs.inspect import inspect as measure
 
-    inspection = measure(dataset, examples=examples, score_column=score_column)
+    inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
     if as_json:
         print(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
         return

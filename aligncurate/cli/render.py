@@ -94,8 +94,8 @@ def _origin(inspection: Inspection) -> str:
 
 def _table(*columns: str, left: Sequence[int] = (), title: str) -> Table:
     """A table whose texts wrap where they do not fit."""
-    name = Text(title, style="bold")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=name, title_justify="left", header_style="dim")
+    heading = Text(title, style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=heading, title_justify="left", header_style="dim")
     for number, name in enumerate(columns):
         text = number in left
         table.add_column(

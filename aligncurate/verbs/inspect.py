@@ -10,23 +10,18 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aligncurate.dataset.reader import Dataset
-from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.errors import UserError
 from aligncurate.levels import Counts, Floats, WrongCounts, assign_levels, key_scores, order_statistics
 from aligncurate.verbs.bucket import check_score_column, iter_scores
+from aligncurate.verbs.mismatched import from_embeddings, from_encoder
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _BINS = 36  # two characters each on 80 columns, three on 120
 _TAIL = 0.001  # share of the scores at either end that may fall into the end bins
 _EXAMPLE_PARTS = 16  # examples come from at most this many parts, spread over the dataset
-_MISMATCHED_PARTS = 8
-_MISMATCHED_PAIRS = 20_000
-_SAME_SCORE = 0.01  # embeddings that miss the rows' own scores by more belong to another encoder
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,9 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: str = "score") -> Inspection:
+def inspect(
+    dataset: str | Path | Dataset, *, examples: int = 0, mismatched: bool = False, score_column: str = "score"
+) -> Inspection:
     """Count and measure a dataset.
 
     Reads the scores once if `score` left their counts in the manifest, else twice.
@@ -134,9 +131,10 @@ def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: s
     Args:
         dataset: the dataset, or its folder.
         examples: number of captions to show for each level.
+        mismatched: score mismatched captions with the dataset's encoder where it has no embeddings.
         score_column: the scores to measure.
 
-    Raises UserError when there is no such dataset or column.
+    Raises UserError when there is no such dataset or column, or `mismatched` cannot load the encoder.
     """
     opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     if examples < 0:
@@ -145,13 +143,15 @@ def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: s
     thresholds = opened.manifest.get("thresholds") or {}
     mine = thresholds.get("score_column") == score_column
     values = np.asarray(thresholds["values"] if mine else [], np.float32)
-    mismatched = _mismatched_scores(opened, score_column)
+    others = from_embeddings(opened, score_column)
+    if mismatched and not len(others):
+        others = from_encoder(opened, score_column)
     counts = opened.score_counts(score_column) or Counts.of(iter_scores(opened, score_column))
     try:
-        measured = _measure(opened, score_column, counts, values, mismatched)
+        measured = _measure(opened, score_column, counts, values, others)
     except WrongCounts:  # something else has rewritten the parts
         counts = Counts.of(iter_scores(opened, score_column))
-        measured = _measure(opened, score_column, counts, values, mismatched)
+        measured = _measure(opened, score_column, counts, values, others)
     encoder = opened.encoder_of(score_column)
     return Inspection(
         path=str(opened.path),
@@ -166,7 +166,7 @@ def inspect(dataset: str | Path | Dataset, *, examples: int = 0, score_column: s
         errors=_errors(opened),
         quantiles=measured.quantiles,
         histogram=measured.histogram,
-        mismatched=Mismatched(len(mismatched), float(mismatched.mean(dtype=np.float64))) if len(mismatched) else None,
+        mismatched=Mismatched(len(others), float(others.mean(dtype=np.float64))) if len(others) else None,
         method=thresholds.get("method"),
         frozen=_frozen(opened),
         cuts=measured.cuts,
@@ -268,59 +268,6 @@ def _middles(edges: NDArray[np.float64]) -> Floats:
     if len(middles) > 2:
         middles[0], middles[-1] = 2 * middles[1] - middles[2], 2 * middles[-2] - middles[-3]
     return middles.astype(np.float32)
-
-
-def _mismatched_scores(dataset: Dataset, column: str) -> Floats:
-    """Cosines of images with the caption of another row of their part; empty where the embeddings do not give `column`.
-
-    Takes up to 20,000 rows from up to 8 parts, the same ones every time. The other row is half of those read away,
-    since neighbours often show the same image or come from the same page; rows with the same image or caption are left
-    out.
-    """
-    for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING):
-        if name not in dataset.schema.names or not pa.types.is_fixed_size_list(dataset.schema.field(name).type):
-            return np.empty(0, np.float32)
-    step = -(-len(dataset.parts) // _MISMATCHED_PARTS)
-    chosen = range(0, len(dataset.parts), step)
-    found, missed = [], []
-    for index in chosen:
-        table = _rows_with_embeddings(dataset, index, column, _MISMATCHED_PAIRS // len(chosen))
-        if table.num_rows < 2:
-            continue
-        images, texts = (_unit(table[name]) for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING))
-        missed.append(np.abs((images * texts).sum(1) - table[column].to_numpy()))
-        other = np.roll(np.arange(len(images)), -(len(images) // 2))
-        differs = np.ones(len(images), bool)
-        for name in ("sha256", "caption", "conversations"):
-            values = np.asarray([str(v) for v in table[name].to_pylist()])
-            differs &= (values != values[other]) | (values == "None")
-        found.append((images * texts[other]).sum(1)[differs])
-    if not missed or np.median(np.concatenate(missed)) > _SAME_SCORE:
-        return np.empty(0, np.float32)
-    return np.concatenate(found)
-
-
-def _rows_with_embeddings(dataset: Dataset, index: int, column: str, limit: int) -> pa.Table:
-    columns = [column, "status", "sha256", "caption", "conversations", IMAGE_EMBEDDING, TEXT_EMBEDDING]
-    columns = list(dict.fromkeys(columns))
-    tables, rows = [], 0
-    for table in dataset.groups(index, columns):
-        usable = pc.equal(table["status"], Status.OK.value)
-        for name in (column, IMAGE_EMBEDDING, TEXT_EMBEDDING):
-            usable = pc.and_(usable, pc.is_valid(table[name]))
-        tables.append(table.filter(usable))
-        rows += tables[-1].num_rows
-        if rows >= limit:
-            break
-    return pa.concat_tables(tables).slice(0, limit) if tables else pa.table({})
-
-
-def _unit(column: pa.ChunkedArray) -> Floats:
-    """Embeddings, float32 [rows, D] of length 1."""
-    width = column.type.list_size
-    vectors = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
-    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
-    return np.asarray(vectors / lengths, np.float32)
 
 
 def _frozen(dataset: Dataset) -> bool:

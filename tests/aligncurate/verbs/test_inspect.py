@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import aligncurate
 from aligncurate.cli.render import console, render
 from aligncurate.demo.scenes import write_tars
 from aligncurate.verbs.inspect import QUANTILES, Inspection
-from tests.support.inputs import cli, pairs, write_tar
+from tests.support.inputs import cli, complaint, pairs, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,26 @@ def test_without_own_embeddings_nothing_is_said_of_mismatched_pairs(folder, tmp_
     frame = aligncurate.open_dataset(tmp_path / "other").scan().collect()
     _replace(tmp_path / "other", frame.with_columns(score=pl.col("score") / 2))
     assert aligncurate.inspect(tmp_path / "other").mismatched is None
+
+
+def test_mismatched_encodes_again_where_there_are_no_embeddings(folder, tmp_path) -> None:
+    stored = aligncurate.inspect(folder / "levelled").mismatched
+    encoded = aligncurate.inspect(folder / "plain", mismatched=True).mismatched
+    assert stored is not None and encoded is not None
+    assert encoded.pairs == stored.pairs
+    assert encoded.mean == pytest.approx(stored.mean, abs=1e-3)
+    aligncurate.ingest(folder / "plain", tmp_path / "raw", quiet=True)  # keeps the scores, forgets the encoder
+    assert "does not say which encoder" in complaint(cli("inspect", tmp_path / "raw", "--mismatched"))
+    manifest = json.loads((folder / "plain/manifest.json").read_text())
+    manifest["encoder"] |= {"model": "ViT-B-32", "pretrained": "mine.safetensors"}
+    path = tmp_path / "unnamed"
+    shutil.copytree(folder / "plain", path)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert "score with --embeddings fp16" in complaint(cli("inspect", path, "--mismatched"))
+    frame = aligncurate.open_dataset(folder / "plain-scored").scan().collect()
+    aligncurate.score(folder / "tars/00000.tar", tmp_path / "halved", model="tiny", quiet=True)
+    _replace(tmp_path / "halved", frame[:60].with_columns(score=pl.col("score") / 2))
+    assert "no longer gives the scores" in complaint(cli("inspect", tmp_path / "halved", "--mismatched"))
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120, 200])

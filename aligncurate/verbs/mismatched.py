@@ -1,0 +1,142 @@
+"""Scores of mismatched pairs, images with another row's caption: what a caption scores by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from aligncurate.dataset.pointers import POINTER_COLUMNS, read_images
+from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
+from aligncurate.errors import ImageError, UserError
+from aligncurate.levels import Floats
+
+_PARTS = 8
+_STORED, _ENCODED = 20_000, 2_000  # most rows used, where embeddings are stored and where they must be computed
+_BATCH = 256
+_SAME_SCORE = 0.01  # embeddings that miss the rows' own scores by more come from another encoder
+_NONE = np.empty(0, np.float32)
+
+
+def from_embeddings(dataset: Dataset, column: str) -> Floats:
+    """Mismatched scores from stored embeddings; empty where there are none, or `column` does not come from them.
+
+    Takes up to 20,000 rows from up to 8 parts, the same ones every time. The other row is half of those read away,
+    since neighbours often show the same image or come from the same page. Pairs of rows with the same image or the
+    same text are left out.
+    """
+    for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING):
+        if name not in dataset.schema.names or not pa.types.is_fixed_size_list(dataset.schema.field(name).type):
+            return _NONE
+    found, missed = [], []
+    for table in _sample(dataset, [column, IMAGE_EMBEDDING, TEXT_EMBEDDING], [], _STORED):
+        images, texts = _unit(table[IMAGE_EMBEDDING]), _unit(table[TEXT_EMBEDDING])
+        missed.append(np.abs((images * texts).sum(1) - table[column].to_numpy()))
+        found.append(_shifted(images, texts, table))
+    return np.concatenate(found) if missed and np.median(np.concatenate(missed)) <= _SAME_SCORE else _NONE
+
+
+def from_encoder(dataset: Dataset, column: str) -> Floats:
+    """Mismatched scores of up to 2,000 rows with captions, whose images are read and encoded again.
+
+    Rows are paired as `from_embeddings` does. Rows whose image can no longer be read are left out.
+
+    Raises UserError when the encoder that made `column` cannot be loaded by the name in the manifest, or no longer
+    gives the same scores.
+    """
+    from aligncurate.encoders.load import TINY, load
+
+    named = dataset.encoder_of(column)
+    if named is None:
+        raise UserError(f"--mismatched: {dataset.path} does not say which encoder made {column}.")
+    model, weights = named["model"], None if named["model"] == TINY else named["pretrained"]
+    try:
+        encoder = load(model, weights, precision=named["precision"])
+    except UserError as error:
+        raise UserError(
+            f"--mismatched: the encoder {model} ({named['pretrained']}) cannot be loaded by its name; "
+            f"score with --embeddings fp16 instead, then no encoder is needed ({str(error).rstrip('.')})."
+        ) from None
+    found, missed = [], []
+    images = ["image"] if "image" in dataset.schema.names else []
+    for sampled in _sample(dataset, [column, "caption"], [*POINTER_COLUMNS, *images], _ENCODED):
+        table, image_units, text_units = _encode(encoder, sampled)
+        if table.num_rows:
+            missed.append(np.abs((image_units * text_units).sum(1) - table[column].to_numpy()))
+            found.append(_shifted(image_units, text_units, table))
+    if not missed:
+        raise UserError(f"--mismatched: {dataset.path} has no scored rows with captions and readable images.")
+    if np.median(np.concatenate(missed)) > _SAME_SCORE:
+        raise UserError(f"--mismatched: {model} ({named['pretrained']}) no longer gives the scores in {column}.")
+    return np.concatenate(found)
+
+
+def _sample(dataset: Dataset, needed: Sequence[str], others: Sequence[str], limit: int) -> Iterator[pa.Table]:
+    """At most `limit` rows, a table per chosen part, of rows that are ok and have a value in each of `needed`."""
+    columns = list(dict.fromkeys([*needed, *others, "status", "sha256", "caption", "conversations"]))
+    chosen = range(0, len(dataset.parts), max(1, -(-len(dataset.parts) // _PARTS)))
+    for index in chosen:
+        tables, rows, most = [], 0, limit // len(chosen)
+        for table in dataset.groups(index, columns):
+            usable = pc.equal(table["status"], Status.OK.value)
+            for name in needed:
+                usable = pc.and_(usable, pc.is_valid(table[name]))
+            tables.append(table.filter(usable))
+            rows += tables[-1].num_rows
+            if rows >= most:
+                break
+        if rows:
+            yield pa.concat_tables(tables).slice(0, most)
+
+
+def _shifted(images: Floats, texts: Floats, table: pa.Table) -> Floats:
+    """Cosines of each image with the text of the row half a table away."""
+    other = np.roll(np.arange(len(images)), -(len(images) // 2))
+    differs = np.ones(len(images), bool)
+    for name in ("sha256", "caption", "conversations"):
+        values = np.asarray([str(value) for value in table[name].to_pylist()])
+        differs &= (values != values[other]) | (values == "None")
+    differs &= other != np.arange(len(images))
+    return np.asarray((images * texts[other]).sum(1)[differs], np.float32)
+
+
+def _unit(column: pa.ChunkedArray) -> Floats:
+    """Embeddings, float32 [rows, D] of length 1."""
+    width = column.type.list_size
+    vectors = column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, width)
+    lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+    return np.asarray(vectors / lengths, np.float32)
+
+
+def _encode(encoder: Any, table: pa.Table) -> tuple[pa.Table, Floats, Floats]:
+    """The rows whose image can be read, and their unit embeddings of images and captions, float32 [rows, D]."""
+    import torch
+
+    from aligncurate.images.decode import decode, decoders_unheard, open_image
+
+    kept: list[int] = []
+    embedded: list[tuple[Any, Any]] = []
+    rows = table.to_pylist()
+    for start in range(0, len(rows), _BATCH):
+        pixels, texts = [], []
+        batch = rows[start : start + _BATCH]
+        for number, (row, data) in enumerate(zip(batch, read_images(batch), strict=True), start):
+            if data is None or isinstance(data, OSError):
+                continue
+            try:
+                with decoders_unheard():
+                    pixels += decode(bytes(data), open_image(bytes(data))[0], [encoder.preprocess], "exact")
+            except ImageError:
+                continue
+            kept.append(number)
+            texts.append(row["caption"])
+        if pixels:
+            embedded.append(encoder.embed(torch.stack(pixels), encoder.tokenize(texts)))
+    if not embedded:
+        return table.slice(0, 0), np.empty((0, 1), np.float32), np.empty((0, 1), np.float32)
+    images, texts_ = (torch.cat(each).numpy() for each in zip(*embedded, strict=True))
+    return table.take(kept), images, texts_
