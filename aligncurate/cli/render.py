@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from rich import box
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.style import Style
 from rich.table import Table
@@ -49,7 +50,7 @@ def render(inspection: Inspection) -> RenderableType:
     if inspection.errors:
         pieces[-1] = Group(pieces[-1], _failed_command(inspection))
     if inspection.histogram is not None:
-        pieces += [_score_table(inspection), _Drawing(inspection)]
+        pieces += [_score_summary(inspection), _Drawing(inspection)]
     if inspection.cuts:
         pieces.append(_cut_table(inspection))
     if inspection.levels:
@@ -93,14 +94,11 @@ def _origin(inspection: Inspection) -> str:
 
 
 def _table(*columns: str, left: Sequence[int] = (), title: str) -> Table:
-    """A table whose texts wrap where they do not fit."""
+    """A table that wraps where it does not fit: texts first, then numbers; nothing is cut."""
     heading = Text(title, style="bold")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=heading, title_justify="left", header_style="dim")
     for number, name in enumerate(columns):
-        text = number in left
-        table.add_column(
-            name, justify="left" if text else "right", no_wrap=not text, overflow="fold" if text else "ellipsis"
-        )
+        table.add_column(name, justify="left" if number in left else "right", overflow="fold")
     return table
 
 
@@ -119,12 +117,14 @@ def _failed_command(inspection: Inspection) -> Text:
     return Text(f"all failed rows: aligncurate filter {path} --where 'error IS NOT NULL' --out FAILED", style="dim")
 
 
-def _score_table(inspection: Inspection) -> Table:
+def _score_summary(inspection: Inspection) -> Group:
+    """Mean and quantiles, as many beside each other as fit."""
     names = {"0": "min", "0.05": "5%", "0.25": "25%", "0.5": "median", "0.75": "75%", "0.95": "95%", "1": "max"}
     column = "" if inspection.score_column == "score" else f" ({inspection.score_column})"
-    table = _table("mean", *names.values(), title=f"Scores{column} of {count(inspection.scored, 'row')}")
-    table.add_row(_number(inspection.mean), *[_number(inspection.quantiles[q]) for q in names])
-    return table
+    values = {"mean": inspection.mean} | {name: inspection.quantiles[q] for q, name in names.items()}
+    cells = [Text.assemble((f"{name} ", "dim"), _number(value)) for name, value in values.items()]
+    heading = Text(f"Scores{column} of {count(inspection.scored, 'row')}", style="bold")
+    return Group(heading, Columns(cells, padding=(0, 3)))
 
 
 def _cut_table(inspection: Inspection) -> Table:
