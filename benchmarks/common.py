@@ -1,4 +1,4 @@
-"""What the benchmarks share: repeated timing, the machine they ran on, a table for people and JSON for programs."""
+"""Shared by the benchmarks: repeated timing, facts about the machine, and results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 @dataclass(frozen=True)
 class Spread:
-    """One quantity measured several times: its median, and the least and the greatest of the runs."""
+    """A quantity measured several times: median, minimum and maximum of the runs."""
 
     median: float
     low: float
@@ -45,7 +45,7 @@ class Spread:
 
 
 def seconds(work: Callable[[], Any], runs: int, warm_up: int = 1) -> list[float]:
-    """How long each of `runs` calls took, after `warm_up` calls that are not counted."""
+    """Duration of each of `runs` calls, after `warm_up` calls that are not counted."""
     for _ in range(warm_up):
         work()
     taken = []
@@ -57,10 +57,10 @@ def seconds(work: Callable[[], Any], runs: int, warm_up: int = 1) -> list[float]
 
 
 def undisturbed(work: Callable[[], float], most: float = 0.1, tries: int = 6) -> tuple[float, float]:
-    """What `work` gives, from the first run in which other processes took no more than a share of the processor.
+    """The result of the first run during which other processes used at most the share `most` of the CPU.
 
-    After so many tries the run that was disturbed least. Returns that and the others' share of all cores, 0..1;
-    where the system does not tell (only Linux does), the first run and a share of 0.
+    After `tries` runs, the least disturbed one is taken. Returns its result and the share of all cores that other
+    processes used, 0..1; only Linux reports it, elsewhere the first run is taken with a share of 0.
     """
     found = []
     for _ in range(tries):
@@ -76,7 +76,7 @@ def undisturbed(work: Callable[[], float], most: float = 0.1, tries: int = 6) ->
 
 
 def _ticks() -> tuple[float, float]:
-    """Processor seconds that all processes worked since the start, and that there were, over all cores."""
+    """CPU seconds since boot, over all cores: used by all processes, and available in total."""
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def _own_seconds() -> float:
 
 
 def peak_mib() -> int:
-    """Greatest resident memory of this process so far, MiB."""
+    """Peak resident memory of this process, MiB."""
     try:  # getrusage would count what the parent held when it forked
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) // 1024
@@ -101,7 +101,7 @@ def peak_mib() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, memory, GPU, driver, system and library versions."""
+    """What a measurement depends on: CPU, memory, GPU, driver, system and library versions."""
     found: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -137,12 +137,12 @@ def _cpu() -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, or all digits of a large number."""
+    """Format a number with three significant digits, or with all digits if it is large."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows with equal keys as a table; None is an empty cell, for what this machine cannot measure."""
+    """Rows with the same keys as a table; None, for what this machine cannot measure, is an empty cell."""
     drawn = Table(*rows[0], title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for column in drawn.columns[1:]:
         column.justify = "right"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.start --save
 
-Each is a new process; the yardstick is a Python that does nothing, and one that imports torch. A first run of each is
-not counted.
+Each runs in a new process, next to an empty Python program and one that imports torch for comparison. The first run of
+each is a warm-up.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Training: our step against the plain Hugging Face way, on the same model and conversations of the same file.
+"""Training speed and memory, compared with plain Hugging Face on the same model and conversations.
 
-python -m benchmarks.train                      small model, on whatever device there is
-python -m benchmarks.train --shape 7b           a Llama of 7B parameters and ViT-L/14-336, random weights; needs a GPU
+    python -m benchmarks.train                  small model, on the CPU or GPU
+    python -m benchmarks.train --shape 7b       Llama with 7B parameters and ViT-L/14-336, random weights; needs a GPU
 
-The plain way is transformers' LlavaForConditionalGeneration with the same LLM and tower: shuffled batches, padded to
-their longest, logits and loss over the whole of them, AdamW, the same dtype. Tokens are those of the samples in either
-case, never padding. Every run is a process of its own, the two ways in turn, so that peak memory is each one's own.
+Plain Hugging Face is transformers' LlavaForConditionalGeneration with the same LLM and tower: shuffled batches, padded
+to their longest sample, logits and loss for every token, AdamW, the same dtype. Padding does not count as tokens. Every
+run is a process of its own, so that its peak memory is its own; the two take turns.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -48,13 +50,13 @@ BUDGETS = (2_048, 4_096)
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random LLM and tower, and how much of them is run."""
+    """Sizes of the random LLM and tower, and the settings of a run."""
 
     llm: dict[str, Any]
     tower: dict[str, Any]
     pixels: int
-    batch_size: int  # samples of an optimizer step
-    stock_batch: int  # samples of the plain way's micro-batch
+    batch_size: int  # samples per optimizer step
+    stock_batch: int  # samples per micro-batch of plain Hugging Face
     steps: int
     dtype: str
     max_length: int
@@ -78,7 +80,7 @@ SHAPES = {
 
 
 def make_models(shape: Shape, texts: list[str], folder: Path) -> None:
-    """Folders `llm` and `vision` of random weights; Llama's vocabulary of 32,000, of which the texts use a part."""
+    """Write folders `llm` and `vision` with random weights; the texts use part of the vocabulary of 32,000."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(texts, 8_000)
     config = AutoConfig.for_model("llama", vocab_size=32_000, bos_token_id=1, eos_token_id=2, **shape.llm)
@@ -96,7 +98,7 @@ def make_models(shape: Shape, texts: list[str], folder: Path) -> None:
 
 
 def ours(shape: Shape, work: Path, data: list[str], root: str | None) -> dict[str, Any]:
-    """`train` itself; the figures are those of its own log, the first step left out."""
+    """Our `train`; the figures are from its log, without the first step."""
     config = _config(shape, work, data, root, max_steps=shape.steps + 1, out=str(work / "out"), log_every=1)
     train(config.replace(resume=False, save_every=10**9))
     records = [json.loads(line) for line in (work / "out" / "log.jsonl").read_text().splitlines()][1:]
@@ -110,7 +112,7 @@ def ours(shape: Shape, work: Path, data: list[str], root: str | None) -> dict[st
 
 
 def stock(shape: Shape, work: Path, data: list[str], root: str | None) -> dict[str, Any]:
-    """The plain way, written as its documentation shows it."""
+    """Plain Hugging Face, as in its documentation."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = _config(shape, work, data, root, align_mode="none")
     processor = build_processor(config)
@@ -193,7 +195,7 @@ def _pairs(data: list[str], root: str | None) -> Any:
 
 
 def run(shape_name: str, data: list[str], root: str | None, runs: int) -> list[dict[str, Any]]:
-    """Both ways in turn, `runs` times; one row each, and one of their ratios."""
+    """Run both in turn, `runs` times; returns a row for each and one with their ratio."""
     shape = SHAPES[shape_name]
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
@@ -236,13 +238,13 @@ def run(shape_name: str, data: list[str], root: str | None, runs: int) -> list[d
 
 
 def main() -> None:
-    """From the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
-    parser.add_argument("--data", nargs="+", help="conversations about pictures (default: DAQUAR, or drawn scenes)")
+    parser.add_argument("--data", nargs="+", help="conversations about images (default: DAQUAR, or drawn scenes)")
     parser.add_argument("--image-root")
-    parser.add_argument("--runs", type=int, default=3, help="processes of each way")
-    parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each")
+    parser.add_argument("--save", action="store_true", help="save the result in benchmarks/results/")
     for name in ("--way", "--work", "--told"):  # of the processes that this one starts
         parser.add_argument(name, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -251,7 +253,7 @@ def main() -> None:
         Path(given.told).write_text(json.dumps(result))
         return
     if given.shape == "7b" and not torch.cuda.is_available():
-        console.print("--shape 7b needs a GPU; there is none here, so there are no figures for it.")
+        console.print("--shape 7b needs a GPU, and this machine has none.")
         return
     with tempfile.TemporaryDirectory() as folder:
         data, root = given.data, given.image_root

@@ -1,1 +1,1 @@
-"""Whole runs: the data, models and recipes that put the packages to work."""
+"""Complete runs as scripts: the paper's recipe, a run on photos, and training of the built-in models."""

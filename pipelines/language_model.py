@@ -1,7 +1,9 @@
-"""Trains small causal LLMs from nothing: a tokenizer, a Llama of a few layers, and the plainest of loops.
+"""Trains small causal LLMs from scratch: a tokenizer, a Llama of a few layers and a simple training loop.
 
-For real work an LLM comes from elsewhere; these stand in where nothing can be downloaded.
+Used by `pipelines.photos` and `pipelines.tiny_models`, so that they run without downloading an LLM.
 """
+
+from __future__ import annotations
 
 import math
 import time
@@ -19,7 +21,7 @@ from aligntrain.model.loading import quiet_transformers
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 IGNORE = -100
-# Vicuna's turns without its long preamble, which a model of this size would spend half of its tokens on.
+# Vicuna's template without its system prompt, which would be half of the tokens of texts this short.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
     "{% elif m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
@@ -28,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most so many tokens; no text is unknown to it."""
+    """A byte-level BPE tokenizer of at most `vocabulary` tokens; it can encode any text."""
     backend = Tokenizer(models.BPE(unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -47,7 +49,7 @@ def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
 
 
 def make_llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
-    """A Llama of random weights: heads of 32, an MLP three times as wide as the rest."""
+    """A Llama with random weights, heads of 32 and an MLP of three times the width."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -66,7 +68,7 @@ def make_llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> L
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids to learn from; where `learned` is false a token is read but not predicted."""
+    """Token ids of a training text; tokens whose `learned` is false have no label."""
 
     ids: list[int]
     learned: list[bool]
@@ -85,12 +87,12 @@ def pad(texts: Sequence[Text], filler: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def fit(
+def optimize(
     modules: Sequence[nn.Module], loss_of_step: Callable[[int], Tensor], *, steps: int, learning_rate: float
 ) -> float:
-    """AdamW with warm-up and a cosine over everything in `modules`; the mean loss of the last 100 steps.
+    """Train all parameters of `modules` with AdamW, warm-up and a cosine schedule.
 
-    `loss_of_step(step)` makes its own batch, so that nothing is held that is not needed.
+    `loss_of_step(step)` makes the batch of a step and returns its loss. Returns the mean loss of the last 100 steps.
     """
     parameters: list[dict[str, Any]] = [{"params": [p for m in modules for p in m.parameters()]}]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -115,7 +117,7 @@ def fit(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A Hugging Face folder with the weights in half precision."""
+    """Write model and tokenizer as a Hugging Face folder, weights in half precision."""
     with quiet_transformers():
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)

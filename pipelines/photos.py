@@ -1,12 +1,15 @@
-"""The whole job on photographs: score and level Flickr8k, pretrain on it, finetune on DAQUAR, ask about its test set.
+"""A complete run on photos: score and level Flickr8k, pretrain on it, finetune on DAQUAR, evaluate on its test set.
 
-python -m pipelines.photos --data FOLDER --out RUN
+    python -m pipelines.photos --help
+    python -m pipelines.photos --data FOLDER --out RUN
 
-Small on purpose: two CPU cores do it in a quarter of an hour. FOLDER holds `flickr8k/` (webdataset tars and
-`captions.csv`), `daquar/` (LLaVA-format JSON) and `flickr-clip/` (an open_clip config and its weights). The LLM is a
-Llama of a few layers that is first taught English, if that is the word, by the captions and questions of the training
-sets; its eyes are those of the encoder that scored the data.
+It is small: a quarter of an hour on two CPU cores. FOLDER contains `flickr8k/` (webdataset tars and `captions.csv`),
+`daquar/` (LLaVA-format JSON) and `flickr-clip/` (an open_clip config and its weights). The LLM is a Llama of a few
+layers, first trained from scratch on the captions and questions of the training sets; the vision tower is that of the
+encoder that scored the data.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -33,7 +36,7 @@ from aligntrain.model.build import build_model, build_processor
 from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip
 from aligntrain.tools.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import load
-from pipelines.language_model import Text, fit, make_llama, make_tokenizer, pad, save
+from pipelines.language_model import Text, make_llama, make_tokenizer, optimize, pad, save
 from pipelines.stage import run_stage
 
 INSTRUCTION = "Answer the question using a single word or phrase."
@@ -44,17 +47,17 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done. The defaults are for a quarter of an hour on two cores."""
+    """Size of the run. The defaults take a quarter of an hour on two CPU cores."""
 
-    pairs: int | None = None  # of Flickr8k's training pairs that are scored; None: all
-    held_out: int | None = None  # of its development pairs
-    conversations: int | None = None  # of DAQUAR's training conversations
-    questions: int | None = None  # of DAQUAR's test questions
+    pairs: int | None = None  # training pairs of Flickr8k; None for all
+    held_out: int | None = None  # development pairs of Flickr8k
+    conversations: int | None = None  # training conversations of DAQUAR
+    questions: int | None = None  # test questions of DAQUAR
     width: int = 192
     layers: int = 4
     vocabulary: int = 4_000
     language_steps: int = 500
-    epochs: tuple[int, int] = (1, 3)  # of pretraining and of finetuning
+    epochs: tuple[int, int] = (1, 3)  # pretraining, finetuning
     batch_sizes: tuple[int, int] = (64, 16)
 
 
@@ -65,8 +68,8 @@ SMALL = Size(
 
 
 @dataclass(frozen=True)
-class Report:
-    """What came of it: held-out losses before and after each stage, and the answers to the test questions."""
+class Results:
+    """Held-out losses before and after each stage, and the accuracy on the test questions."""
 
     pretrain: tuple[HeldOutLoss, HeldOutLoss]
     finetune: tuple[HeldOutLoss, HeldOutLoss]
@@ -74,35 +77,35 @@ class Report:
     seconds: dict[str, float]
 
 
-def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False) -> Report:
-    """Do it all below `out`; `report.json` there says what came of it.
+def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False) -> Results:
+    """Run everything in folder `out`; the results are written to `report.json` there.
 
-    Raises UserError where the data is not what the module's text says.
+    Raises UserError if a file is missing in `data`.
     """
     size = size or Size()
     for name in FILES:
         if not (data / name).is_file():
-            raise UserError(f"{data / name}: there is no such file; --data needs flickr8k/, daquar/ and flickr-clip/.")
+            raise UserError(f"{data / name}: no such file; --data must contain flickr8k/, daquar/ and flickr-clip/.")
     console.quiet = quiet
-    clock = _Clock()
+    steps = _Steps()
     llm, vision = str(out / "llm"), str(out / "vision")
     clip = {"model_config": data / "flickr-clip/flickr-clip.json", "pretrained": data / "flickr-clip/flickr-clip.safetensors"}  # fmt: skip  # noqa: E501
 
-    clock.step("Score Flickr8k's training and development pairs, and cut the scores into eight levels")
+    steps.step("Score Flickr8k's training and development pairs, and cut the scores into eight levels")
     tars = {"train": sorted((data / "flickr8k").glob("train-*.tar")), "dev": [data / "flickr8k/dev-00000.tar"]}
     limits = {"train": size.pairs, "dev": size.held_out}
     for split, files in tars.items():
-        aligncurate.score(files, out / f"scored-{split}", limit=limits[split], quiet=quiet, **_named(clip))
+        aligncurate.score(files, out / f"scored-{split}", limit=limits[split], quiet=quiet, **_as_strings(clip))
     levelled = aligncurate.bucket(out / "scored-train", out / "levelled-train", levels=8, quiet=quiet)
     aligncurate.bucket(out / "scored-dev", out / "levelled-dev", thresholds=out / "levelled-train", quiet=quiet)
     console.print(render(aligncurate.inspect(levelled, examples=1)))
 
-    clock.step("Teach a small LLM the language of the captions and questions")
+    steps.step("Train a small LLM on the captions and questions")
     _language_model(data, Path(llm), size)
-    eyes = encoders.load(**_named(clip))
+    eyes = encoders.load(**_as_strings(clip))
     vision_tower_from_open_clip(eyes.towers.model.visual, eyes.preprocess.mean, eyes.preprocess.std, Path(vision))
 
-    clock.step("Pretrain: projector and level embeddings")
+    steps.step("Pretrain: projector and level embeddings")
     first = StageConfig.pretrain(
         data=[out / "levelled-train"], out=out / "pretrained", llm=llm, vision=vision, epochs=size.epochs[0],
         batch_size=size.batch_sizes[0], dtype="fp32", max_length=256, token_budget=2048, learning_rate=2e-3,
@@ -113,7 +116,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     run_stage(first)
     pretrain = before, held_out_loss(*load(out / "pretrained"), held)
 
-    clock.step("Finetune: projector, gate and LLM")
+    steps.step("Finetune: projector, gate and LLM")
     tuning = _conversations(data / "daquar/llava_train.json", out / "daquar-train.json", size.conversations)
     second = StageConfig.finetune(
         data=[tuning], image_root=data / "daquar", out=out / "finetuned", init=out / "pretrained", template="chat",
@@ -128,42 +131,42 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     model, processor = load(out / "finetuned")
     finetune = before, held_out_loss(model, processor, held)
 
-    clock.step("Ask DAQUAR's test questions")
+    steps.step("Ask DAQUAR's test questions")
     options = aligncurate.SourceOptions(image_root=str(data / "daquar"))
     known = [turn["value"] for row in json.loads(tuning.read_text()) for turn in row["conversations"][1::2]]
     answers = answer_accuracy(
         model, processor, questions_of([testing], options), known, instruction=INSTRUCTION, limit=size.questions,
         quiet=quiet,
     )  # fmt: skip
-    report = Report(pretrain, finetune, answers, clock.seconds())
-    (out / "report.json").write_text(json.dumps(_told(report), indent=1))
-    console.print(table(report))
-    return report
+    results = Results(pretrain, finetune, answers, steps.seconds())
+    (out / "report.json").write_text(json.dumps(_as_json(results), indent=1))
+    console.print(table(results))
+    return results
 
 
-def table(report: Report) -> Table:
-    """The report for people."""
-    shown = Table(title="What came of it", title_justify="left", box=None, padding=(0, 2, 0, 0))
+def table(results: Results) -> Table:
+    """The results as a table to print."""
+    rows = Table(title="Results", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for head in ("held-out", "before", "after"):
-        shown.add_column(head, justify="left" if head == "held-out" else "right")
-    for stage, (before, after) in (("pretrain", report.pretrain), ("finetune", report.finetune)):
-        shown.add_row(f"{stage} loss", f"{before.loss:.3f}", f"[bold]{after.loss:.3f}[/]")
+        rows.add_column(head, justify="left" if head == "held-out" else "right")
+    for stage, (before, after) in (("pretrain", results.pretrain), ("finetune", results.finetune)):
+        rows.add_row(f"{stage} loss", f"{before.loss:.3f}", f"[bold]{after.loss:.3f}[/]")
         for level in (min(after.by_level), max(after.by_level)) if after.by_level else ():
-            shown.add_row(f"  level {level}", f"{before.by_level[level]:.3f}", f"{after.by_level[level]:.3f}")
-    answers = report.answers
-    shown.add_row(f"always “{answers.usual}”", "", f"{answers.baseline:.1%}")
-    shown.add_row(f"right of {answers.questions:,} answers", "", f"[bold]{answers.accuracy:.1%}[/]")
-    shown.add_row("time", "", duration(sum(report.seconds.values())))
-    return shown
+            rows.add_row(f"  level {level}", f"{before.by_level[level]:.3f}", f"{after.by_level[level]:.3f}")
+    answers = results.answers
+    rows.add_row(f"always “{answers.usual}”", "", f"{answers.baseline:.1%}")
+    rows.add_row(f"correct of {answers.questions:,} answers", "", f"[bold]{answers.accuracy:.1%}[/]")
+    rows.add_row("time", "", duration(sum(results.seconds.values())))
+    return rows
 
 
-def _told(report: Report) -> dict[str, Any]:
-    found = asdict(report)
-    found["answers"]["examples"] = report.answers.examples[:200]
-    return {**found, "accuracy": report.answers.accuracy, "baseline": report.answers.baseline}
+def _as_json(results: Results) -> dict[str, Any]:
+    record = asdict(results)
+    record["answers"]["examples"] = results.answers.examples[:200]
+    return {**record, "accuracy": results.answers.accuracy, "baseline": results.answers.baseline}
 
 
-def _named(clip: dict[str, Path]) -> dict[str, Any]:
+def _as_strings(clip: dict[str, Path]) -> dict[str, Any]:
     return {name: str(path) for name, path in clip.items()}
 
 
@@ -174,7 +177,7 @@ def _loss_at_start(config: StageConfig) -> HeldOutLoss:
 
 
 def _conversations(file: Path, copy: Path, count: int | None) -> Path:
-    """The first so many of them, in a file of the run."""
+    """Copy the first `count` conversations to `copy`, a file of the run."""
     copy.write_text(json.dumps(json.loads(file.read_text())[:count]))
     return copy
 
@@ -192,45 +195,45 @@ def _language_model(data: Path, folder: Path, size: Size) -> None:
         batch = pad([Text(i, [False] + [True] * (len(i) - 1)) for i in ids], tokenizer.eos_token_id)
         return model(**batch).loss
 
-    fit([model], loss_of_step, steps=size.language_steps, learning_rate=2e-3)
+    optimize([model], loss_of_step, steps=size.language_steps, learning_rate=2e-3)
     save(model, tokenizer, folder)
 
 
 def _captions(folder: Path) -> Iterator[str]:
-    """All five captions of every training photo, each a line."""
+    """All five captions of every training photo, one per line."""
     training = {line.strip() for line in (folder / "Flickr_8k.trainImages.txt").read_text().splitlines()}
     with (folder / "captions.csv").open(newline="") as lines:
         yield from (row["caption"] + "\n" for row in csv.DictReader(lines) if row["image"] in training)
 
 
 def _dialogues(file: Path) -> Iterator[str]:
-    """Questions and answers of the training conversations, one at a time."""
+    """The questions and answers of the training conversations, a text each."""
     for row in json.loads(file.read_text()):
         turns = [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
         yield from (f"USER: {q} ASSISTANT: {a}</s>" for q, a in zip(turns[::2], turns[1::2], strict=False))
 
 
-class _Clock:
-    """Announces the steps and knows how long each took."""
+class _Steps:
+    """Prints a heading for each step and measures how long it takes."""
 
     def __init__(self) -> None:
-        self._begun: list[tuple[str, float]] = []
+        self._started: list[tuple[str, float]] = []
 
     def step(self, text: str) -> None:
-        self._begun.append((text, time.perf_counter()))
-        console.print(f"\n[bold cyan]{len(self._begun)}[/] [bold]{text}[/]")
+        self._started.append((text, time.perf_counter()))
+        console.print(f"\n[bold cyan]{len(self._started)}[/] [bold]{text}[/]")
 
     def seconds(self) -> dict[str, float]:
-        ends = [begun for _, begun in self._begun[1:]] + [time.perf_counter()]
-        return {text: round(end - begun, 1) for (text, begun), end in zip(self._begun, ends, strict=True)}
+        ends = [start for _, start in self._started[1:]] + [time.perf_counter()]
+        return {text: round(end - start, 1) for (text, start), end in zip(self._started, ends, strict=True)}
 
 
 def main() -> None:
-    """From the command line."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--small", action="store_true", help="a minute's worth, to see that everything runs")
+    parser.add_argument("--data", type=Path, required=True, help="folder with flickr8k/, daquar/ and flickr-clip/")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--small", action="store_true", help="a run of about a minute, to check that everything works")
     arguments = parser.parse_args()
     try:
         run(arguments.data, arguments.out, SMALL if arguments.small else None)

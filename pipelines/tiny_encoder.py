@@ -1,4 +1,6 @@
-"""Trains the small image-text encoder that comes with the package, on drawn scenes."""
+"""Trains the built-in image-text encoder `tiny` on drawn scenes: `python -m pipelines.tiny_models encoder`."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -23,7 +25,7 @@ from torch.nn import functional
 from aligncurate.demo.scenes import KINDS, PLACES, Kind, describe, draw, make_scene, pairs
 from pipelines.tiny_vision import ATTRIBUTES, objects_of
 
-# Letters that end a name give its shape: N scenes, B scenes of a batch, V caption variants of a scene,
+# Letters at the end of a name give its shape: N scenes, B scenes of a batch, V caption variants of a scene,
 # K captions of a variant (one for each of TAUGHT), T tokens, E embedding, P places, A attributes.
 
 NAME = "tiny"
@@ -46,12 +48,12 @@ PEAK_LEARNING_RATE = 3e-3
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes drawn and captions tokenised ahead of training, which would else wait for Pillow at every step.
+    """Scenes drawn and captions tokenized before training, so that no step waits for Pillow.
 
     Attributes:
         images: uint8 [N, 3, 64, 64].
         tokens_NVKT: int32.
-        objects_NPA: uint8, as `tiny_vision.objects_of` has them.
+        objects_NPA: uint8, from `tiny_vision.objects_of`.
     """
 
     images: Tensor
@@ -80,7 +82,7 @@ def _tokenizer() -> SimpleTokenizer:
 
 def _draw_one(index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
     scene = make_scene(TRAINING_SCENES, index)
-    # The resizing of open_clip's own preprocessing; what follows it is cheap enough to wait for the batch.
+    # The resize of open_clip's preprocessing; the rest of it is cheap and done per batch.
     image = np.array(draw(scene).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
     captions = [describe(scene, kind, variant) for variant in range(VARIANTS) for kind in TAUGHT]
     tokens = _tokenizer()(captions).view(VARIANTS, len(TAUGHT), CONTEXT_LENGTH)
@@ -91,10 +93,10 @@ def _draw_one(index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArr
 
 
 def contrastive_loss(images_BE: Tensor, texts_BKE: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss (Radford et al. 2021, figure 3) where each image has wrong captions of its own too.
+    """CLIP's symmetric loss (Radford et al. 2021, figure 3), with wrong captions of each image as extra negatives.
 
-    Embeddings are unit vectors, and the first of the K captions is right. An image is to find its right
-    caption among all captions of the batch, and a right caption its image.
+    Embeddings are unit vectors, and the first of the K captions is right. Each image is matched to its right caption
+    among all captions of the batch, and each right caption to its image.
     """
     right_BE = texts_BKE[:, 0]
     every_caption = torch.cat([right_BE, texts_BKE[:, 1:].flatten(0, 1)])
@@ -105,10 +107,10 @@ def contrastive_loss(images_BE: Tensor, texts_BKE: Tensor, scale: Tensor) -> Ten
 
 
 def ranking_loss(images_BE: Tensor, texts_BKE: Tensor, scale: Tensor) -> Tensor:
-    """Asks that every right pair of a batch score above every image's own wrong captions.
+    """Makes every right pair of the batch score above every wrong caption of every image.
 
-    The contrastive loss compares the captions of one image only, so a score could be high or low for an
-    image as a whole; levels compare scores across images. This is the logistic surrogate of 1 - AUC.
+    Levels compare scores across images, but the contrastive loss leaves the scores of an image free to be high or low
+    as a whole. This is the logistic surrogate of 1 - AUC.
     """
     scores_BK = torch.einsum("be,bke->bk", images_BE, texts_BKE)
     lead = scores_BK[:, 0, None] - scores_BK[:, 1:].flatten()
@@ -116,10 +118,10 @@ def ranking_loss(images_BE: Tensor, texts_BKE: Tensor, scale: Tensor) -> Tensor:
 
 
 class Guide(nn.Module):
-    """Names the object at each place from the vision tower's last feature map; dropped after training.
+    """Auxiliary head that classifies the object at each place from the last feature map; dropped after training.
 
-    Captions teach textures and places very slowly, for few mention them; naming the objects teaches the
-    tower to see them within a few hundred steps, and the captions then need only put them into words.
+    Few captions mention textures and places, so the tower learns these slowly from captions alone; with this loss it
+    learns them within a few hundred steps.
     """
 
     def __init__(self, features: int) -> None:
@@ -128,7 +130,7 @@ class Guide(nn.Module):
         self.head = nn.Linear(features, len(PLACES) * sum(self.answers))
 
     def forward(self, feature_map: Tensor, objects_BPA: Tensor) -> Tensor:
-        """The loss, a scalar, of feature maps [B, C, H, W]: cross-entropy summed over the attributes."""
+        """Scalar loss for feature maps [B, C, H, W]: cross-entropy, summed over the attributes."""
         logits = self.head(feature_map.flatten(1)).view(len(feature_map), len(PLACES), -1)
         losses = [
             functional.cross_entropy(answer.flatten(0, 1), objects_BPA[..., k].flatten())
@@ -144,13 +146,13 @@ def train_tiny_encoder(folder: Path, seed: int, steps: int = 2_600, scenes: int 
     """Train the `tiny` open_clip model; write `tiny.json`, `tiny.safetensors` (fp16) and `tiny.metrics.json`.
 
     Args:
-        folder: where the three files go.
-        seed: of the weights and of the batches' order.
-        steps: optimizer steps of 128 scenes.
-        scenes: how many scenes are drawn to train on; they are gone through again and again.
+        folder: where to write the three files.
+        seed: for the weights and the order of batches.
+        steps: optimizer steps, of 128 scenes each.
+        scenes: number of scenes to train on, over as many epochs as the steps need.
 
-    Returns what `tiny.metrics.json` says. The same arguments give the same weights on one machine and
-    number of threads.
+    Returns the content of `tiny.metrics.json`. The same arguments give the same weights on the same machine with the
+    same number of threads.
     """
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -239,11 +241,11 @@ def train_tiny_encoder(folder: Path, seed: int, steps: int = 2_600, scenes: int 
 
 
 def held_out_figures(folder: Path, count: int) -> dict[str, Any]:
-    """What the stored weights make of `count` pairs of scenes that training never saw.
+    """Evaluates the stored weights on `count` pairs of scenes that were not trained on.
 
-    `auc` is the share of (right, wrong) score pairs, over all pairs of the two kinds, in which the right
-    caption scores higher. `auc_with_other_images` is the same where every caption stands beside an image that is
-    not its own: 0.5 unless the wording alone gives a wrong caption away.
+    `auc` is the share of (right, wrong) score pairs in which the right caption scores higher. For
+    `auc_with_other_images` every caption is paired with another image: it is 0.5 unless the wording alone tells right
+    captions from wrong ones.
     """
     open_clip.add_model_config(folder / f"{NAME}.json")
     weights = str(folder / f"{NAME}.safetensors")
@@ -276,7 +278,7 @@ def _by_kind(scores: Tensor, kinds: list[Kind]) -> dict[Kind, npt.NDArray[np.flo
 
 
 def auc(higher: npt.NDArray[np.float32], lower: npt.NDArray[np.float32]) -> float:
-    """The share of all pairs (one of each) in which the first is greater; an equal pair counts half."""
+    """Area under the ROC curve: the share of pairs (one of each) in which the first is greater; ties count half."""
     ordered = np.sort(lower)
     below = np.searchsorted(ordered, higher, side="left")
     not_above = np.searchsorted(ordered, higher, side="right")

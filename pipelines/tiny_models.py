@@ -1,9 +1,12 @@
-"""Trains the small models that come with the package, on drawn scenes.
+"""Trains the built-in `tiny` models on drawn scenes.
 
+python -m pipelines.tiny_models --help
 python -m pipelines.tiny_models encoder --out aligncurate/encoders/builtin
 python -m pipelines.tiny_models vision --out aligntrain/builtin/tiny-vision
 python -m pipelines.tiny_models llm --out aligntrain/builtin/tiny-llm
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -13,17 +16,17 @@ import torch
 
 
 def main() -> None:
-    """Train from the command line and print the figures."""
+    """The command line: train a model and print its metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=("encoder", "vision", "llm"))
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the config and the figures")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("model", choices=("encoder", "vision", "llm"), help="model to train")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the config and the metrics")
+    parser.add_argument("--seed", type=int, default=0, help="seed for weights and data order (default: 0)")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: those of the shipped weights)")
-    # One thread: a second core adds a third at best, and on a busy machine two threads wait for each other.
-    parser.add_argument("--threads", type=int, default=1)
+    # A second thread adds a third at best, and on a busy machine two threads wait for each other.
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    # What the model does not use decays into denormal numbers, which are slow.
+    # Unused weights decay to denormal numbers, which are slow.
     torch.set_flush_denormal(True)
     if arguments.model == "encoder":
         from pipelines.tiny_encoder import train_tiny_encoder as train

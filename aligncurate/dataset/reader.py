@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 THRESHOLDS = "thresholds.json"
+_ROOT = "image_root"  # the one option that a run with --retry-errors may correct
 
 
 def library_versions() -> dict[str, str]:
@@ -187,7 +188,8 @@ class DatasetWriter:
         path: the output folder.
         head: the manifest without its parts: verb, options, inputs, encoder, …
         schema: of every part.
-        mended: input files may have changed since the parts were made; `changed` then names them.
+        mended: input files and the image root may have changed since the parts were made; `changed` then names
+            the files, and `image_root_changed` is set.
 
     Raises UserError when the folder holds something else, or parts that other options made.
     """
@@ -195,6 +197,7 @@ class DatasetWriter:
     def __init__(self, path: str | Path, head: Mapping[str, Any], schema: pa.Schema, *, mended: bool = False) -> None:
         self._mended = mended
         self.changed: set[str] = set()
+        self.image_root_changed = False
         self.path = Path(os.path.abspath(path))
         self.schema = schema
         columns = {f.name: str(f.type) for f in schema}
@@ -224,12 +227,17 @@ class DatasetWriter:
             for line in before.get("inputs", []):
                 if "files" in line:
                     line["files"] = [now[f["uri"]] if f["uri"] in self.changed else f for f in line["files"]]
+            options = before.get("options", {})
+            image_root = self.head["options"].get(_ROOT)
+            self.image_root_changed = options.get(_ROOT) != image_root
+            if self.image_root_changed:
+                options[_ROOT] = image_root
         differing = _differences(before, self.head)
         if differing:
-            raise UserError(
-                f"{self.path}: its parts were made with other options ({'; '.join(differing)}); "
-                "name another --out, or delete the folder to make it again."
-            )
+            advice = "name another --out, or delete the folder to make it again."
+            if all(difference.startswith(f"{_ROOT}:") for difference in differing):
+                advice = "to correct --image-root, add --retry-errors, which redoes only the rows that failed."
+            raise UserError(f"{self.path}: its parts were made with other options ({'; '.join(differing)}); {advice}")
 
     def committed(self, index: int) -> PartInfo | None:
         """The part of shard `index`, when an earlier run committed it."""
@@ -261,7 +269,8 @@ class DatasetWriter:
     def reopen(self) -> None:
         """Say that parts are about to change, before any does: a run that dies now leaves no manifest that lies."""
         _ = self._lines  # what the finished manifest knew of the parts that stay
-        self._write_manifest(complete=False, parts=[])
+        # With the image root of before: until every part is done, a rerun must know that it has changed.
+        self._write_manifest(complete=False, parts=[], options=self._before["options"])
 
     def finish(self, parts: Sequence[PartInfo], **facts: Any) -> Dataset:
         """Write the final manifest with all parts, in order, and open the dataset."""

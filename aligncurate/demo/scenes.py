@@ -1,4 +1,6 @@
-"""Draws small scenes whose captions are right or wrong in a known way: the built-in data."""
+"""Draws the built-in data: small scenes with captions whose correctness is known."""
+
+from __future__ import annotations
 
 import io
 import json
@@ -57,7 +59,7 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True)
 class Group:
-    """Objects that look alike, and the cells they are in. No two groups of a scene share a shape."""
+    """Objects that look the same, and the cells they are in. No two groups of a scene have the same shape."""
 
     shape: str
     colour: str
@@ -72,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """All there is to know about a picture. `noise` seeds what no caption mentions: jitter, tilt, clutter."""
+    """Everything that determines an image. `noise` is the seed for what no caption mentions: jitter, tilt, clutter."""
 
     background: str
     groups: tuple[Group, ...]
@@ -81,7 +83,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ScenePair:
-    """An image (RGB), a caption, and how far the caption is right about it."""
+    """An image (RGB), a caption, and the kind of error in the caption, if any."""
 
     key: str
     scene: Scene
@@ -94,7 +96,7 @@ class ScenePair:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Scene `index` of the endless sequence that `seed` stands for."""
+    """Scene `index` of the infinite sequence of `seed`."""
     rng = random.Random(f"scene {seed} {index}")
     return _random_scene(rng, list(SHAPES), list(COLOURS), list(BACKGROUNDS))
 
@@ -118,7 +120,7 @@ def _random_scene(rng: random.Random, shapes: list[str], colours: list[str], bac
 def draw(scene: Scene, size: int = 128) -> Image.Image:
     """The scene as an RGB image of `size` x `size` pixels; the same bytes for the same scene and size."""
     rng = random.Random(scene.noise)
-    fine = size * 3  # drawn large and reduced, because Pillow draws hard edges
+    fine = size * 3  # drawn larger and reduced, because Pillow does not antialias
     backdrop = BACKGROUNDS[scene.background]
     image = Image.new("RGB", (fine, fine), backdrop)
     pen = ImageDraw.Draw(image)
@@ -163,7 +165,7 @@ def _fill(texture: str, colour: tuple[int, ...], side: int, width: int) -> Image
     mark = _blend(colour, (0, 0, 0) if light else (255, 255, 255), 0.55)
     fill = Image.new("RGB", (side, side), tuple(colour))
     pen = ImageDraw.Draw(fill)
-    period = 0.075 * width  # of the image and not of the object, so a small object shows the same texture
+    period = 0.075 * width  # relative to the image, not the object, so that small objects have the same texture
     steps = [(k + 0.25) * period for k in range(math.ceil(side / period))]
     if texture == "striped":
         for y in steps:
@@ -185,7 +187,7 @@ def _blend(a: tuple[int, ...], b: tuple[int, ...], share: float) -> tuple[int, i
 
 
 def _outline(shape: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """A shape of radius 1 about the origin, y down: its outline and the hole in it (often none)."""
+    """Outline and hole (often empty) of a shape of radius 1 around the origin, y pointing down."""
 
     def circle(radius: float, x: float = 0.0, y: float = 0.0) -> list[tuple[float, float]]:
         angles = [2 * math.pi * k / 48 for k in range(48)]
@@ -226,11 +228,11 @@ def _outline(shape: str) -> tuple[list[tuple[float, float]], list[tuple[float, f
 
 @dataclass(frozen=True)
 class Phrase:
-    """What a caption says of one group; None where it says nothing."""
+    """What a caption says about one group; None for what it does not mention."""
 
     shape: str
     count: int
-    counted: bool = False  # "one circle" and not "a circle", which would let two circles pass
+    counted: bool = False  # "one circle" instead of "a circle", which would be true of two circles too
     colour: str | None = None
     texture: str | None = None
     size: str | None = None
@@ -239,7 +241,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Statement:
-    """A caption before it is put into words. `relation` places the first phrase against the second."""
+    """The content of a caption. `relation` is the position of the first phrase relative to the second."""
 
     phrases: tuple[Phrase, ...]
     relation: str | None = None
@@ -247,7 +249,7 @@ class Statement:
 
 
 def _relations(first: Cell, second: Cell) -> list[str]:
-    """How the first cell lies to the second; empty for one cell and itself."""
+    """Relations of the first cell to the second; none if they are the same."""
     found = []
     if first[1] != second[1]:
         found.append("left" if first[1] < second[1] else "right")
@@ -257,7 +259,7 @@ def _relations(first: Cell, second: Cell) -> list[str]:
 
 
 def _right_statement(scene: Scene, rng: random.Random) -> Statement:
-    """Something true of the scene: most groups, and some of what is to be seen of each."""
+    """A correct statement: most groups of the scene, with some attributes of each."""
     groups = rng.sample(scene.groups, k=len(scene.groups))
     if len(groups) == 3 and rng.random() < 0.5:
         groups = groups[:2]
@@ -265,7 +267,7 @@ def _right_statement(scene: Scene, rng: random.Random) -> Statement:
     for group in groups:
         colour = group.colour if rng.random() < 0.85 else None
         phrase = Phrase(group.shape, group.count, counted=rng.random() < 0.4, colour=colour)
-        # Three long phrases would not fit into the encoder's context.
+        # Three long phrases would exceed the encoder's context length.
         if len(groups) == 3:
             extra = rng.choice(("texture", "size", "nothing"))
         else:
@@ -287,7 +289,7 @@ def _right_statement(scene: Scene, rng: random.Random) -> Statement:
 
 
 def _with_wrong_detail(right: Statement, scene: Scene, rng: random.Random) -> Statement:
-    """The statement with one colour, count, size, texture or position changed to what is not so."""
+    """The statement with one colour, count, size, texture or position replaced by a wrong one."""
     choices: list[tuple[int, str]] = [
         (k, name)
         for k, phrase in enumerate(right.phrases)
@@ -298,7 +300,7 @@ def _with_wrong_detail(right: Statement, scene: Scene, rng: random.Random) -> St
         choices.append((0, "relation"))
     if right.background is not None:
         choices.append((0, "background"))
-    # First the kind of detail and then whose: otherwise counts, which every phrase has, would be the most.
+    # Choose the kind of detail first, then the phrase: otherwise counts, which every phrase has, would dominate.
     name = rng.choice(sorted({name for _, name in choices}))
     k = rng.choice([k for k, other in choices if other == name])
     if name == "relation":
@@ -309,7 +311,7 @@ def _with_wrong_detail(right: Statement, scene: Scene, rng: random.Random) -> St
     phrase = right.phrases[k]
     match name:
         case "count":
-            # Drawn as often as scenes have it, so that a count gives nothing away without the picture.
+            # Sampled as in scenes, so that the count alone does not give the wrong caption away.
             shares = {n: share for n, share in enumerate(COUNT_SHARES, 1) if n != phrase.count}
             count = rng.choices(list(shares), list(shares.values()))[0]
             wrong = replace(phrase, count=count, counted=True)
@@ -326,14 +328,14 @@ def _with_wrong_detail(right: Statement, scene: Scene, rng: random.Random) -> St
 
 
 def _far(cell: Cell, other: Cell) -> bool:
-    """Neighbouring places shade into each other for a viewer; opposite ones, and the middle, do not."""
+    """Whether two places are clearly apart: opposite, or one of them the middle. Neighbouring ones are ambiguous."""
     if cell == other:
         return False
     return (1, 1) in (cell, other) or max(abs(cell[0] - other[0]), abs(cell[1] - other[1])) == 2
 
 
 def _with_wrong_object(right: Statement, scene: Scene, rng: random.Random) -> Statement:
-    """The statement with one object replaced by one that the scene lacks, of another shape and colour."""
+    """The statement with one object replaced by one of a shape and colour that the scene does not have."""
     k = rng.randrange(len(right.phrases))
     wrong = replace(right.phrases[k], shape=_other(rng, list(SHAPES), _shapes(scene)))
     if wrong.colour is not None:
@@ -451,9 +453,9 @@ def _place_words(cell: Cell) -> str:
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions with their one right answer, about colours, counts, shapes, textures, sizes and places.
+    """Questions and their correct answers, about colours, counts, shapes, textures, sizes and places.
 
-    Two to four a group and some about the whole; the same ones for the same scene.
+    Some are about the whole scene, others about each group. The same scene always gives the same questions.
     """
     rng = random.Random(f"questions {scene.noise}")
     ask = rng.choice
@@ -490,7 +492,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
 
 
 def pairs(count: int, seed: int, size: int = 128) -> Iterator[ScenePair]:
-    """The first `count` pairs of a seed: the four kinds in turn, a scene each, `size` pixels a side."""
+    """The first `count` pairs of a seed, each of a new scene of `size` x `size` pixels; the four kinds take turns."""
     for index in range(count):
         scene = make_scene(seed, index)
         kind = KINDS[index % len(KINDS)]
@@ -500,8 +502,8 @@ def pairs(count: int, seed: int, size: int = 128) -> Iterator[ScenePair]:
 def write_tars(folder: Path, count: int, seed: int, shard_size: int = 1000) -> list[Path]:
     """Write pairs as webdataset shards of `shard_size` samples and return the shards in order.
 
-    A sample is `<key>.jpg`, `<key>.txt` (the caption) and `<key>.json` (how far it is right).
-    The same arguments give the same bytes, with one version of Pillow.
+    A sample is `<key>.jpg`, `<key>.txt` (the caption) and `<key>.json` (its correctness).
+    The same arguments and version of Pillow give the same bytes.
     """
     samples = (
         {
@@ -517,7 +519,7 @@ def write_tars(folder: Path, count: int, seed: int, shard_size: int = 1000) -> l
 def write_conversations(folder: Path, count: int, seed: int, shard_size: int = 1000) -> list[Path]:
     """Write scenes with all their `questions`, shuffled, as webdataset shards, and return the shards in order.
 
-    A sample is `<key>.jpg` and `<key>.json` with `conversations` in LLaVA's form, the picture in the first question.
+    A sample is `<key>.jpg` and `<key>.json` with `conversations` in LLaVA's format; the image is in the first question.
     """
     return _write(folder, map(_conversation, (make_scene(seed, k) for k in range(count)), range(count)), shard_size)
 
@@ -538,7 +540,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _write(folder: Path, samples: Iterable[dict[str, bytes]], shard_size: int) -> list[Path]:
-    """Samples, each its members by name, as numbered tars."""
+    """Write samples, given as {member name: content}, as numbered tars."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Path] = []
     everything = iter(samples)

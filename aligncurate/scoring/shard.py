@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -36,7 +37,8 @@ ScoreText = Literal["assistant", "user", "all"]
 _ROWS_PER_GROUP = 10_000
 _ROWS_PER_GROUP_WITH_IMAGES = 512  # image bytes wait in memory until their row group is written
 # A row of an earlier run is taken over only for a pair that is the very same: its text and where its image lies.
-_SAME = ("key", "caption", "conversations", "source", "image_path", "image_offset", "image_length", "row")
+_TEXT = ("key", "caption", "conversations")
+_POINTER = ("source", "row", "image_path", "image_offset", "image_length")
 _CHECKED = 64  # pairs of the first shard that faster decoding also decodes exactly, to say how far it strays
 _WINDOW = 1_024  # most pairs of a window, whose texts are grouped by length
 _BATCHES = 8  # of a window
@@ -200,7 +202,7 @@ class ShardScorer:
     def _prepare(self, pair: Pair, row: dict[str, Any] | None, checked: bool) -> _Item:
         """Read, measure, hash and decode; whatever is wrong becomes the pair's status."""
         item = _Item(pair)
-        if row is not None and row["status"] in FINE and all(getattr(pair, n) == row[n] for n in _SAME):
+        if row is not None and row["status"] in FINE and self._unchanged(pair, row):
             self._restore(pair, row)
             item.kept = True
             return item
@@ -248,9 +250,17 @@ class ShardScorer:
             if checked and mode != "exact":
                 item.exact = decode(data, open_image(data)[0], self._wanted[:1], "exact")[0]
 
+    def _unchanged(self, pair: Pair, row: dict[str, Any]) -> bool:
+        """Whether a row of an earlier run is of the same text and image; under another image root, of the same name."""
+        if self._writer.image_root_changed:
+            same_image = PurePath(pair.image_path or "").name == PurePath(row["image_path"] or "").name
+        else:
+            same_image = all(getattr(pair, name) == row[name] for name in _POINTER)
+        return same_image and all(getattr(pair, name) == row[name] for name in _TEXT)
+
     def _restore(self, pair: Pair, row: dict[str, Any]) -> None:
         """Take over what an earlier run found for this pair."""
-        for name in ("width", "height", "sha256", "score", "level", "error"):
+        for name in (*_POINTER, "width", "height", "sha256", "score", "level", "error"):
             setattr(pair, name, row[name])
         pair.image = row.get("image")
         pair.status = Status(row["status"])

@@ -1,4 +1,6 @@
-"""Image-text data somebody already has, in any of the forms the field uses: `open_source` finds out which."""
+"""Input formats: `open_source` detects the format of image-text data and reads it as shards of pairs."""
+
+from __future__ import annotations
 
 from aligncurate.sources.base import Shard, Source
 from aligncurate.sources.detect import FORMATS, SourceOptions, open_source

@@ -1,4 +1,6 @@
-"""What every source offers: an ordered list of shards, and the pairs of each."""
+"""The interface of a source: an ordered list of shards, and the pairs in each."""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +16,14 @@ from aligncurate.io import storage
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: becomes the output part of the same number.
+    """A unit of work; shard i becomes part i of the output.
 
     Attributes:
-        index: position among all shards of the run, from 0.
-        uri: the file that holds it.
-        start, stop: its rows inside the file; `stop` None means up to the end.
-        limit: read no more than this many pairs (`--limit`).
-        origin: which of several sources it belongs to.
+        index: its number among all shards of the run, from 0.
+        uri: the file it is in.
+        start, stop: its rows in the file; `stop` None means to the end.
+        limit: read at most this many pairs (`--limit`).
+        origin: index of its source, where there are several.
     """
 
     index: int
@@ -36,13 +38,13 @@ class Shard:
 
 
 class Source(ABC):
-    """Image-text data in one form.
+    """Image-text data in one format.
 
     Attributes:
-        kind: the form's name, as `--format` takes it.
-        shards: always in the same order.
-        extras: input columns that ride along, with their types.
-        notices: sentences that the user should read before the run.
+        kind: name of the format, as `--format` takes it.
+        shards: its shards, always in the same order.
+        extras: extra input columns that are kept, with their types.
+        notices: messages to show the user before the run.
     """
 
     kind: str
@@ -52,20 +54,20 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Pair]:
-        """The pairs of `shard`, in order. Raises OSError or ShardError when its file cannot be read."""
+        """The pairs in `shard`, in order. Raises OSError or ShardError if its file cannot be read."""
 
     @abstractmethod
     def count(self, shard: Shard, most: int | None = None) -> int:
-        """How many pairs `shard` has, without reading images; counting may stop at `most`."""
+        """Number of pairs in `shard`, without reading images; counting may stop at `most`."""
 
     def describe(self) -> list[dict[str, Any]]:
-        """What the manifest says of the input: its files with their sizes, by which a changed one is noticed."""
+        """The inputs as the manifest records them: files with their sizes, so that a changed file is noticed."""
         uris = list(dict.fromkeys(shard.uri for shard in self.shards))
         return [{"kind": self.kind, "files": [{"uri": uri, "bytes": _local_size(uri)} for uri in uris]}]
 
 
 class Sources(Source):
-    """Several sources as one, in the given order."""
+    """Several sources read as one, in the given order."""
 
     kind = "several"
 
@@ -87,29 +89,29 @@ class Sources(Source):
 
 
 def _local_size(uri: str) -> int | None:
-    """Bytes of a local file; None for remote ones, each of which would cost a request."""
+    """Size in bytes of a local file; None for a remote one, which would cost a request."""
     try:
         return None if storage.is_remote(uri) else storage.size(uri)
     except OSError:
         return None
 
 
-def merge_extras(found: Sequence[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:
-    """Extra columns of several inputs as one schema; a column whose types differ goes into `extra`."""
+def merge_extras(schemas: Sequence[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:
+    """Merge the extra columns of several inputs; a column whose types differ goes into `extra`."""
     merged: dict[str, pa.DataType] = {}
     clashing = set()
-    for extras in found:
+    for extras in schemas:
         for name, kind in extras.items():
             if merged.setdefault(name, kind) != kind:
                 clashing.add(name)
     merged = {n: t for n, t in merged.items() if n not in clashing and n != EXTRA}
-    if clashing or any(EXTRA in extras for extras in found):
+    if clashing or any(EXTRA in extras for extras in schemas):
         merged[EXTRA] = pa.string()
     return merged
 
 
 def limit_shards(source: Source, limit: int | None) -> list[Shard]:
-    """The shards of `source` up to its first `limit` pairs."""
+    """The shards that hold the first `limit` pairs of `source`."""
     if limit is None:
         return source.shards
     kept = []
@@ -119,13 +121,13 @@ def limit_shards(source: Source, limit: int | None) -> list[Shard]:
         try:
             rows = source.count(shard, limit)
         except (OSError, ShardError):
-            rows = 0  # the run itself says what is wrong with it
+            rows = 0  # the run reports what is wrong with it
         kept.append(replace(shard, limit=limit) if rows >= limit else shard)
         limit -= rows
     return kept
 
 
 def cut(uri: str, rows: int, per_shard: int, first: int = 0) -> list[Shard]:
-    """Shards of `per_shard` rows over a file of `rows` rows, numbered from `first`."""
+    """Cut a file of `rows` rows into shards of `per_shard` rows, numbered from `first`."""
     starts = range(0, rows, per_shard)
     return [Shard(first + i, uri, start, min(start + per_shard, rows)) for i, start in enumerate(starts)]

@@ -1,4 +1,6 @@
-"""Finds out what kind of data a URI names, and opens it."""
+"""Detects the format of an input and opens it."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +23,10 @@ _ENDINGS = {
     "annotations": (".json", ".jsonl", ".ndjson"),
     "table": (".csv", ".tsv"),
 }
-# In a folder that holds several kinds the first of these is taken: tars are data, tables beside them notes.
+# In a folder with several kinds of files the first of these wins: tables beside tars usually describe the tars.
 
 FORMATS = ("webdataset", "parquet", "annotations", "table", "dataset")
-"""What `--format` takes."""
+"""Values of `--format`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def open_source(uris: str | Sequence[str], options: SourceOptions | None = None)
     Args:
         uris: paths or fsspec URIs; braces and wildcards expand.
 
-    Raises UserError when something is not there, or is nothing that can be read.
+    Raises UserError if a file is missing or its format is unknown.
     """
     options = options or SourceOptions()
     if options.format is not None and options.format not in FORMATS:
@@ -61,27 +63,28 @@ def open_source(uris: str | Sequence[str], options: SourceOptions | None = None)
     groups: list[tuple[str, list[str]]] = []
     notices: list[str] = []
     for uri in [uris] if isinstance(uris, str) else uris:
-        for kind, files in _find(uri, options.format, notices):
+        for kind, files in _expand(uri, options.format, notices):
             if groups and groups[-1][0] == kind and kind != "dataset":
                 groups[-1][1].extend(files)
             else:
                 groups.append((kind, files))
     if not groups:
-        raise UserError("no source was given.")
+        raise UserError("no input given; name at least one file or folder.")
     sources = [_open(kind, files, options) for kind, files in groups]
     source = sources[0] if len(sources) == 1 else Sources(sources)
     source.notices = [*notices, *source.notices]
     return source
 
 
-def _find(uri: str, format: str | None, notices: list[str]) -> list[tuple[str, list[str]]]:
-    found = []
+def _expand(uri: str, format: str | None, notices: list[str]) -> list[tuple[str, list[str]]]:
+    """(format, files) of everything that `uri` stands for."""
+    groups = []
     for path in storage.expand(uri):
         if storage.is_folder(path):
-            found.append(_folder(path, format, notices))
+            groups.append(_folder(path, format, notices))
         else:
-            found.append((format or _kind_of(path), [path]))
-    return found
+            groups.append((format or _kind_of(path), [path]))
+    return groups
 
 
 def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, list[str]]:
@@ -89,10 +92,10 @@ def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, lis
     names = {storage.basename(f) for f in files}
     if format in (None, "dataset") and MANIFEST in names:
         if storage.is_remote(path):
-            raise UserError(f"{path}: datasets are read from local folders only; copy it first.")
+            raise UserError(f"{path}: a dataset can only be read from a local folder; copy it first.")
         return "dataset", [path]
     by_kind = {kind: [f for f in files if f.lower().endswith(ends)] for kind, ends in _ENDINGS.items()}
-    by_kind["annotations"] = [f for f in by_kind["annotations"] if not _is_note(storage.basename(f))]
+    by_kind["annotations"] = [f for f in by_kind["annotations"] if not _is_sidecar(storage.basename(f))]
     chosen = format or next((kind for kind, members in by_kind.items() if members), None)
     if chosen is None or not by_kind.get(chosen):
         raise UserError(f"{path}: {_why_nothing(names, format, storage.has_folders(path))}")
@@ -107,14 +110,14 @@ def _folder(path: str, format: str | None, notices: list[str]) -> tuple[str, lis
     if ignored:
         rest = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
         notices.append(
-            f"{path}: reading its {len(by_kind[chosen])} {chosen} files, not {', '.join(ignored[:3])}{rest}; "
-            "name a file to read it instead."
+            f"{path}: reading the {chosen} files in it ({len(by_kind[chosen])}) and ignoring "
+            f"{', '.join(ignored[:3])}{rest}; to read one of those, give it by name."
         )
     return chosen, by_kind[chosen]
 
 
-def _is_note(name: str) -> bool:
-    """What img2dataset and our own export leave beside the data is no data of its own."""
+def _is_sidecar(name: str) -> bool:
+    """Whether img2dataset or our own export wrote this JSON beside the data."""
     return name.endswith("_stats.json") or name in ("export.json", "failed.jsonl")
 
 
@@ -122,11 +125,11 @@ def _why_nothing(names: set[str], format: str | None, has_folders: bool) -> str:
     if format is not None:
         return f"the folder has no files for --format {format}."
     if not names and has_folders:
-        return "the folder has only folders in it; name those."
+        return "the folder contains only folders; give those instead."
     if not names:
         return "the folder is empty; give tars, Parquet, JSON, JSONL, CSV or TSV files."
     if any(n.rpartition(".")[2].lower() in EXTENSIONS for n in names):
-        return "the folder has only images; give a table or JSON file that names them and their captions."
+        return "the folder contains only images; give a table or JSON file with their names and captions."
     return "the folder has no tars, Parquet, JSON, JSONL, CSV or TSV files."
 
 
@@ -134,7 +137,7 @@ def _kind_of(path: str) -> str:
     for kind, endings in _ENDINGS.items():
         if path.lower().endswith(endings):
             return kind
-    raise UserError(f"{path}: what this is cannot be told from its name; say so with --format ({', '.join(FORMATS)}).")
+    raise UserError(f"{path}: unknown file type; set the format with --format ({', '.join(FORMATS)}).")
 
 
 def _open(kind: str, files: list[str], options: SourceOptions) -> Source:
@@ -146,9 +149,9 @@ def _open(kind: str, files: list[str], options: SourceOptions) -> Source:
     if root is not None:
         root = storage.absolute(root)
         if not storage.exists(root):
-            raise UserError(f"--image-root {root}: there is no such folder.")
+            raise UserError(f"--image-root {root}: no such folder.")
         if not storage.is_folder(root) and not root.endswith(".tar"):
-            raise UserError(f"--image-root {root}: neither a folder nor a tar with images.")
+            raise UserError(f"--image-root {root}: this is neither a folder nor a tar.")
     naming = Naming(options.caption_column, options.image_column, root)
     per_shard = options.rows_per_shard
     make: dict[str, Callable[[str], RowFile]] = {

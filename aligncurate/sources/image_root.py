@@ -1,4 +1,6 @@
-"""Finds the images that tables and annotation files name: files below a folder, or members of tars in it."""
+"""Finds images by name, for tables and annotation files: files in a folder, or members of the tars in it."""
+
+from __future__ import annotations
 
 from functools import partial
 from pathlib import PurePosixPath
@@ -14,7 +16,7 @@ from aligncurate.sources.webdataset import tar_members
 class ImageRoot:
     """The folder that image names are relative to.
 
-    Where a named file is not in the folder but the folder holds tars, the image is looked for inside them.
+    An image that is not there as a file is looked up in the folder's tars.
     """
 
     def __init__(self, folder: str) -> None:
@@ -23,7 +25,10 @@ class ImageRoot:
         self._lock = Lock()
 
     def attach(self, pair: Pair, name: str) -> None:
-        """Point `pair` at the image called `name`, or set the status that says why not."""
+        """Point `pair` at the image called `name`, or set the status that says why it cannot be used.
+
+        Raises UserError if a tar in the folder is damaged.
+        """
         path = self._resolve(pair, name)
         if path is None:
             return
@@ -31,7 +36,7 @@ class ImageRoot:
             member = self._find_member(name)
             if member is not None:
                 tar, offset, length = member
-                # The pointer leads into the tar; the table's row would mean nothing there.
+                # `source` is now the tar, so the row number of the table no longer applies.
                 pair.source, pair.row, pair.image_path = tar, None, name
                 pair.image_offset, pair.image_length = offset, length
                 pair.load = partial(storage.read_range, tar, offset, length)
@@ -41,21 +46,21 @@ class ImageRoot:
 
     def _resolve(self, pair: Pair, name: str) -> str | None:
         if "://" in name:
-            # Not kept as image_path: whoever reads the dataset later must not follow it.
-            pair.fail(Status.MISSING_IMAGE, f"{name} is an address; download it first, for example with img2dataset")
+            # Not kept as image_path, so that nothing that reads the dataset later follows it.
+            pair.fail(Status.MISSING_IMAGE, f"{name} is a URL; download it first, for example with img2dataset")
             return None
         if ".." in PurePosixPath(name).parts:
             pair.image_path = name
             pair.fail(
                 Status.UNSAFE_PATH,
-                f"the image path {name} contains '..'; give --image-root and paths below it",
+                f"the image path {name} contains '..'; use --image-root and paths relative to it",
             )
             return None
         if name.startswith("/") and not name.startswith(self.folder.rstrip("/") + "/"):
             pair.image_path = name
             pair.fail(
                 Status.UNSAFE_PATH,
-                f"the image path {name} lies outside {self.folder}; give --image-root, a folder above it",
+                f"the image path {name} is outside {self.folder}; set --image-root to a folder above it",
             )
             return None
         return name if name.startswith("/") else storage.join(self.folder, name)
@@ -87,16 +92,16 @@ class ImageRoot:
 def _exists(path: str) -> bool:
     try:
         return storage.exists(path)
-    except OSError:  # the reading of the row's image says why
+    except OSError:  # reading the image reports why
         return False
 
 
 def find_root(base: str, names: list[str], candidates: tuple[str, ...] = ("images",)) -> str:
-    """The folder that holds the named images: `base`, or one of the usual ones near it.
+    """The folder that has the named images: `base`, or one of the usual folders near it.
 
     Args:
-        base: folder of the file that names the images.
-        names: some of the image names.
+        base: folder of the table or annotation file.
+        names: some image names from it.
         candidates: further folders to try, relative to `base`.
     """
     for folder in (base, *(storage.join(base, c) for c in candidates)):

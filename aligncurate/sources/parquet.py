@@ -1,5 +1,7 @@
 """Parquet files with image bytes (plain, or Hugging Face's {bytes, path}) or image paths."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,12 +15,12 @@ from aligncurate.io.parquet import open_parquet
 from aligncurate.sources.image_root import ImageRoot, find_root
 from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 
-_BATCH = 256  # rows read at a time: image bytes of a whole row group may not fit in memory
+_BATCH = 256  # rows read at a time; the images of a whole row group may not fit in memory
 _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
 
 
 class ParquetRows(RowFile):
-    """A Parquet file. Raises UserError when it is none, or has no columns for images and texts."""
+    """A Parquet file. Raises UserError if it is not one, or has no columns with images and texts."""
 
     def __init__(self, uri: str, naming: Naming) -> None:
         self.uri = uri
@@ -28,9 +30,9 @@ class ParquetRows(RowFile):
             self.fields = find_fields(uri, schema.names, replace(naming, image_column=image))
             self.rows = file.metadata.num_rows
             self.extras = {f.name: _in_microseconds(f.type) for f in schema if f.name not in self.fields.used}
-            self.root = ImageRoot(naming.image_root or self._near(file))
+            self.root = ImageRoot(naming.image_root or self._find_root(file))
 
-    def _near(self, file: pq.ParquetFile) -> str:
+    def _find_root(self, file: pq.ParquetFile) -> str:
         base = storage.parent(self.uri)
         if self.fields.image is None or self.rows == 0 or _has_bytes(file.schema_arrow, self.fields.image):
             return base
@@ -44,9 +46,9 @@ class ParquetRows(RowFile):
 
 
 def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(row number, row) of rows start..stop-1; a sentence in place of each row of a damaged row group.
+    """(row number, row) of rows start..stop-1; each row of a damaged row group is an error message instead.
 
-    Only the row groups that hold the rows are read.
+    Only the row groups with these rows are read.
     """
     first = 0
     for group in range(file.num_row_groups):
@@ -69,7 +71,7 @@ def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dic
 
 
 def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as dictionaries; strings that are not UTF-8 come as bytes, for their own row's status."""
+    """Rows as dictionaries; bytes that are not UTF-8 become lone surrogates, which set the status of their row only."""
     columns = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if (kind := _in_microseconds(column.type)) != column.type:
@@ -85,7 +87,7 @@ def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """`kind` with its strings, also those in lists and structs, as bytes."""
+    """`kind` with all strings, including those in lists and structs, as bytes."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
     if pa.types.is_list(kind):
@@ -96,7 +98,7 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
 
 
 def _decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value of `_as_bytes(kind)` with its strings decoded; broken bytes become lone surrogates."""
+    """A value of `_as_bytes(kind)` with its strings decoded; invalid bytes become lone surrogates."""
     if value is None or _as_bytes(kind) == kind:
         return value
     if isinstance(value, bytes):
@@ -107,7 +109,7 @@ def _decoded(value: Any, kind: pa.DataType) -> Any:
 
 
 def _in_microseconds(kind: pa.DataType) -> pa.DataType:
-    """Python's times have no nanoseconds, which Spark and pandas write by default."""
+    """`kind` in microseconds if it is in nanoseconds, as pandas writes by default: Python's times have none."""
     if pa.types.is_timestamp(kind) and kind.unit == "ns":
         return pa.timestamp("us", kind.tz)
     if pa.types.is_duration(kind) and kind.unit == "ns":
@@ -116,7 +118,7 @@ def _in_microseconds(kind: pa.DataType) -> pa.DataType:
 
 
 def _bytes_column(schema: pa.Schema) -> str | None:
-    """A column that holds image bytes goes before one that holds paths."""
+    """A column with image bytes, which is preferred to one with paths; None if there is none."""
     return next((n for n in _BYTES_FIRST if n in schema.names and _has_bytes(schema, n)), None)
 
 

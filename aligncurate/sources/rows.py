@@ -1,4 +1,6 @@
-"""Files of rows (Parquet, tables, annotations) as sources: which field is the image, the text, the key."""
+"""Files of rows (Parquet, tables, annotations): find the image, text and key fields; make pairs of rows."""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,11 +30,11 @@ TURNS = ("conversations", "messages")
 
 @dataclass(frozen=True)
 class Naming:
-    """What the user says of the rows; None is found out by looking.
+    """How the user says the rows are to be read; None means auto-detect.
 
     Attributes:
-        caption_column, image_column: column names, where they are not the usual ones.
-        image_root: folder or tar that image paths are relative to; by default the file's folder, or one near it.
+        caption_column, image_column: names of the columns.
+        image_root: folder or tar with the images; by default the file's folder or one near it.
     """
 
     caption_column: str | None = None
@@ -42,7 +44,7 @@ class Naming:
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field of a row holds what; None where there is none."""
+    """The names of the fields that a row's image, texts and key are in; None if it has no such field."""
 
     image: str | None
     caption: str | None
@@ -51,25 +53,25 @@ class Fields:
 
     @property
     def used(self) -> frozenset[str]:
-        """Fields that do not ride along as extras."""
+        """Fields that are not kept as extra columns."""
         named = {self.image, self.caption, self.turns} - {None}
         return frozenset(n for n in named if n) | frozenset(COLUMNS)
 
 
 def find_fields(uri: str, names: Iterable[str], naming: Naming) -> Fields:
-    """Choose the fields among `names`, by the given names or by what they are usually called.
+    """Choose the fields among `names`: the columns that the user named, or those with the usual names.
 
-    Raises UserError that lists the columns when an asked-for column, or any text or image, is not there.
+    Raises UserError, with the columns there are, if a named column is missing or none fits.
     """
     columns = list(names)
     lower = {c.lower(): c for c in reversed(columns)}
 
-    def pick(wanted: str | None, usual: tuple[str, ...], option: str) -> str | None:
-        if wanted is None:
+    def pick(given: str | None, usual: tuple[str, ...], option: str) -> str | None:
+        if given is None:
             return next((lower[n.lower()] for n in usual if n.lower() in lower), None)
-        if wanted not in columns:
-            raise UserError(f"{uri}: {option} {wanted}: there is no such column; it has {', '.join(columns)}.")
-        return wanted
+        if given not in columns:
+            raise UserError(f"{uri}: {option} {given}: no such column; it has {', '.join(columns)}.")
+        return given
 
     turns = pick(None, TURNS, "")
     caption = pick(naming.caption_column, CAPTIONS, "--caption-column")
@@ -80,8 +82,8 @@ def find_fields(uri: str, names: Iterable[str], naming: Naming) -> Fields:
         missing = "captions (--caption-column)" if caption is None else "images (--image-column)"
         hint = ""
         if image is None and any(n in lower for n in ("url", "image_url", "urls")):
-            hint = " Its images are addresses: download them first, for example with img2dataset."
-        raise UserError(f"{uri}: no column with {missing} was found; it has {', '.join(columns) or 'none'}.{hint}")
+            hint = " Its images are URLs; download them first, for example with img2dataset."
+        raise UserError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
     return Fields(image, caption, turns, pick(None, KEYS, ""))
 
 
@@ -90,10 +92,10 @@ class RowFile(ABC):
 
     Attributes:
         uri: the file.
-        rows: how many it has.
-        fields: where things are in a row.
-        root: where images named by path are.
-        extras: its other columns, with their types.
+        rows: number of rows.
+        fields: the names of its fields.
+        root: where images are found by name.
+        extras: extra columns, with their types.
     """
 
     uri: str
@@ -103,12 +105,12 @@ class RowFile(ABC):
     extras: dict[str, pa.DataType]
 
     @abstractmethod
-    def pairs(self, start: int, stop: int, reader: "RowReader") -> Iterator[Pair]:
-        """Rows start..stop-1 as the pairs that `reader` makes of them."""
+    def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
+        """Rows start..stop-1 as pairs, made by `reader`."""
 
 
 class RowSource(Source):
-    """Files of rows of one kind, in order, each cut after `rows_per_shard` rows. Raises UserError if all are empty."""
+    """Files of one format, each cut into shards of `rows_per_shard` rows. Raises UserError if all are empty."""
 
     def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int) -> None:
         self.kind = kind
@@ -116,7 +118,7 @@ class RowSource(Source):
         for file in files:
             self.shards += cut(file.uri, file.rows, rows_per_shard, len(self.shards))
         if not self.shards:
-            raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows at all.")
+            raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows in the input.")
         self._files = {file.uri: file for file in files}
         self.extras = merge_extras([file.extras for file in files])
 
@@ -132,12 +134,12 @@ class RowSource(Source):
 
 
 class RowReader:
-    """Turns the rows of one shard into pairs; keys that repeat within it get their row number.
+    """Turns the rows of one shard into pairs; a repeated key gets its row number appended.
 
     Args:
-        uri: the file that the rows are from.
-        fields: where things are.
-        root: where images named by path are.
+        uri: the file with the rows.
+        fields: the names of its fields.
+        root: where images are found by name.
     """
 
     def __init__(self, uri: str, fields: Fields, root: ImageRoot) -> None:
@@ -147,7 +149,7 @@ class RowReader:
         self._seen: set[str] = set()
 
     def pair(self, row: Mapping[str, Any], number: int) -> Pair:
-        """The pair in row `number` of the file."""
+        """The pair made of `row`, which has this number in the file."""
         fields = self._fields
         pair = Pair("", self._uri, row=number)
         images = images_in(row.get(fields.image)) if fields.image else []
@@ -183,13 +185,13 @@ class RowReader:
         if len(images) > 1:
             pair.fail(
                 Status.MULTI_IMAGE,
-                f"{len(images)} images in one row; rows with several are not supported yet",
+                f"{len(images)} images in one row; only one image per row is supported",
             )
         elif not images and pair.conversations is not None:
             pair.fail(Status.TEXT_ONLY, "")
             pair.error = None
         elif not images:
-            pair.fail(Status.MISSING_IMAGE, "the row names no image")
+            pair.fail(Status.MISSING_IMAGE, "the row has no image")
         elif isinstance(images[0], bytes):
             pair.load = partial(bytes, images[0])
             pair.image_path = self._fields.image
@@ -212,7 +214,7 @@ class RowReader:
 
 
 def _stem(path: str) -> str:
-    """File name without directories and ending, without dots, which webdataset keys cannot have."""
+    """File name without folder and extension; dots become `_`, because webdataset keys cannot have any."""
     name = PurePosixPath(path).name
     stem, _, ending = name.rpartition(".")
     known = ending.lower() in EXTENSIONS | {"parquet", "csv", "tsv", "json", "jsonl"}
@@ -220,14 +222,14 @@ def _stem(path: str) -> str:
 
 
 def image_names(rows: Iterable[Mapping[str, Any]], fields: Fields) -> list[str]:
-    """The image paths that some rows name, to find their folder by."""
+    """The image paths in some rows, for `find_root`."""
     names = []
     for row in rows:
-        found = images_in(row.get(fields.image)) if fields.image else []
-        if not found and fields.turns and row.get(fields.turns):
+        images = images_in(row.get(fields.image)) if fields.image else []
+        if not images and fields.turns and row.get(fields.turns):
             try:
-                found = [str(image) for image in parse_conversation(row[fields.turns])[1]]
+                images = [str(image) for image in parse_conversation(row[fields.turns])[1]]
             except ValueError:
                 continue
-        names += [name for name in found if isinstance(name, str)]
+        names += [name for name in images if isinstance(name, str)]
     return names

@@ -1,5 +1,7 @@
 """CSV and TSV tables, with or without a header line."""
 
+from __future__ import annotations
+
 import csv
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class TableRows(RowFile):
-    """A CSV or TSV file. Raises UserError when it cannot be read as one, or has no columns for images and texts.
+    """A CSV or TSV file. Raises UserError if it cannot be parsed, or has no columns with images and texts.
 
-    A file whose first line already names an image has no header: its columns are `column_1`, `column_2`, …
+    If the first line already names an image there is no header: the columns are `column_1`, `column_2`, …
     """
 
     def __init__(self, uri: str, naming: Naming) -> None:
@@ -32,7 +34,7 @@ class TableRows(RowFile):
         if cells.columns[0] == "column_1":
             naming = _guess(cells, naming)
         self.fields = find_fields(uri, cells.columns, naming)
-        # What is neither image, caption nor key has numbers where they are written as such.
+        # Only extra columns are parsed as numbers; captions and keys stay as written.
         texts = {self.fields.image, self.fields.caption, self.fields.key}
         self._frame = cells.with_columns(_typed(column) for column in cells if column.name not in texts)
         self.rows = len(self._frame)
@@ -57,16 +59,16 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _cells(uri: str, data: bytes) -> "pl.DataFrame":
-    """All rows of a table as text."""
+def _cells(uri: str, data: bytes) -> pl.DataFrame:
+    """The table with every cell as text."""
     import polars as pl
 
     separator = "\t" if uri.lower().endswith(".tsv") else ","
     if not data.strip():
-        raise UserError(f"{uri}: no rows at all.")
+        raise UserError(f"{uri}: the file has no rows.")
     lines = [line for line in data.split(b"\n") if line.strip()]
     header = not _names_image(lines[0].decode("utf-8-sig", "replace"), separator)
-    # Many TSVs never quote, so that a quotation mark in a caption would swallow lines.
+    # Many TSVs never quote, so a lone quotation mark in a caption would swallow the lines after it.
     even = separator == "\t" and len({line.count(b"\t") for line in lines}) == 1
     last: Exception | None = None
     for quote in ('"', None) if separator == "\t" else ('"',):
@@ -86,22 +88,22 @@ def _cells(uri: str, data: bytes) -> "pl.DataFrame":
             continue
         if quote is None or not even or len(frame) == len(lines) - header:
             return frame
-    raise UserError(f"{uri}: not a table that can be read ({_why(data, separator, last)}).")
+    raise UserError(f"{uri}: cannot be parsed as a table ({_why(data, separator, last)}).")
 
 
 def _why(data: bytes, separator: str, error: Exception | None) -> str:
-    """The first line with too many cells, or what polars says."""
+    """Names the first line with too many cells; if there is none, the error of polars."""
     text = data.decode("utf-8-sig", "replace")
     cells = csv.reader(text.splitlines(keepends=True), delimiter=separator)
     width = len(next(cells, []))
     for row in cells:
         if len(row) > width:
-            return f"line {cells.line_num} has {len(row)} cells, the first has {width}; quote texts with commas"
+            return f"line {cells.line_num} has {len(row)} cells, the first line has {width}; quote texts with commas"
     return str(error).splitlines()[0]
 
 
-def _guess(cells: "pl.DataFrame", naming: Naming) -> Naming:
-    """Of a table without a header: the column that names images, and the one with the longest texts."""
+def _guess(cells: pl.DataFrame, naming: Naming) -> Naming:
+    """For a table without a header: images are the column that names some, captions the one with the longest texts."""
     first = next(cells.iter_rows(named=True), {})
     image = naming.image_column or next((n for n, v in first.items() if _is_image_name(str(v).strip())), None)
     lengths = {n: cells[n].str.len_chars().mean() or 0 for n in cells.columns if n != image}
@@ -109,8 +111,8 @@ def _guess(cells: "pl.DataFrame", naming: Naming) -> Naming:
     return replace(naming, image_column=image, caption_column=naming.caption_column or longest)
 
 
-def _typed(column: "pl.Series") -> "pl.Series":
-    """The column as numbers, if all its cells are numbers; `007` and longer digits than a float holds are text."""
+def _typed(column: pl.Series) -> pl.Series:
+    """The column as numbers if all its cells are; `007` and numbers too long for a float stay text."""
     import polars as pl
 
     if column.null_count() == len(column) or column.str.contains(r"^\s*[+-]?(0\d|\d{16})").any():

@@ -93,11 +93,11 @@ def test_mistakes_are_one_sentence(
     llava: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in llava.items()]
-    with pytest.raises(SystemExit, match=r"error: .*nowhere: there is no such folder; it should hold the images of"):
+    with pytest.raises(SystemExit, match=r"error: .*nowhere: no such folder; it should contain the images of"):
         main([*options, "--caption-images=nowhere", "--dry-run"])
     (llava["instruction_images"] / "empty").mkdir()
-    with pytest.raises(SystemExit, match=r"none of its first images is in .*empty"):
+    with pytest.raises(SystemExit, match=r"none of its first \d+ images is in .*empty"):
         main([*options, f"--instruction-images={llava['instruction_images'] / 'empty'}", "--dry-run"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="curation is for one process"):
+    with pytest.raises(UserError, match="curation runs in one process"):
         curate(Recipe(**llava))

@@ -24,5 +24,5 @@ def test_loss_falls_on_held_out_photographs_in_both_stages(data_root: Path, tmp_
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"flickr8k/captions\.csv: there is no such file"):
+    with pytest.raises(UserError, match=r"flickr8k/captions\.csv: no such file"):
         run(tmp_path, tmp_path / "out", SMALL, quiet=True)

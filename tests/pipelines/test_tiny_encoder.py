@@ -1,5 +1,7 @@
 """The weights that come with the package, loaded as any open_clip model is, do on new scenes what is said of them."""
 
+from __future__ import annotations
+
 import json
 from itertools import islice
 from pathlib import Path

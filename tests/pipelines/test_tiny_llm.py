@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
 import aligntrain
 from aligncurate.demo.scenes import PLACES, make_scene, questions
 from pipelines import tiny_llm
-from pipelines.language_model import CHAT_TEMPLATE, Text, fit, make_llama, make_tokenizer, pad
+from pipelines.language_model import CHAT_TEMPLATE, Text, make_llama, make_tokenizer, optimize, pad
 from pipelines.tiny_vision import ATTRIBUTES, objects_of
 
 MODELS = Path(aligntrain.__file__).parent / "builtin"
@@ -44,10 +44,10 @@ def test_the_llm_answers_as_its_figures_say() -> None:
             for question, answer in questions(scene):
                 if len(answer.split()) > 4:
                     continue
-                text = tiny_llm._tokens(tokenizer, [("USER: ", False), (f"\n{question} ASSISTANT:", False)])
-                prompt = tiny_llm._embed(model, torch.tensor([text.ids]), [scene], tokenizer)
-                told = model.generate(inputs_embeds=prompt, max_new_tokens=8, do_sample=False, pad_token_id=2)
-                right += tokenizer.decode(told[0], skip_special_tokens=True).strip() == answer
+                text = tiny_llm.tokenize(tokenizer, [("USER: ", False), (f"\n{question} ASSISTANT:", False)])
+                prompt = tiny_llm.embed_scenes(model, torch.tensor([text.ids]), [scene], tokenizer)
+                answered = model.generate(inputs_embeds=prompt, max_new_tokens=8, do_sample=False, pad_token_id=2)
+                right += tokenizer.decode(answered[0], skip_special_tokens=True).strip() == answer
                 total += 1
     # 25 of the 500 scenes: within three standard deviations of a share of some 250 questions.
     assert right / total == pytest.approx(said, abs=3 * (said * (1 - said) / total) ** 0.5)
@@ -59,7 +59,7 @@ def test_a_place_is_the_sum_of_its_words() -> None:
     model = AutoModelForCausalLM.from_pretrained(MODELS / "tiny-llm", dtype=torch.float32)
     table = model.get_input_embeddings().weight
     ids = torch.tensor([[1, *[tokenizer.unk_token_id] * len(PLACES), 5]])
-    embeds = tiny_llm._embed(model, ids, [scene], tokenizer)[0]
+    embeds = tiny_llm.embed_scenes(model, ids, [scene], tokenizer)[0]
     assert torch.equal(embeds[[0, -1]], table[[1, 5]])
     objects = objects_of(scene)
     for number, (cell, words) in enumerate(PLACES.items()):
@@ -69,10 +69,10 @@ def test_a_place_is_the_sum_of_its_words() -> None:
             if group is None
             else [group.shape, group.colour, group.texture, group.size]
         )
-        wanted = sum(
+        expected_vector = sum(
             table[tokenizer(f" {w}", add_special_tokens=False).input_ids].sum(0) for w in [*named, *words.split()]
         )
-        torch.testing.assert_close(embeds[1 + number], wanted)
+        torch.testing.assert_close(embeds[1 + number], expected_vector)
         expected = [0] * 4 if group is None else [1 + a.index(n) for a, n in zip(ATTRIBUTES, named, strict=True)]
         assert objects[number].tolist() == expected
 
@@ -82,7 +82,7 @@ def test_a_text_learns_answers_and_captions_only() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "tiny-llm")
     rng, kinds = random.Random(0), set()
     for _ in range(20):
-        text = tiny_llm._text(scene, tokenizer, rng)
+        text = tiny_llm.training_text(scene, tokenizer, rng)
         learned = tokenizer.decode([i for i, learn in zip(text.ids, text.learned, strict=True) if learn])
         kinds.add(learned.endswith("\n"))
         assert "?" not in learned and "USER" not in learned and (learned.endswith("\n") or learned.endswith("</s>"))
@@ -90,7 +90,7 @@ def test_a_text_learns_answers_and_captions_only() -> None:
     assert kinds == {True, False}
 
 
-def test_fit_learns_a_text_by_heart() -> None:
+def test_optimize_learns_a_text_by_heart() -> None:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(["the cat sat on the mat"] * 3, 280)
     model = make_llama(tokenizer, 32, 1)
@@ -101,5 +101,5 @@ def test_fit_learns_a_text_by_heart() -> None:
     logits = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
     naive = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     assert model(**batch).loss.item() == pytest.approx(naive.item(), rel=1e-5)
-    last = fit([model], lambda _: model(**batch).loss, steps=60, learning_rate=1e-2)
+    last = optimize([model], lambda _: model(**batch).loss, steps=60, learning_rate=1e-2)
     assert last < naive and model(**batch).loss.item() < 0.1

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -79,6 +81,16 @@ def ingested(source: Any, out: Path, **options: Any) -> pl.DataFrame:
         if row["status"] == "ok":
             read_image(row)  # raises when the sha256 is another
     return frame
+
+
+def statuses(frame: pl.DataFrame) -> list[str]:
+    return frame["status"].to_list()
+
+
+def parquet_bytes(**columns: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
 
 
 def cli(*arguments: object) -> Result:

@@ -525,7 +525,7 @@ def test_a_folder_of_several_kinds_says_what_it_leaves_out(tmp_path) -> None:
     write_tar(tmp_path / "a.tar", pairs(1))
     (tmp_path / "notes.csv").write_text("image,caption\n0.jpg,x\n")
     source = open_source(str(tmp_path))
-    assert source.kind == "webdataset" and any("not notes.csv" in n for n in source.notices)
+    assert source.kind == "webdataset" and any("ignoring notes.csv" in n for n in source.notices)
     assert open_source(str(tmp_path), SourceOptions(format="table")).kind == "table"
     assert not open_source(str(tmp_path / "a.tar")).notices
 

@@ -1,0 +1,147 @@
+"""Wrong arguments, and output folders that cannot be used."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import aligncurate
+from tests.support.inputs import cli, complaint, jpeg, pairs, statuses, write_tar
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["pears.tar"], "there is no such file or folder; did you mean .*pairs.tar"),
+        (["pairs-{0..1}.tar"], "pairs-0.tar.*no such file"),
+        (["pairs{.tar"], "no such file"),
+        (["*.jsonl"], "no file matches"),
+        (["nowhere/pairs.tar"], "no such file"),
+        (["x" * 300], "no such file"),
+        (["empty"], "the folder is empty"),
+        (["images"], "only images"),
+        (["notes"], "no tars, Parquet"),
+        (["pairs.tar", "--format", "dataset"], "not a dataset"),
+        (["images", "--format", "table"], "no files for --format table"),
+        (["t.csv", "--caption-column", "captoin"], "--caption-column captoin.*it has image, caption"),
+        (["t.csv", "--image-column", "picture"], "--image-column picture.*it has image, caption"),
+        (["t.csv", "--image-root", "nowhere"], "--image-root .*no such folder"),
+        (["t.csv", "--image-root", "notes/x.md"], "--image-root .*neither a folder nor a tar"),
+        (["pairs.tar", "--limit", "0"], "--limit 0.*at least 1"),
+        (["pairs.tar", "--workers", "-2"], "--workers -2.*at least 1"),
+        (["t.csv", "--rows-per-shard", "0"], "--rows-per-shard 0.*at least 1"),
+        (["nosuch://bucket/a.tar"], "nosuch"),
+    ],
+    ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "",
+)
+def test_mistakes_in_arguments(tmp_path, monkeypatch, arguments, sentence) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tar(Path("pairs.tar"), pairs(1))
+    for folder in ("empty", "images", "notes"):
+        Path(folder).mkdir()
+    Path("images/0.jpg").write_bytes(jpeg())
+    Path("notes/x.md").write_text("x")
+    Path("t.csv").write_text("image,caption\nimages/0.jpg,c\n")
+    found = complaint(cli("ingest", *arguments, "--out", "out"))
+    assert pl.Series([found]).str.contains(sentence).all(), found
+    assert not Path("out").exists()
+
+
+def test_an_output_folder_that_is_taken(tmp_path) -> None:
+    tar = write_tar(tmp_path / "a.tar", pairs(3))
+    other = write_tar(tmp_path / "b.tar", pairs(3))
+    out = tmp_path / "out"
+    assert cli("ingest", tar, "--out", out).exit_code == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for arguments in (
+        (tar, "--limit", 2),
+        (tar, "--embed-images"),
+        (other,),
+        (tar, other),
+        (tar, "--caption-column", "x"),
+    ):
+        found = complaint(cli("ingest", *arguments, "--out", out))
+        assert "made with other options" in found and "before" in found and "now" in found
+    assert "embed_images: false before, true now" in complaint(cli("ingest", tar, "--embed-images", "--out", out))
+    assert "nothing is changed in place" in complaint(cli("filter", out, "--sample", 1, "--out", out))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert cli("ingest", tar, "--out", out).exit_code == 0
+
+
+def test_an_output_that_is_a_file_or_a_strangers_folder(tmp_path) -> None:
+    tar = write_tar(tmp_path / "a.tar", pairs(1))
+    assert "this is a file" in complaint(cli("ingest", tar, "--out", tar))
+    assert complaint(cli("ingest", tar, "--out", tar / "below"))
+    assert "holds other files (a.tar)" in complaint(cli("ingest", tar, "--out", tmp_path))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/manifest.json").write_text("{")
+    assert "not a JSON file" in complaint(cli("ingest", tar, "--out", tmp_path / "bad"))
+    for text in ("[]", "{}", "7"):
+        (tmp_path / "bad/manifest.json").write_text(text)
+        complaint(cli("ingest", tar, "--out", tmp_path / "bad"))
+        complaint(cli("inspect", tmp_path / "bad"))
+
+
+@pytest.fixture
+def little_space():
+    """Limits how large files may grow, which fails like a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def allow(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield allow
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 3_000, 30_000])
+def test_no_space_left(tmp_path, little_space, size) -> None:
+    samples = {f"s{i}": {"jpg": jpeg(i, width=200, height=200), "txt": b"x"} for i in range(30)}
+    tar, out = write_tar(tmp_path / "a.tar", samples), tmp_path / "out"
+    little_space(size)
+    result = cli("ingest", tar, "--out", out, "--embed-images", "--quiet")
+    little_space(resource.RLIM_INFINITY)
+    assert "File too large" in complaint(result, code=1)
+    assert not list(out.glob("part-*"))
+    assert not list(out.glob(".tmp-*"))
+    assert cli("ingest", tar, "--out", out, "--embed-images").exit_code == 0
+    fresh = aligncurate.ingest(tar, tmp_path / "fresh", embed_images=True, quiet=True).dataset
+    assert (out / "part-00000.parquet").read_bytes() == fresh.files[0].read_bytes()
+
+
+# Root may write everywhere, unless it gives up the two capabilities that let it. The bounding set is applied by exec.
+_WITHOUT_ROOT = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+for capability in (1, 2): libc.prctl(24, capability, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, "-m", "aligncurate", *sys.argv[1:]])
+"""
+
+
+def as_nobody_special(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", _WITHOUT_ROOT, *(str(a) for a in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops capabilities with prctl")
+def test_no_permission(tmp_path) -> None:
+    tar = write_tar(tmp_path / "a.tar", pairs(1))
+    (tmp_path / "closed").mkdir(mode=0o555)
+    result = as_nobody_special("ingest", tar, "--out", tmp_path / "closed/out")
+    assert (result.returncode, result.stderr) == (2, f"error: {tmp_path}/closed/out: Permission denied.\n")
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    (tmp_path / "1.jpg").chmod(0)
+    (tmp_path / "a.csv").write_text("image,caption\n1.jpg,closed\n2.jpg,open\n")
+    result = as_nobody_special("ingest", tmp_path / "a.csv", "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    frame = aligncurate.open_dataset(tmp_path / "out").scan().collect()
+    assert statuses(frame) == ["read_error", "ok"] and "Permission denied" in frame["error"][0]
+    tar.chmod(0)
+    result = as_nobody_special("ingest", tar, "--out", tmp_path / "closed-tar")
+    assert result.returncode in (1, 2) and "Permission denied" in result.stderr and "Traceback" not in result.stderr

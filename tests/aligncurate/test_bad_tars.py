@@ -1,0 +1,188 @@
+"""Damaged tars, and tars whose samples are incomplete or repeated."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import aligncurate
+from aligncurate.sources import open_source
+from tests.support.inputs import (
+    cli,
+    complaint,
+    ingested,
+    jpeg,
+    pairs,
+    parquet_bytes,
+    read_all,
+    statuses,
+    tar_bytes,
+    write_tar,
+)
+
+
+def test_samples_without_an_image(tmp_path) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    members = {
+        "a": {"txt": b"alone"},
+        "b": {"json": json.dumps({"conversations": turns}).encode()},
+        "README": {"md": b"x"},
+    }
+    write_tar(tmp_path / "a.tar", members | pairs(1))
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert statuses(frame)[:2] == ["missing_image", "text_only"] and statuses(frame)[3] == "ok"
+    assert statuses(frame)[2] in ("missing_image", "missing_caption")
+
+
+def test_links_in_tars_are_not_followed(tmp_path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind, target in (("a.jpg", tarfile.SYMTYPE, "/etc/passwd"), ("b.jpg", tarfile.LNKTYPE, "a.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+            text = tarfile.TarInfo(name.replace("jpg", "txt"))
+            text.size = 4
+            tar.addfile(text, io.BytesIO(b"text"))
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert statuses(frame) == ["read_error"] * 2 and frame["sha256"].null_count() == 2
+    assert "a.jpg is a link" in frame["error"][0]
+
+
+def test_json_members_that_cannot_be_parsed(tmp_path) -> None:
+    broken = [b"{", b"[1]", b"", b"null", b"\xff\xfe", b"[" * 100_000]
+    members = {f"b{i}": {"jpg": jpeg(), "txt": b"x", "json": data} for i, data in enumerate(broken)}
+    write_tar(tmp_path / "a.tar", members | pairs(2))
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert statuses(frame) == ["invalid_row"] * 2 + ["ok"] + ["invalid_row"] * 3 + ["ok"] * 2
+    assert ".json" in frame["error"][0]
+
+
+def test_the_same_key_twice_in_a_tar(tmp_path) -> None:
+    members = [("a.jpg", jpeg(0)), ("a.txt", b"one"), ("b.jpg", jpeg(1)), ("b.txt", b"two"), ("a.jpg", jpeg(2)),
+               ("a.txt", b"three"), ("c.jpg", jpeg(3)), ("c.txt", b"x"), ("c.jpg", jpeg(4)),
+               ("c.txt", b"y")]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert frame["key"].to_list() == ["a", "b", "a", "c", "c"]
+    assert statuses(frame) == ["ok", "ok", "duplicate_key", "ok", "duplicate_key"]
+    assert frame["caption"].to_list() == ["one", "two", "three", "x", "y"]
+    assert "next to each other" in frame["error"][2]
+
+
+def test_files_of_a_sample_that_lie_apart(tmp_path) -> None:
+    images, texts = ([(f"{i}.{e}", d) for i in range(3)] for e, d in (("jpg", jpeg()), ("txt", b"text")))
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*images, *texts]))
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert statuses(frame) == ["missing_caption"] * 3 + ["duplicate_key"] * 3
+
+
+def cut_points(data: bytes) -> dict[str, int]:
+    """Where to cut a tar of three pairs: around the third member, which is the second image."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        member = tar.getmembers()[2]
+    return {
+        "at a member": member.offset,
+        "inside a header": member.offset + 200,
+        "after a header": member.offset_data,
+        "inside an image": member.offset_data + 300,
+        "inside the padding": member.offset_data + member.size + 1,
+    }
+
+
+@pytest.mark.parametrize("where", cut_points(tar_bytes([("a", b"")] * 3)))
+def test_a_tar_cut_in_the_middle(tmp_path, where) -> None:
+    whole = write_tar(tmp_path / "whole.tar", pairs(3)).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: cut_points(whole)[where]])
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert frame["key"][0] == "s0" and statuses(frame)[0] == "ok"
+    assert frame["status"][-1] == "read_error" and frame["key"][-1] == "a.tar"
+    assert "copy it again" in frame["error"][-1]
+    between = frame[1:-1]
+    if where in ("after a header", "inside an image"):
+        assert between.select("key", "status").rows() == [("s1", "read_error")]
+        assert "middle of s1.jpg" in between["error"][0]
+    elif where == "inside the padding":
+        assert between["key"].to_list() == ["s1"]  # its image is whole, its text is gone
+    else:
+        assert len(between) == 0
+    again = ingested(tmp_path / "out", tmp_path / "again")
+    assert statuses(again)[-1] == "read_error"
+
+
+def test_a_member_that_claims_a_negative_size(tmp_path) -> None:
+    data = bytearray(tar_bytes([("a.jpg", jpeg()), ("a.txt", b"x")]))
+    data[124:136] = b"\xff" * 10 + struct.pack(">h", -1_024)  # base 256, as GNU tar writes large sizes
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    assert read_error_or_refused(tmp_path / "a.tar")
+
+
+def read_error_or_refused(path: Path) -> bool:
+    try:
+        frame = ingested(path, path.with_suffix(".out"))
+    except AssertionError as error:
+        return "not a tar" in str(error)
+    return "read_error" in statuses(frame)
+
+
+def test_empty_tars(tmp_path) -> None:
+    (tmp_path / "zero.tar").write_bytes(b"")
+    frame = ingested(tmp_path / "zero.tar", tmp_path / "zero")
+    assert frame.select("key", "status").rows() == [("zero.tar", "read_error")] and "0 bytes" in frame["error"][0]
+    (tmp_path / "empty.tar").write_bytes(tar_bytes([]))
+    result = cli("ingest", tmp_path / "empty.tar", "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "no pairs" in result.stdout
+    assert aligncurate.open_dataset(tmp_path / "out").rows == 0
+
+
+def test_a_dataset_of_no_rows_goes_through_every_verb(tmp_path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes([]))
+    assert cli("ingest", tmp_path / "a.tar", "--out", tmp_path / "out").exit_code == 0
+    assert cli("inspect", tmp_path / "out").exit_code == 0
+    assert json.loads(cli("inspect", tmp_path / "out", "--json").stdout)["rows"] == 0
+    assert cli("ingest", tmp_path / "out", "--out", tmp_path / "again").exit_code == 0
+    assert cli("filter", tmp_path / "out", "--out", tmp_path / "some", "--sample", 3).exit_code == 0
+    assert "score" in complaint(cli("bucket", tmp_path / "out", "--out", tmp_path / "levels"))
+    for form in ("webdataset", "llava-json", "datacomp-uids"):
+        assert cli("export", tmp_path / "out", "--out", tmp_path / form, "--format", form).exit_code == 0
+
+
+def test_garbage_named_tar_is_a_row_and_does_not_stop_the_others(tmp_path) -> None:
+    write_tar(tmp_path / "1.tar", pairs(2))
+    for name, data in {"2.tar": b"garbage" * 300, "3.tar": b"PK\3\4" + bytes(600), "4.tar": jpeg()}.items():
+        (tmp_path / name).write_bytes(data)
+    frame = ingested(tmp_path, tmp_path / "out")
+    assert statuses(frame) == ["ok", "ok", "read_error", "read_error", "read_error"]
+    assert all("no tar" in error for error in frame["error"][2:])
+    assert frame["key"].to_list()[2:] == ["2.tar", "3.tar", "4.tar"]
+
+
+def test_a_damaged_tar_in_the_image_root(tmp_path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/a.tar").write_bytes(b"garbage" * 300)
+    (tmp_path / "a.csv").write_text("image,caption\n0.jpg,x\n")
+    result = cli("ingest", tmp_path / "a.csv", "--out", tmp_path / "out", "--image-root", tmp_path / "root")
+    assert "a.tar: the file is no tar; copy it again" in complaint(result)
+
+
+def test_sidecars_that_cannot_be_used_are_left_alone(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(2))
+    for data in (b"", b"garbage", parquet_bytes(nothing=["like it"]), parquet_bytes(key=["other"], url=["u"])):
+        (tmp_path / "a.parquet").write_bytes(data)
+        assert [p.caption for p in read_all(tmp_path / "a.tar")] == ["caption 0", "caption 1"]
+
+
+def test_a_source_that_vanishes_between_listing_and_reading(tmp_path) -> None:
+    tars = [write_tar(tmp_path / f"{i}.tar", pairs(1)) for i in range(2)]
+    source = open_source([str(t) for t in tars])
+    os.remove(tars[1])
+    assert [p.key for p in source.read(source.shards[0])] == ["s0"]
+    with pytest.raises(OSError, match=r"1\.tar"):
+        list(source.read(source.shards[1]))
