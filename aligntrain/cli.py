@@ -6,10 +6,6 @@ imported when a command runs.
 
 from __future__ import annotations
 
-import inspect
-import typing
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aligncurate.cli.options import with_settings
 from aligncurate.errors import UserError
-from aligntrain.stage import StageConfig, field_types, parse_setting
+from aligncurate.settings import parse
+from aligntrain.stage import StageConfig
 
 if TYPE_CHECKING:
     from aligntrain.tools.preview import Preview
@@ -39,57 +37,7 @@ train_app = typer.Typer(
 app.add_typer(train_app, name="train")
 
 _stdout = Console(highlight=False)
-_OPTION_GROUPS = {
-    "out": "Input and output", "llm": "Model", "learning_rate": "Optimisation", "max_length": "Batches",
-    "lora_rank": "LoRA", "parallel": "Machine", "format": "Reading", "save_every": "Checkpoints and logs",
-}  # fmt: skip
-
-
-def _settings_options() -> list[inspect.Parameter]:
-    """An option for every setting of StageConfig; None where it is not given."""
-    parameters, group = [], ""
-    fields = StageConfig.__dataclass_fields__
-    for name, kind in field_types().items():
-        if name in ("stage", "data"):
-            continue
-        group = _OPTION_GROUPS.get(name, group)
-        flag = "--" + name.replace("_", "-")
-        plain = {k for k in (bool, int, float, str) if k is kind or k in typing.get_args(kind)}
-        is_list = typing.get_origin(kind) is tuple or any(typing.get_origin(k) for k in typing.get_args(kind))
-        value: Any = str if is_list or not plain else plain.pop()
-        default = fields[name].default
-        shown = "" if default in (None, "", ()) or not isinstance(default, bool | int | float | str) else str(default)
-        option = typer.Option(
-            *(
-                [f"{flag}/--no-{name.replace('_', '-')}"]
-                if value is bool
-                else [flag, "-o"]
-                if name == "out"
-                else [flag]
-            ),
-            help=fields[name].metadata["help"],
-            show_default=shown or False,
-            rich_help_panel=group,
-        )
-        annotation = Annotated[value | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    return parameters
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every setting, which it gets as ``options``."""
-    own = inspect.signature(command, eval_str=True).parameters
-    parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + _settings_options()
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-
-    @wraps(command)
-    def wrapped(**given: Any) -> None:
-        command(**given)
-
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
-
+_with_stage_settings = with_settings(StageConfig, leave_out=("stage", "data"))
 
 Data = Annotated[
     list[str],
@@ -107,21 +55,21 @@ ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the
 
 
 @train_app.command()
-@_with_settings
+@_with_stage_settings
 def pretrain(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
     """Stage 1: learn projector and level embeddings from captioned pictures with levels."""
     _train(_config("pretrain", data, config, set, options))
 
 
 @train_app.command()
-@_with_settings
+@_with_stage_settings
 def finetune(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
     """Stage 2: learn projector, gate and LLM from conversations about pictures."""
     _train(_config("finetune", data, config, set, options))
 
 
 @train_app.command()
-@_with_settings
+@_with_stage_settings
 def plan(
     data: Data,
     config: ConfigFile = None,
@@ -219,16 +167,13 @@ def _config(
     stage: str, data: list[str], file: Path | None, sets: list[str] | None, options: dict[str, Any]
 ) -> StageConfig:
     """The settings: the paper's, over them the file's, over them those of the command line."""
-    given: dict[str, Any] = {"data": tuple(data)}
-    for name, value in options.items():
-        if value is not None:
-            given[name] = parse_setting(name, value) if isinstance(value, str) else value
+    given: dict[str, Any] = {"data": tuple(data), **options}
     for item in sets or []:
         name, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--set {item}: write it as key=value, such as --set learning_rate=1e-4.")
         name = name.strip().replace("-", "_")
-        given[name] = parse_setting(name, text.strip())
+        given[name] = parse(StageConfig, name, text.strip())
     return StageConfig.of(stage, given) if file is None else StageConfig.from_toml(file, stage, **given)
 
 

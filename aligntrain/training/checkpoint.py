@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aligncurate.errors import UserError
 from aligncurate.io.files import sync
+from aligncurate.settings import recorded
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.build import build_model, save_processor
 from aligntrain.model.loading import quiet_transformers
@@ -151,7 +152,7 @@ def start_of(config: StageConfig) -> str:
 
 def check_settings(folder: Path, before: Position, config: StageConfig) -> None:
     """Raise UserError where the checkpoint's run had other settings that alter the result."""
-    now = config.to_json(altering=True)
+    now = recorded(config)
     names = [name for name in now if now[name] != before.settings.get(name)]
     if names:
         changes = ", ".join(f"{name}: {before.settings.get(name)} before, {now[name]} now" for name in names[:3])

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import aligncurate
 from aligncurate.errors import NonFiniteError, UserError
 from aligncurate.progress import notice
+from aligncurate.settings import recorded
 from aligntrain.data.index import Facts, Index, build_index
 from aligntrain.data.plan import Pack, Plan, plan
 from aligntrain.data.reader import MicroBatch, Reader, read_ahead
@@ -138,7 +139,7 @@ def _train(config: StageConfig, world: World) -> TrainResult:
 
     def position_at(step: int) -> Position:
         epoch = step // per_epoch
-        settings = config.to_json(altering=True)
+        settings = recorded(config)
         return Position(step, epoch, plan_of(epoch).hash, index.digest, start, settings, unreadable)
 
     def save(step: int) -> list[Path]:

@@ -134,7 +134,7 @@ def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
     [
         (["train", "pretrain", "c.tar", "--set", "lerning_rate=3"], "did you mean learning_rate"),
         (["train", "pretrain", "c.tar", "--set", "epochs"], "write it as key=value"),
-        (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "level_weights is '1=0'; it takes weights by level"),
+        (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "--level-weights 1=0: use weights by level"),
         (["train", "pretrain", "c.tar", "--out", "x"], "give --llm and --vision"),
         (["train", "finetune", "q.tar", "--out", "x"], "give --init, the pretrained model"),
         (["train", "finetune", "q.tar", "--init", "first"], "there is no folder to write to; say --out"),
