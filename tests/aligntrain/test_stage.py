@@ -52,7 +52,7 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
         ({"token_budget": 2049}, "--token-budget 2049: use a multiple of 8"),
         ({"level_weights": {0: 1}}, "levels start at 1"),
         ({"level_weights": 3}, "--level-weights 3: use weights by level"),
-        ({"s2_scales": ["a"]}, "--s2-scales a: use an integer"),
+        ({"s2_scales": ["a"]}, r"--s2-scales \['a'\]: use a list of integers"),
         ({"log_to": ["tensorbord"]}, "--log-to tensorbord: use one of tensorboard"),
         ({"warmup_ratio": 1.5}, "--warmup-ratio 1.5: use a number between 0 and 1"),
         ({"lora_rank": 8}, "use LoRA with finetune"),
