@@ -42,10 +42,10 @@ class ImageHealth:
         self.unreadable += unreadable
         self._in_a_row = 0 if readable else self._in_a_row + unreadable
         if self._in_a_row >= _LIMIT or (self._in_a_row and last):
-            examples = [reason for of_rank in self._world.gather(reasons()) for reason in of_rank]
+            first = next(reason for of_rank in self._world.gather(reasons()) for reason in of_rank)
             raise UserError(
-                f"step {step}: none of the last {count(self._in_a_row, 'image')} could be read (such as {examples[0]}); put "
-                "the images where the data expects them, or pass --image-root."
+                f"step {step}: none of the last {count(self._in_a_row, 'image')} could be read (such as {first}); "
+                "put the images where the data expects them, or pass --image-root."
             )
         if unreadable and self._named < _NAMED:
             for reason in reasons()[: _NAMED - self._named]:

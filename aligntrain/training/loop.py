@@ -342,8 +342,8 @@ class _Run:
             keys = [key for of_rank in world.gather(own) for key in of_rank]
         kept = f"the last checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
         return (
-            f"step {self.step + 1}: {what} in {', '.join(keys[:20])} (one of them, or a sample packed with it); {kept}. A "
-            "lower --learning-rate may help."
+            f"step {self.step + 1}: {what} in {', '.join(keys[:20])} (one of them, or one packed with it); {kept}. "
+            "A lower --learning-rate may help."
         )
 
 

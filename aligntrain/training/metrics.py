@@ -34,9 +34,7 @@ class Metrics:
         """Start counting from zero, and from now."""
         device = self._world.device
         self._losses = torch.zeros(self._levels + 1, 2, dtype=torch.float64, device=device)  # sum and count by level
-        self._gate = torch.zeros(
-            self._gate_levels, dtype=torch.float64, device=device
-        )  # sums of the weights and of their entropy
+        self._gate = torch.zeros(self._gate_levels, dtype=torch.float64, device=device)  # N - 1 weights, entropy
         self._gated = self._tokens = self._images = self._computed = 0
         self._waited, self._since = 0.0, time.perf_counter()
 

@@ -158,6 +158,13 @@ def test_losses_and_gradients_against_a_naive_computation(folder: Path, models: 
     for name in ("projector", "level_embeddings"):
         gradients = [p.grad.flatten() for n, p in model.named_parameters() if n.startswith(name) and p.grad is not None]
         assert record["grad_norm_by_module"][name] == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-4)
+    # What the optimizer got: its first moment after one step is (1 - beta1) x the clipped gradient.
+    moments = load_file(checkpoints(tmp_path / "out")[-1] / "optimizer-00000.safetensors")
+    factor = (1 - config.beta1) * min(1.0, config.max_grad_norm / record["grad_norm"])
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and f"{name}|exp_avg" in moments:
+            torch.testing.assert_close(moments[f"{name}|exp_avg"], factor * parameter.grad, rtol=1e-3, atol=1e-6)
+    assert len([name for name in moments if name.endswith("|exp_avg")]) == 5  # two layers' weights and biases, levels
 
 
 def test_text_alone(models: dict[str, str], tmp_path: Path) -> None:
@@ -422,9 +429,7 @@ def test_the_old_configuration_goes_before_the_new_weights_come(
     train(straight.replace(out=str(out)))
     assert (out / "config.json").exists()
     assert len(seen) > 5
-    assert seen == [False] * (len(seen) - 1) + [
-        True
-    ]  # every file is synced before config.json is there, the folder after
+    assert seen == [False] * (len(seen) - 1) + [True]  # the folder is synced last
 
 
 def test_a_full_disk_while_saving(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from aligntrain import StageConfig, train
 from aligntrain.data.index import Index
-from aligntrain.data.reader import Reader
+from aligntrain.data.reader import BatchReader
 from aligntrain.model.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
 from aligntrain.training.loop import plan_epoch
@@ -132,7 +132,7 @@ def naive_gradients(config: StageConfig) -> dict[str, torch.Tensor]:
     processor = build_processor(config)
     model, _ = build_model(config, processor)
     index = Index(Path(config.out) / "index.arrow", processor)
-    read = Reader(index, processor, packed=False, with_levels=config.stage == "pretrain")
+    read = BatchReader(index, processor, packed=False, with_levels=config.stage == "pretrain")
     losses = []
     for number in plan_epoch(config, index, 0, packed=False, world_size=1)[0].samples:
         inputs = read((number,)).inputs
