@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import aligncurate
 from aligncurate.errors import NonFiniteError, UserError
-from aligncurate.io.files import make_folder, write_json
+from aligncurate.io.files import claim, write_json
 from aligncurate.progress import count, notice
 from aligncurate.settings import recorded
 from aligntrain.data.index import Facts, Index
@@ -112,15 +112,15 @@ def train(config: StageConfig) -> TrainResult:
     """
     if not config.out:
         raise UserError("no output folder; pass --out.")
-    with world_of_environment() as world:
-        return _train(config, world)
+    with world_of_environment() as world, ExitStack() as claims:
+        return _train(config, world, claims)
 
 
-def _train(config: StageConfig, world: World) -> TrainResult:
+def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
     """The run: prepare, loop over the steps, export."""
     started = time.perf_counter()
     out = Path(config.out)
-    data = _prepare_data(config, world)
+    data = _prepare_data(config, world, claims)
     if data.earlier is not None and checkpoint.read_finished(out) is not None:
         done, unreadable = data.earlier.step, data.earlier.unreadable
         seconds = time.perf_counter() - started
@@ -393,19 +393,20 @@ def _advise(config: StageConfig, first: Plan, total: int, world: World) -> None:
         )
 
 
-def _prepare_data(config: StageConfig, world: World) -> _Data:
-    """Check the folder, tokenize the data on the first rank, and open its index on all.
+def _prepare_data(config: StageConfig, world: World, claims: ExitStack) -> _Data:
+    """Claim the output folder, tokenize the data on the first rank, and open its index on all.
 
     Raises UserError when the settings cannot be used here, or when an earlier run in the folder differs.
     """
     out = Path(config.out)
-    world.together(lambda: _check_place(config, world))
+    world.together(lambda: _check_conflicts(config, world))
     start = world.first_does(lambda: checkpoint.start_of(config))
     earlier = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
     processor = world.together(lambda: build_processor(config))
     shape = world.together(lambda: build_config(config))
     levels = shape.num_levels if shape.align_mode != "none" else 0
     index_file = out / "index.arrow"
+    world.first_does(lambda: claims.enter_context(claim(out, _OWN)))
     world.first_does(lambda: _write_index(config, processor, levels, index_file))
     index = world.together(lambda: Index(index_file, processor))
     if earlier is not None and earlier.data != index.digest:
@@ -415,15 +416,9 @@ def _prepare_data(config: StageConfig, world: World) -> _Data:
     return _Data(processor, index, levels, start, earlier)
 
 
-def _check_place(config: StageConfig, world: World) -> None:
-    """Raise UserError if the output folder or the device cannot be used."""
+def _check_conflicts(config: StageConfig, world: World) -> None:
+    """Raise UserError if `out` is a folder that the run reads, or if the device cannot run the attention."""
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: --out must be a folder, but this is a file.")
-    there = {path.name for path in out.iterdir()} if out.exists() else set()
-    strangers = sorted(name for name in there - _OWN if not name.startswith("."))
-    if strangers and not there & _OWN:
-        raise UserError(f"{out}: the output folder holds other files ({strangers[0]}); use a new folder.")
     for name in ("init", "llm", "vision"):
         if (folder := getattr(config, name)) is not None and out.resolve() == Path(folder).resolve():
             raise UserError(f"{out}: --out is the same folder as --{name}, which would be overwritten; use another.")
@@ -449,7 +444,6 @@ def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
 def _write_index(config: StageConfig, processor: AlignGPTProcessor, levels: int, index_file: Path) -> None:
     """Tokenize the data, record the settings, and report rows left out; for the first rank."""
     out = Path(config.out)
-    make_folder(out)
     facts = build_index(config, processor, levels, index_file).facts
     versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
     write_json(out / "stage.json", {**config.to_json(), "versions": versions})

@@ -84,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageConfig]:
         )
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=900)[1] for rank in ranks]
     assert not any(rank.returncode for rank in ranks), "\n".join(error[-3000:] for error in errors)
     return {**jobs, **{f"{name}_two": config for name, config in two.items()}}
 
@@ -199,7 +199,7 @@ def test_accelerate_launch(runs: dict[str, StageConfig], tmp_path: Path) -> None
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("pretrained in 1 steps") == 1
