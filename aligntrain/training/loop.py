@@ -16,20 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-import aligncurate
 from aligncurate.errors import NonFiniteError, UserError
-from aligncurate.io.files import claim, write_json
 from aligncurate.progress import count, notice
 from aligncurate.settings import recorded
 from aligntrain.data.index import Facts, Index
-from aligntrain.data.indexing import build_index
 from aligntrain.data.plan import Pack, Plan, plan
 from aligntrain.data.reader import BatchReader, MicroBatch, read_ahead
-from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_config, build_model, build_processor
+from aligntrain.model.build import build_model
 from aligntrain.model.packing import can_pack
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
@@ -41,9 +36,8 @@ from aligntrain.training.health import ImageHealth
 from aligntrain.training.log import Log
 from aligntrain.training.metrics import Metrics, level_cosines
 from aligntrain.training.optimizer import clip_gradients, gradient_norms, learning_rate, make_optimizer
+from aligntrain.training.prepare import StageData, prepare_data
 from aligntrain.training.signals import stop_signals
-
-_OWN = {"index.arrow", "stage.json"}  # the first files of a run, which identify its folder
 
 
 @dataclass(frozen=True)
@@ -73,17 +67,6 @@ class TrainResult:
     stopped: int = 0
     again: bool = False
     first_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The prepared data of a run, and the model it starts from."""
-
-    processor: AlignGPTProcessor
-    index: Index
-    levels: int  # N of the model; 0 without alignment
-    start: str  # digest of the start model
-    earlier: Position | None  # of the run to resume
 
 
 @dataclass(frozen=True)
@@ -120,7 +103,7 @@ def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
     """The run: prepare, loop over the steps, export."""
     started = time.perf_counter()
     out = Path(config.out)
-    data = _prepare_data(config, world, claims)
+    data = prepare_data(config, world, claims)
     if data.earlier is not None and checkpoint.read_finished(out) is not None:
         done, unreadable = data.earlier.step, data.earlier.unreadable
         seconds = time.perf_counter() - started
@@ -163,7 +146,7 @@ class _Run:
         saved: step of the last checkpoint.
     """
 
-    def __init__(self, config: StageConfig, world: World, data: _Data) -> None:
+    def __init__(self, config: StageConfig, world: World, data: StageData) -> None:
         self.config, self.world, self.data = config, world, data
         self.out, index = Path(config.out), data.index
 
@@ -391,65 +374,3 @@ def _advise(config: StageConfig, first: Plan, total: int, world: World) -> None:
             f"the learning rate is 0 in {'the only step' if total == 1 else 'every step'} (warm-up starts at 0), so "
             "the weights will not change; train for more steps, or pass --warmup-ratio 0"
         )
-
-
-def _prepare_data(config: StageConfig, world: World, claims: ExitStack) -> _Data:
-    """Claim the output folder, tokenize the data on the first rank, and open its index on all.
-
-    Raises UserError when the settings cannot be used here, or when an earlier run in the folder differs.
-    """
-    out = Path(config.out)
-    world.together(lambda: _check_conflicts(config, world))
-    start = world.first_does(lambda: checkpoint.start_of(config))
-    earlier = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
-    processor = world.together(lambda: build_processor(config))
-    shape = world.together(lambda: build_config(config))
-    levels = shape.num_levels if shape.align_mode != "none" else 0
-    index_file = out / "index.arrow"
-    world.first_does(lambda: claims.enter_context(claim(out, _OWN)))
-    world.first_does(lambda: _write_index(config, processor, levels, index_file))
-    index = world.together(lambda: Index(index_file, processor))
-    if earlier is not None and earlier.data != index.digest:
-        raise UserError(
-            f"{out}: the data has changed since this run started; use another --out, or --no-resume to start over."
-        )
-    return _Data(processor, index, levels, start, earlier)
-
-
-def _check_conflicts(config: StageConfig, world: World) -> None:
-    """Raise UserError if `out` is a folder that the run reads, or if the device cannot run the attention."""
-    out = Path(config.out)
-    for name in ("init", "llm", "vision"):
-        if (folder := getattr(config, name)) is not None and out.resolve() == Path(folder).resolve():
-            raise UserError(f"{out}: --out is the same folder as --{name}, which would be overwritten; use another.")
-    if world.device.type == "cpu" and config.attention.startswith(("flex", "flash")):
-        raise UserError(f"--attention {config.attention}: cannot train on a CPU; use sdpa or eager.")
-
-
-def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
-    """Where an earlier run in `out` stopped. Raises UserError if it had other settings or another start model."""
-    position, where = checkpoint.read_finished(out), out
-    if position is None and (kept := checkpoint.checkpoints(out)):
-        position, where = checkpoint.read_position(kept[-1]), kept[-1]
-    if position is not None:
-        checkpoint.check_settings(where, position, config)
-        if position.start != start:
-            raise UserError(
-                f"{where}: the model in {config.init} has changed since this run started; use another --out, or "
-                "--no-resume to start over."
-            )
-    return position
-
-
-def _write_index(config: StageConfig, processor: AlignGPTProcessor, levels: int, index_file: Path) -> None:
-    """Tokenize the data, record the settings, and report rows left out; for the first rank."""
-    out = Path(config.out)
-    facts = build_index(config, processor, levels, index_file).facts
-    versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
-    write_json(out / "stage.json", {**config.to_json(), "versions": versions})
-    for cause, rows in facts.skipped.most_common(5):
-        notice(f"{count(rows, 'row')} left out: {cause} (such as {facts.examples[cause]})")
-    if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
-        notice("the data has no levels, so --level-weights and --stratified have no effect")
-    if facts.truncated:
-        notice(f"{count(facts.truncated, 'sample')} truncated at {config.max_length:,} tokens")

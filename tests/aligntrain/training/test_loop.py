@@ -643,3 +643,14 @@ def test_beginning_anew_deletes_the_old_checkpoints(folder: Path, models: dict[s
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000003"]
     train(pretraining(models, str(folder / "c.tar"), tmp_path / "fresh"))
     assert_close(weights(tmp_path / "out"), weights(tmp_path / "fresh"), 0)
+
+
+def test_a_run_without_learning_rate_says_so(
+    folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The warm-up starts at 0, so a single step changes nothing."""
+    for ratio, warned in ((0.03, True), (0.0, False)):
+        out = tmp_path / str(ratio)
+        train(pretraining(models, str(folder / "c.tar"), out, max_steps=1, warmup_ratio=ratio))
+        printed = " ".join(capsys.readouterr().err.split())
+        assert ("the learning rate is 0 in the only step (warm-up starts at 0)" in printed) == warned
