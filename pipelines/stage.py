@@ -1,4 +1,4 @@
-"""What every whole run does with a training stage."""
+"""How every pipeline runs a training stage."""
 
 from aligncurate.errors import UserError
 from aligntrain import StageConfig, train
@@ -6,8 +6,8 @@ from aligntrain.training.loop import TrainResult
 
 
 def run_stage(config: StageConfig) -> TrainResult:
-    """Train a stage to its end, or go on with it. Raises UserError when it was stopped before, by SIGTERM."""
+    """Train a stage, or resume it. Raises UserError when a signal stopped it before the end."""
     summary = train(config)
     if summary.stopped:
-        raise UserError(f"stopped after step {summary.steps:,} of {summary.total:,}; run the same command to go on.")
+        raise UserError(f"interrupted after step {summary.steps:,} of {summary.total:,}; rerun to resume.")
     return summary

@@ -1,4 +1,4 @@
-"""What torchrun starts for test_ranks.py: several stages on two ranks, one after the other, some of which break."""
+"""The worker of test_ranks.py: runs several stages on two ranks, one after the other; some of them fail."""
 
 import json
 import sys

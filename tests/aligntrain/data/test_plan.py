@@ -147,5 +147,5 @@ def test_what_cannot_be_planned() -> None:
         of(4, level_weights=dict.fromkeys(range(1, 5), 0.0))
     with pytest.raises(ValueError, match="multiple of 8"):
         of(4, token_budget=1001)
-    with pytest.raises(IndexError, match="there is no step 2"):
+    with pytest.raises(IndexError, match="step 2 is outside the plan"):
         of(200)[2]
