@@ -202,7 +202,7 @@ def test_accelerate_launch(runs: dict[str, StageConfig], tmp_path: Path) -> None
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("pretrained in 1 steps") == 1
+    assert done.stdout.count("pretrained in 1 step (") == 1
     ours, theirs = (records(Path(out))[0] for out in (tmp_path / "out", runs["pretrain_ddp_two"].out))
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
     assert ours["packing_efficiency"] == theirs["packing_efficiency"]  # which counts the ranks
