@@ -144,3 +144,8 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds % 60:.0f} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

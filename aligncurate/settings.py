@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import typing
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -30,6 +31,7 @@ def setting(
     group: str = "",
     recorded: bool = True,
     at_least: float | None = None,
+    at_most: float | None = None,
     shown: str | None = None,
     flag: str | None = None,
 ) -> Any:
@@ -40,7 +42,7 @@ def setting(
         default: its value where none is given; without one it must be given.
         group: heading under which `--help` lists it; that of the field before by default.
         recorded: whether it changes the result, so that a resumed run must have the same.
-        at_least: smallest number allowed.
+        at_least, at_most: smallest and largest number allowed.
         shown: the default as `--help` shows it, where the value itself says little.
         flag: the option's name, where it is not that of the field.
     """
@@ -49,6 +51,7 @@ def setting(
         "group": group,
         "recorded": recorded,
         "at_least": at_least,
+        "at_most": at_most,
         "shown": shown,
         "flag": flag,
     }
@@ -75,9 +78,11 @@ def check(settings: Any) -> None:
     types = field_types(settings.__class__)
     for field in dataclasses.fields(settings):
         value = _typed(field.name, types[field.name], getattr(settings, field.name))
-        least = field.metadata.get("at_least")
-        if value is not None and least is not None and not least <= value < inf:  # refuses NaN too
-            raise UserError(f"{option_name(field.name)} {value}: use a number of at least {least:g}.")
+        least, most = field.metadata.get("at_least"), field.metadata.get("at_most")
+        low, high = (-inf if least is None else least), (sys.float_info.max if most is None else most)
+        if value is not None and (least, most) != (None, None) and not low <= value <= high:  # refuses NaN too
+            allowed = f"of at least {least:g}" if most is None else f"between {low:g} and {high:g}"
+            raise UserError(f"{option_name(field.name)} {value}: use a number {allowed}.")
         object.__setattr__(settings, field.name, value)
 
 
@@ -106,9 +111,9 @@ def parse(settings: type, name: str, text: str) -> Any:
     kind = field_types(settings).get(name)
     if kind is None:
         return text
-    if text.lower() == "null" and NoneType in typing.get_args(kind):
+    optional, kind = NoneType in typing.get_args(kind), without_none(kind)
+    if optional and (text.lower() == "null" or (text.lower() == "none" and kind is not str)):
         return None
-    kind = without_none(kind)
     try:
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]

@@ -1,15 +1,10 @@
-"""The command line of training and of trained models: parses, calls one function and prints.
+"""The commands `train`, `generate`, `chat` and `convert`: each parses options, calls one function and prints.
 
-``app`` is ``aligncurate train``; ``generate``, ``chat`` and ``convert`` are commands of their own. What is heavy is
-imported when a command runs.
+Heavy modules are imported when a command runs.
 """
 
 from __future__ import annotations
 
-import inspect
-import typing
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,8 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aligncurate.cli.options import with_settings
 from aligncurate.errors import UserError
-from aligntrain.stage import StageConfig, field_types, parse_setting
+from aligncurate.settings import parse
+from aligntrain.stage import StageConfig
 
 if TYPE_CHECKING:
     from aligntrain.tools.preview import Preview
@@ -29,7 +26,7 @@ app = typer.Typer()
 """Commands that `aligncurate` adds to its own."""
 
 train_app = typer.Typer(
-    help="Train AlignGPT from levelled pairs (pretrain) and instructions (finetune).",
+    help="Train AlignGPT on pairs with levels (pretrain), then on instructions (finetune).",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -39,89 +36,39 @@ train_app = typer.Typer(
 app.add_typer(train_app, name="train")
 
 _stdout = Console(highlight=False)
-_OPTION_GROUPS = {
-    "out": "Input and output", "llm": "Model", "learning_rate": "Optimisation", "max_length": "Batches",
-    "lora_rank": "LoRA", "parallel": "Machine", "format": "Reading", "save_every": "Checkpoints and logs",
-}  # fmt: skip
-
-
-def _settings_options() -> list[inspect.Parameter]:
-    """An option for every setting of StageConfig; None where it is not given."""
-    parameters, group = [], ""
-    fields = StageConfig.__dataclass_fields__
-    for name, kind in field_types().items():
-        if name in ("stage", "data"):
-            continue
-        group = _OPTION_GROUPS.get(name, group)
-        flag = "--" + name.replace("_", "-")
-        plain = {k for k in (bool, int, float, str) if k is kind or k in typing.get_args(kind)}
-        is_list = typing.get_origin(kind) is tuple or any(typing.get_origin(k) for k in typing.get_args(kind))
-        value: Any = str if is_list or not plain else plain.pop()
-        default = fields[name].default
-        shown = "" if default in (None, "", ()) or not isinstance(default, bool | int | float | str) else str(default)
-        option = typer.Option(
-            *(
-                [f"{flag}/--no-{name.replace('_', '-')}"]
-                if value is bool
-                else [flag, "-o"]
-                if name == "out"
-                else [flag]
-            ),
-            help=fields[name].metadata["help"],
-            show_default=shown or False,
-            rich_help_panel=group,
-        )
-        annotation = Annotated[value | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    return parameters
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every setting, which it gets as ``options``."""
-    own = inspect.signature(command, eval_str=True).parameters
-    parameters = [p for p in own.values() if p.kind is not inspect.Parameter.VAR_KEYWORD] + _settings_options()
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-
-    @wraps(command)
-    def wrapped(**given: Any) -> None:
-        command(**given)
-
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    return wrapped
-
+_with_stage_settings = with_settings(StageConfig, leave_out=("stage", "data"))
 
 Data = Annotated[
     list[str],
-    typer.Argument(metavar="DATA...", help="Dataset folders, exported tars, or any source.", show_default=False),
+    typer.Argument(metavar="DATA...", help="Dataset folders, exported tars, or any other source.", show_default=False),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.", show_default=False)]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting, by name.", show_default=False)
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any option by name.", show_default=False)
 ]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained model.", show_default=False)]
-Picture = Annotated[Path | None, typer.Option("--image", help="Picture to ask about.", show_default=False)]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens after which an answer is cut.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token each time.")]
-ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weights over the levels.")]
+Picture = Annotated[Path | None, typer.Option("--image", help="Image to ask about.", show_default=False)]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 always takes the likeliest token.")]
+ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weight of each level.")]
 
 
 @train_app.command()
-@_with_settings
+@_with_stage_settings
 def pretrain(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
-    """Stage 1: learn projector and level embeddings from captioned pictures with levels."""
+    """Stage 1: train the projector and level embeddings on captioned images with levels."""
     _train(_config("pretrain", data, config, set, options))
 
 
 @train_app.command()
-@_with_settings
+@_with_stage_settings
 def finetune(data: Data, config: ConfigFile = None, set: Sets = None, **options: Any) -> None:
-    """Stage 2: learn projector, gate and LLM from conversations about pictures."""
+    """Stage 2: train the projector, gate and LLM on conversations about images."""
     _train(_config("finetune", data, config, set, options))
 
 
 @train_app.command()
-@_with_settings
+@_with_stage_settings
 def plan(
     data: Data,
     config: ConfigFile = None,
@@ -132,12 +79,12 @@ def plan(
     ranks: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     **options: Any,
 ) -> None:
-    """Show what a stage would do: steps, packing, tokens, levels, rows left out, time. Trains nothing."""
+    """Show what a stage would do (steps, tokens, levels, time, memory) without training."""
     from aligntrain.tools.preview import preview
 
     stage = stage or ("finetune" if options.get("init") else "pretrain")
     if ranks < 1:
-        raise UserError(f"--ranks is {ranks}; it must be at least 1.")
+        raise UserError(f"--ranks {ranks}: use a number of at least 1.")
     settings = _config(stage, data, config, set, options)
     _show_preview(preview(settings, ranks), settings, ranks)
 
@@ -151,14 +98,15 @@ def generate(
     temperature: Temperature = 0.0,
     show_alignment: ShowAlignment = False,
 ) -> None:
-    """Answer one question about a picture."""
+    """Answer one question about an image."""
     from aligntrain.tools.generate import alignment, answer, load, open_picture
 
     picture = open_picture(image) if image is not None else None
     trained, processor = load(model)
     turns = [{"role": "user", "content": prompt}]
     if show_alignment:
-        _show_gate(alignment(trained, processor, turns, picture) if picture is not None else None, picture is not None)
+        weights = alignment(trained, processor, turns, picture) if picture is not None else None
+        _show_gate(weights, trained.config.align_mode, with_image=picture is not None)
     print(answer(trained, processor, turns, picture, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
@@ -170,7 +118,7 @@ def chat(
     temperature: Temperature = 0.0,
     show_alignment: ShowAlignment = False,
 ) -> None:
-    """Talk about a picture, turn by turn; an empty line ends it."""
+    """Chat about an image; an empty line ends it."""
     from aligntrain.tools.generate import alignment, answer, load, open_picture
 
     picture = open_picture(image) if image is not None else None
@@ -185,8 +133,8 @@ def chat(
             break
         turns.append({"role": "user", "content": question})
         if show_alignment:
-            with_image = picture is not None
-            _show_gate(alignment(trained, processor, turns, picture) if picture is not None else None, with_image)
+            weights = alignment(trained, processor, turns, picture) if picture is not None else None
+            _show_gate(weights, trained.config.align_mode, with_image=picture is not None)
         _stdout.print("[bold green]model[/]  ", end="")
         told = answer(
             trained,
@@ -205,10 +153,10 @@ def chat(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder or .bin file.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .bin file.", show_default=False)],
-    llm: Annotated[Path | None, typer.Option(help="The LLM of a projector's .bin.", show_default=False)] = None,
-    vision: Annotated[Path | None, typer.Option(help="The vision tower's folder.", show_default=False)] = None,
+    llm: Annotated[Path | None, typer.Option(help="LLM folder, for a projector's .bin.", show_default=False)] = None,
+    vision: Annotated[Path | None, typer.Option(help="Vision tower folder.", show_default=False)] = None,
 ) -> None:
-    """Turn official AlignGPT and LLaVA checkpoints into a model, or a model into the official layout."""
+    """Convert official AlignGPT and LLaVA checkpoints to a model, or a model to the official layout."""
     from aligntrain.tools.convert.convert import convert as run
 
     done = run(source, target, llm=llm, vision=vision)
@@ -218,96 +166,103 @@ def convert(
 def _config(
     stage: str, data: list[str], file: Path | None, sets: list[str] | None, options: dict[str, Any]
 ) -> StageConfig:
-    """The settings: the paper's, over them the file's, over them those of the command line."""
-    given: dict[str, Any] = {"data": tuple(data)}
-    for name, value in options.items():
-        if value is not None:
-            given[name] = parse_setting(name, value) if isinstance(value, str) else value
+    """The settings: of the paper, overridden by those of the file, overridden by the command line."""
+    given: dict[str, Any] = {"data": tuple(data), **options}
     for item in sets or []:
         name, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--set {item}: write it as key=value, such as --set learning_rate=1e-4.")
         name = name.strip().replace("-", "_")
-        given[name] = parse_setting(name, text.strip())
+        given[name] = parse(StageConfig, name, text.strip())
     return StageConfig.of(stage, given) if file is None else StageConfig.from_toml(file, stage, **given)
 
 
 def _train(config: StageConfig) -> None:
     import os
 
-    from aligncurate.progress import duration
+    from aligncurate.progress import count, duration
     from aligntrain.training.loop import train
 
-    summary = train(config)
+    result = train(config)
     if os.environ.get("RANK", "0") != "0":
         return
-    if summary.stopped:
-        _stdout.print(f"stopped after step {summary.steps:,} of {summary.total:,}; the same command goes on from there")
-        raise typer.Exit(128 + summary.stopped)
-    if summary.again:
+    out = escape(str(result.out))
+    if result.stopped:
         _stdout.print(
-            f"nothing to do: these {summary.steps:,} steps were done before, and the model is in "
-            f"{escape(str(summary.out))}; to train anew name another --out, or say --no-resume",
+            f"Interrupted after step {result.steps:,} of {result.total:,}. The checkpoint is saved; rerun to resume.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(128 + result.stopped)
+    if result.again:
+        _stdout.print(
+            f"nothing to do: all {count(result.steps, 'step')} are done and the model is in {out}; "
+            "to train again use another --out, or pass --no-resume",
             soft_wrap=True,
         )
         return
     done = {"pretrain": "pretrained", "finetune": "finetuned"}[config.stage]
-    loss = f", loss {summary.loss:.4f}" if summary.loss is not None else ""
+    loss = ""
+    if result.first_loss is not None and result.loss is not None:
+        both = result.first_loss != result.loss
+        loss = f", loss {result.first_loss:.4f} -> {result.loss:.4f}" if both else f", loss {result.loss:.4f}"
     _stdout.print(
-        f"[bold]{done}[/] in {summary.total:,} steps ({duration(summary.seconds)}){loss}: {escape(str(summary.out))}",
+        f"[bold]{done}[/] in {count(result.total, 'step')} ({duration(result.seconds)}){loss}; the model is in {out}",
         soft_wrap=True,
     )
-    if summary.unreadable:
-        _stdout.print(f"[yellow]{summary.unreadable:,}[/] images could not be read; nothing was learned from them")
+    if result.unreadable:
+        _stdout.print(f"[yellow]{count(result.unreadable, 'image')}[/] could not be read; their samples were skipped")
     following = (
-        f"aligncurate train finetune DATA --init {summary.out} --out TUNED"
+        f"aligncurate train finetune DATA --init {result.out} --out TUNED"
         if config.stage == "pretrain"
-        else f"aligncurate chat {summary.out} --image PICTURE"
+        else f"aligncurate chat {result.out} --image PICTURE"
     )
     _stdout.print(f"next: {following}", style="dim", soft_wrap=True, markup=False)
 
 
-def _show_preview(found: Preview, config: StageConfig, ranks: int) -> None:
-    from aligncurate.progress import duration
+def _show_preview(plan: Preview, config: StageConfig, ranks: int) -> None:
+    from aligncurate.progress import count, duration
 
-    facts = found.facts
+    facts = plan.facts
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_row("stage", config.stage)
     table.add_row("samples", f"{facts.rows:,}")
-    table.add_row("steps", f"{found.steps:,} of {config.batch_size} samples, {config.epochs} epochs")
-    table.add_row("micro-batches", f"{found.micro_batches:,} an epoch and rank, {ranks} ranks")
-    table.add_row("tokens", f"{found.tokens:,} an epoch")
-    table.add_row("images", f"{found.images:,} an epoch")
-    how = {"auto": "several samples in a row, if the LLM can keep them apart, which training finds out",
-           "on": "several samples in a row", "off": "one sample in a row"}[config.packing]  # fmt: skip
-    table.add_row("packing efficiency", f"{found.efficiency:.1%} ({how})")
-    table.add_row("cut at max_length", f"{facts.truncated:,}")
-    how = "measured" if found.measured else "data sheet"
+    table.add_row("steps", f"{plan.steps:,} of {count(config.batch_size, 'sample')}, {count(config.epochs, 'epoch')}")
+    table.add_row("micro-batches", f"{plan.micro_batches:,} per epoch and rank, {count(ranks, 'rank')}")
+    table.add_row("tokens", f"{plan.tokens:,} per epoch")
+    table.add_row("images", f"{plan.images:,} per epoch")
+    how = {"auto": "several samples per row, if the LLM supports it",
+           "on": "several samples per row", "off": "one sample per row"}[config.packing]  # fmt: skip
+    table.add_row("packing efficiency", f"{plan.efficiency:.1%} ({how})")
+    table.add_row("truncated at max_length", f"{facts.truncated:,}")
+    how = "measured" if plan.measured else "data sheet"
     table.add_row(
         "estimated time",
-        f"{duration(found.seconds)} for {found.flops:.2e} FLOPs, at 40% of {found.flops_per_s:.2e} FLOP/s ({how})",
+        f"{duration(plan.seconds)} for {plan.flops:.2e} FLOPs, at 40% of {plan.flops_per_s:.2e} FLOP/s ({how})",
     )
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(found.memory).items())
-    table.add_row("estimated memory", f"{found.memory.total / 1e9:.1f} GB a device: {parts}")
+    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(plan.memory).items())
+    table.add_row("estimated memory", f"{plan.memory.total / 1e9:.1f} GB per device: {parts}")
     _stdout.print(table)
     counts = Table("level", "samples", box=box.SIMPLE_HEAD)
-    for level, count in sorted(facts.levels.items()):
-        counts.add_row(str(level or "none"), f"{count:,}")
+    for level, samples in sorted(facts.levels.items()):
+        counts.add_row(str(level or "none"), f"{samples:,}")
     _stdout.print(counts)
     if facts.skipped:
         skipped = Table("rows left out", "cause", "such as", box=box.SIMPLE_HEAD)
-        for cause, count in facts.skipped.most_common():
-            skipped.add_row(f"{count:,}", escape(cause), escape(facts.examples[cause]))
+        for cause, rows in facts.skipped.most_common():
+            skipped.add_row(f"{rows:,}", escape(cause), escape(facts.examples[cause]))
         _stdout.print(skipped)
 
 
-def _show_gate(weights: list[float] | None, with_image: bool) -> None:
+def _show_gate(weights: list[float] | None, align_mode: str, *, with_image: bool) -> None:
+    """Print a bar for the weight of each level that the gate controls, or why there is none."""
     if not with_image:
-        _stdout.print("without a picture there is no alignment vector (--image gives one)", style="dim")
+        _stdout.print("without an image there is no alignment vector; pass --image", style="dim")
         return
     if weights is None:
-        _stdout.print("the model's alignment vector does not depend on the question (it has no gate)", style="dim")
+        _stdout.print("this model has no gate: its alignment vector is the same for every question", style="dim")
         return
     largest = max(weights)
     for level, weight in enumerate(weights, 1):
         _stdout.print(f"level {level}  {weight:.3f}  [cyan]{'█' * round(20 * weight / largest)}[/]")
+    if align_mode == "gated":
+        _stdout.print(f"level {len(weights) + 1}  always on; the gate adds the others to it", style="dim")

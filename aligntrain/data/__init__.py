@@ -1,1 +1,1 @@
-"""From curated pairs to batches: the tokenized index, the plan of an epoch, the reader."""
+"""From curated pairs to batches: the tokenized index, the plan of an epoch, the batch reader."""

@@ -1,15 +1,14 @@
-"""The samples of a stage, tokenised once: a file that says of each its tokens, its level and where its image lies.
+"""The index of a stage, as it is read: tokens, level and image location of every sample.
 
-One Arrow file, read through a memory map, so that ranks share it and hold no text; beside it a JSON file, written
-last, which says what was left out and of what the index was made.
+It is one Arrow file, memory-mapped so that ranks share it, and beside it a JSON file that says what was left out and
+what the index was made from. `aligntrain.data.indexing` writes both.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,36 +17,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aligncurate import __version__
 from aligncurate.dataset.pointers import read_image
-from aligncurate.dataset.record import FINE, Pair, Status
-from aligncurate.errors import ShardError, UserError
-from aligncurate.io import storage
-from aligncurate.progress import meter
-from aligncurate.sources import SourceOptions, open_source
-from aligncurate.sources.base import Source
-from aligncurate.sources.curated import row_of
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
-from aligntrain.stage import StageConfig
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "key": pa.string(),
         "source": pa.string(),
-        "image_path": pa.string(),  # null: a sample of text alone
+        "image_path": pa.string(),  # null for a sample without an image
         "image_offset": pa.int64(),
         "image_length": pa.int64(),
         "row": pa.int64(),
-        "sha256": pa.binary(32),  # of the image, where the dataset knows it: it is compared when the image is read
-        "level": pa.int8(),  # 0: none
+        "sha256": pa.binary(32),  # of the image, if known; checked when the image is read
+        "level": pa.int8(),  # 0 without level
         "length": pa.int32(),
-        "tokens": pa.list_(pa.int32()),  # the image's placeholders as one
-        "answers": pa.list_(pa.int32()),  # start, end, start, end, … of what is learned, placeholders as one
+        "tokens": pa.list_(pa.int32()),  # the image's placeholders folded into one
+        "answers": pa.list_(pa.int32()),  # start, end, start, end, … of the supervised tokens, in folded positions
     }
 )
-_ROWS = 2_000  # of a record batch
-_NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
 
 
 @dataclass
@@ -56,13 +44,13 @@ class Facts:
 
     Attributes:
         rows: samples in the index.
-        images: of them with an image.
-        tokens: in all of them.
-        supervised: tokens that are learned.
-        truncated: samples that were cut at max_length.
-        levels: samples by level, 0 for none.
+        images: samples with an image.
+        tokens: tokens of all samples.
+        supervised: tokens with a label.
+        truncated: samples truncated at max_length.
+        levels: samples by level, 0 without level.
         skipped: rows left out, by cause.
-        examples: the first key of each cause.
+        examples: key of the first row of each cause.
     """
 
     rows: int = 0
@@ -82,9 +70,9 @@ class Facts:
         return {**vars(self), "levels": {str(k): n for k, n in sorted(self.levels.items())}}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Facts:
-        counts = Counter({int(k): n for k, n in found["levels"].items()})
-        return cls(**{**found, "levels": counts, "skipped": Counter(found["skipped"])})
+    def from_json(cls, facts: Mapping[str, Any]) -> Facts:
+        counts = Counter({int(k): n for k, n in facts["levels"].items()})
+        return cls(**{**facts, "levels": counts, "skipped": Counter(facts["skipped"])})
 
 
 class Index:
@@ -92,13 +80,13 @@ class Index:
 
     Attributes:
         facts: what became of the data's rows.
-        digest: of the samples' keys, texts, levels and images, in order; names the data in checkpoints.
-        lengths, levels, images: int64 [samples]; level 0 for none, images 0 or 1.
+        digest: of keys, tokens, levels and images in order; identifies the data in checkpoints.
+        lengths, levels, images: int64 [samples]; level 0 without level, images 0 or 1.
     """
 
     def __init__(self, file: Path, processor: AlignGPTProcessor) -> None:
-        notes = json.loads(_notes(file).read_text("utf-8"))
-        self.facts, self.digest = Facts.from_json(notes["facts"]), str(notes["digest"])
+        kept = json.loads(facts_file(file).read_text("utf-8"))
+        self.facts, self.digest = Facts.from_json(kept["facts"]), str(kept["digest"])
         self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._image_id, self._patches = processor.image_token_id, processor.num_patches
         self.lengths: NDArray[np.int64] = self._table["length"].to_numpy().astype(np.int64)
@@ -113,7 +101,7 @@ class Index:
         return str(self._table["key"][number].as_py())
 
     def encoded(self, number: int) -> Encoded:
-        """The sample as token ids and labels."""
+        """The sample as token ids and labels, placeholders expanded."""
         row = self._table.slice(number, 1)
         ids = row["tokens"][0].as_py()
         ends = row["answers"][0].as_py()
@@ -129,167 +117,11 @@ class Index:
         return Encoded(ids, labels, first)
 
     def image(self, number: int) -> bytes | None:
-        """The original bytes of the sample's image, None where it has none. Raises OSError when they are gone."""
+        """The original bytes of the sample's image, None without image. Raises OSError when they cannot be read."""
         row = self._table.slice(number, 1).drop_columns(["tokens", "answers"]).to_pylist()[0]
         return read_image(row) if row["image_path"] is not None else None
 
 
-def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: int, file: Path) -> Index:
-    """The index of the stage's data, made unless ``file`` is one already, of the same data and the same settings.
-
-    Images are not read.
-
-    Args:
-        config: names the data and says how it is read.
-        processor: tokenises.
-        num_levels: N; 0 for a model without an alignment vector, whose pretraining needs no levels.
-        file: where the index is kept, ``*.arrow``.
-
-    Raises UserError: the data is empty, has no levels where they are needed or levels beyond N, or no usable row.
-    """
-    if not config.data:
-        raise UserError("no data was given; name dataset folders, tars or another source.")
-    options = SourceOptions(config.format, config.caption_column, config.image_column, config.image_root)
-    source = open_source(list(config.data), options)
-    made_of = _fingerprint(source, config, processor, num_levels)
-    notes = _notes(file)
-    if notes.is_file() and file.is_file() and json.loads(notes.read_text("utf-8"))["made_of"] == made_of:
-        return Index(file, processor)
-    notes.unlink(missing_ok=True)
-    facts, digest = Facts(), hashlib.sha256()
-    temporary = file.with_suffix(".arrow.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            rows: list[dict[str, Any]] = []
-            for row in _rows(source, config, processor, num_levels, facts):
-                rows.append(row)
-                digest.update(repr([row[name] for name in _NAMING]).encode())
-                if len(rows) == _ROWS:
-                    writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-                    rows = []
-            writer.write_table(pa.Table.from_pylist(rows, _SCHEMA))
-        _check(config, facts, num_levels)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    scratch = notes.with_suffix(".tmp")
-    scratch.write_text(
-        json.dumps({"made_of": made_of, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}), "utf-8"
-    )
-    scratch.replace(notes)
-    return Index(file, processor)
-
-
-def _notes(file: Path) -> Path:
+def facts_file(file: Path) -> Path:
+    """The JSON file beside an index, written last: the facts and what the index was made from."""
     return file.with_suffix(".json")
-
-
-def _fingerprint(source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int) -> str:
-    """Of everything that the index depends on."""
-    made_of: list[Any] = [
-        __version__,
-        config.stage,
-        num_levels,
-        source.describe(),
-        config.caption_column,
-        config.image_column,
-    ]
-    made_of += [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.max_length]
-    made_of += [processor.num_patches, processor.align, config.image_root, processor.template]
-    made_of.append({name: str(token) for name, token in processor.tokenizer.special_tokens_map.items()})
-    for uri in dict.fromkeys(shard.uri for shard in source.shards):
-        made_of.append(storage.size(uri))
-        if not storage.is_remote(uri):
-            made_of.append(Path(uri).stat().st_mtime_ns)
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-
-
-def _rows(
-    source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, facts: Facts
-) -> Iterator[dict[str, Any]]:
-    needs_level = config.stage == "pretrain" and num_levels > 0
-    with meter("reading", None, unit="rows") as shown:
-        for shard in source.shards:
-            pairs = source.read(shard)
-            try:
-                for number, pair in enumerate(pairs):
-                    shown.add(1, 1, 0)
-                    row = _row(pair, config, processor, needs_level, facts)
-                    if row is None:
-                        continue
-                    if row["level"] > num_levels > 0:
-                        raise UserError(
-                            f"{pair.source}: {pair.key} has level {pair.level}, but the model has {num_levels} levels; "
-                            f"say --num-levels for a new model, or bucket the data with --levels {num_levels}."
-                        )
-                    if pair.image is not None:  # embedded: in the part itself
-                        row |= {"source": shard.uri, "image_path": "image", "row": number}
-                        row |= {"image_offset": None, "image_length": None}
-                    yield row
-            except (ShardError, OSError) as error:
-                raise UserError(f"{shard}: cannot be read ({error}).") from None
-
-
-def _row(
-    pair: Pair, config: StageConfig, processor: AlignGPTProcessor, needs_level: bool, facts: Facts
-) -> dict[str, Any] | None:
-    """The pair as a row of the index, or None with the cause counted."""
-    has_image = pair.load is not None
-    found = row_of(pair) or {}
-    status = Status(found.get("status", pair.status))  # of an image that scoring could not read, nothing is learned
-    if status in FINE and pair.status not in FINE:
-        status = pair.status
-    if status not in FINE or (status is Status.OK and not has_image):
-        facts.skip(str(status if status not in FINE else Status.MISSING_IMAGE), pair.key)
-        return None
-    if config.stage == "pretrain" and not has_image:
-        facts.skip("no image, which pretraining needs", pair.key)
-        return None
-    if needs_level and pair.level is None:
-        facts.skip("no level", pair.key)
-        return None
-    try:
-        if pair.conversations is not None:
-            sample = processor.encode(pair.conversations, has_image=has_image)
-        else:
-            sample = processor.encode_caption(pair.caption or "")
-    except ValueError as error:
-        facts.skip(str(error).rstrip("."), pair.key)
-        return None
-    facts.rows += 1
-    facts.images += has_image
-    facts.tokens += len(sample.input_ids)
-    facts.supervised += sum(label != IGNORE for label in sample.labels)
-    facts.truncated += sample.truncated > 0
-    facts.levels[pair.level or 0] += 1
-    row = {name: getattr(pair, name) for name in ("key", "source", "image_offset", "image_length", "row")}
-    row |= {"image_path": pair.image_path if has_image else None, "level": pair.level or 0}
-    row["sha256"] = found.get("sha256")
-    return row | {"length": len(sample.input_ids), **_folded(sample, processor)}
-
-
-def _folded(sample: Encoded, processor: AlignGPTProcessor) -> dict[str, list[int]]:
-    """Tokens and answers with the image's placeholders as one."""
-    ids, labels = list(sample.input_ids), list(sample.labels)
-    if processor.image_token_id in ids:
-        at = ids.index(processor.image_token_id)
-        del ids[at + 1 : at + processor.num_patches], labels[at + 1 : at + processor.num_patches]
-    learned = [False, *(label != IGNORE for label in labels), False]
-    return {"tokens": ids, "answers": [i for i in range(len(learned) - 1) if learned[i] != learned[i + 1]]}
-
-
-def _check(config: StageConfig, facts: Facts, num_levels: int) -> None:
-    where = ", ".join(config.data)
-    if facts.rows:
-        return
-    if not facts.skipped:
-        raise UserError(f"{where}: the data has no rows.")
-    cause, count = facts.skipped.most_common(1)[0]
-    if set(facts.skipped) <= {"no level", "no image, which pretraining needs"} and "no level" in facts.skipped:
-        raise UserError(
-            f"{where}: the data has no levels, from which pretraining learns; score it and then run "
-            f"`aligncurate bucket {config.data[0]} --levels {num_levels} --out LEVELLED`."
-        )
-    raise UserError(
-        f"{where}: no row can be trained on; of {count:,} the reason is: {cause} ({facts.examples[cause]})."
-    )

@@ -1,12 +1,12 @@
-"""Which samples make up every step: a pure function of lengths, levels and a seed.
+"""The samples of every step: a pure function of lengths, levels and a seed.
 
     order    one shuffled pass over the samples, by seed and epoch
-    step     the next ``batch_size`` of them, whatever the number of ranks
-    packs    the step's samples, put together to micro-batches of at most ``token_budget`` tokens
-    ranks    the packs in rounds, one pack a rank a round
+    step     the next `batch_size` of them, for any number of ranks
+    packs    the step's samples, grouped into micro-batches of at most `token_budget` tokens
+    ranks    the packs in rounds, one pack per rank and round
 
-Packs are made before the ranks get them. So any number of ranks sees the same samples at every optimizer step, and a
-run can go on with another number of ranks.
+Packs are made before they are dealt to ranks, so every optimizer step has the same samples on any number of ranks, and
+a run can resume on a different number.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Pack = tuple[int, ...]
-ROW_MULTIPLE = 8  # rows are padded to a multiple of this, which GPUs' matrix units ask for
-_SHARED = 8  # from this many packs on, a step has a multiple of it, so that 2, 4 or 8 ranks share them without rest
+ROW_MULTIPLE = 8  # rows are padded to a multiple of this, for the matrix units of GPUs
+_SHARED = 8  # steps with at least this many packs have a multiple of it, so that 2, 4 or 8 ranks share them evenly
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        ranks: for every rank its packs, equally many for each; an empty pack is a round in which a rank idles.
+        ranks: packs of every rank, the same number for each; the rank idles in a round with an empty pack.
     """
 
     ranks: tuple[tuple[Pack, ...], ...]
@@ -43,16 +43,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch. Its steps are worked out when they are asked for.
+    """One epoch; steps are computed on access.
 
     Attributes:
-        order: int64, the samples in the order in which they are taken.
-        lengths: int64, tokens of every sample of the data.
-        images: int64, images of every sample of the data.
-        batch_size: samples of a step; the last may have fewer.
-        token_budget: most tokens of a micro-batch, padding of its rows to each other included.
+        order: int64, samples in the order of training.
+        lengths: int64, tokens of every sample in the data.
+        images: int64, images of every sample in the data.
+        batch_size: samples per step; the last step may have fewer.
+        token_budget: maximum tokens per micro-batch, padding between rows included.
         world_size: number of ranks.
-        packed: samples of a micro-batch lie in one row, or else each in a row of its own.
+        packed: whether the samples of a micro-batch share one row.
     """
 
     order: NDArray[np.int64]
@@ -68,7 +68,7 @@ class Plan:
 
     def __getitem__(self, number: int) -> Step:
         if not 0 <= number < len(self):
-            raise IndexError(f"the plan has {len(self)} steps; there is no step {number}.")
+            raise IndexError(f"step {number} is outside the plan of {len(self)} steps.")
         chosen = self.order[number * self.batch_size : (number + 1) * self.batch_size]
         samples = [(int(self.lengths[i]), int(i)) for i in chosen]
         make = _pack_rows if self.packed else _group_rows
@@ -76,14 +76,14 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Names what the steps consist of; the same for any number of ranks."""
+        """Digest of what the steps consist of; the same for any number of ranks."""
         digest = hashlib.sha256(f"{self.batch_size} {self.token_budget} {self.packed}".encode())
         for array in (self.order, self.lengths, self.images):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
     def computed(self, pack: Pack) -> int:
-        """Tokens that a micro-batch computes, padding included."""
+        """Tokens computed for a micro-batch, padding included."""
         if not pack:
             return 0
         lengths = [int(self.lengths[i]) for i in pack]
@@ -92,17 +92,17 @@ class Plan:
     def efficiency(self, steps: Sequence[int] | None = None) -> float:
         """Tokens of samples / (ranks x tokens of each round's largest micro-batch), over some or all steps.
 
-        So padding counts as waste, and so does waiting for the rank with the most tokens.
+        Padding lowers it, and so does waiting for the rank with the most tokens.
         """
-        useful = paid = 0
+        useful = computed = 0
         for number in range(len(self)) if steps is None else steps:
             for packs in zip(*self[number].ranks, strict=True):
                 useful += sum(int(self.lengths[i]) for pack in packs for i in pack)
-                paid += self.world_size * max(self.computed(pack) for pack in packs)
-        return useful / paid if paid else 1.0
+                computed += self.world_size * max(self.computed(pack) for pack in packs)
+        return useful / computed if computed else 1.0
 
     def _deal(self, packs: list[Pack]) -> tuple[tuple[Pack, ...], ...]:
-        """Packs of like size in the same round, and there the most images to the rank that had the fewest."""
+        """Put packs of similar size in the same round; the most images go to the rank with the fewest."""
         packs = sorted(packs, key=lambda pack: (-self.computed(pack), pack))
         ranks: list[list[Pack]] = [[] for _ in range(self.world_size)]
         had = [0] * self.world_size
@@ -137,17 +137,17 @@ def plan(
         lengths: tokens of every sample.
         levels: alignment level of every sample, 0 for none.
         images: images of every sample, 0 or 1.
-        seed, epoch: choose the order.
+        seed, epoch: determine the order.
         batch_size: samples per optimizer step.
-        token_budget: most tokens per micro-batch.
+        token_budget: maximum tokens per micro-batch.
         world_size: number of ranks.
-        packed: samples of a micro-batch lie in one row; otherwise samples of like length in padded rows.
-        level_weights: how often a sample of a level is taken per epoch; 1 where a level is not named. Of 0.5, half
-            the level's samples are taken, another half in every epoch; of 2.5, all twice and half a third time.
-        stratified: every step has the levels in the shares of the whole.
+        packed: pack the samples of a micro-batch into one row; otherwise pad rows of similar length.
+        level_weights: how often samples of a level are used per epoch, 1 by default. 0.5 uses a random half of them
+            in every epoch; 2.5 uses all twice and half a third time.
+        stratified: give every step the same mix of levels as the whole data.
 
     Raises:
-        ValueError: a sample is longer than the budget, which must be a multiple of 8; or nothing is left to take.
+        ValueError: a sample is longer than the budget, the budget is not a multiple of 8, or no samples are left.
     """
     lengths_n, levels_n, images_n = (np.asarray(a, np.int64) for a in (lengths, levels, images))
     if token_budget % ROW_MULTIPLE:
@@ -162,30 +162,30 @@ def plan(
     if stratified:
         order = _stratified(order, levels_n[order], rng)
     if not len(order):
-        raise ValueError("there is no sample to take.")
+        raise ValueError("no samples are left.")
     return Plan(order, lengths_n, images_n, batch_size, token_budget, world_size, packed)
 
 
 def row_length(tokens: int) -> int:
-    """Tokens of a packed row once it is padded."""
+    """Length of a packed row after padding."""
     return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _weighted(
     order: NDArray[np.int64], levels: NDArray[np.int64], weights: Mapping[int, float], rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Exactly round(weight x n) of the n samples of every level, none more than once oftener than another."""
+    """Exactly round(weight x n) of the n samples of every level; their repeat counts differ by at most one."""
     taken = []
     for level in np.unique(levels):
         own = order[levels == level]
         count = round(weights.get(int(level), 1.0) * len(own))
-        taken.append(np.resize(own, count))  # goes round and round; ``own`` is shuffled already
+        taken.append(np.resize(own, count))  # repeats `own`, which is shuffled already
     result = np.concatenate(taken) if taken else order
     return rng.permutation(result)
 
 
 def _stratified(order: NDArray[np.int64], levels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Each level's samples spread evenly over the whole: the i-th of n somewhere in the i-th n-th of it."""
+    """Spread each level's n samples evenly: the i-th lies somewhere in the i-th of n equal parts of the order."""
     places = np.empty(len(order))
     for level in np.unique(levels):
         own = np.flatnonzero(levels == level)
@@ -194,7 +194,7 @@ def _stratified(order: NDArray[np.int64], levels: NDArray[np.int64], rng: np.ran
 
 
 def _pack_rows(samples: list[tuple[int, int]], budget: int) -> list[Pack]:
-    """As few rows as first-fit-decreasing finds, and these filled evenly."""
+    """As few rows as first-fit-decreasing needs, filled evenly."""
     samples = sorted(samples, key=lambda s: (-s[0], s[1]))
     places = _first_fit([length for length, _ in samples], budget)
     rows: list[list[int]] = [[] for _ in range(max(places) + 1)]
@@ -205,10 +205,10 @@ def _pack_rows(samples: list[tuple[int, int]], budget: int) -> list[Pack]:
 
 
 def _first_fit(lengths: list[int], budget: int) -> list[int]:
-    """For every length the first row that has room for it.
+    """The first row with room for each length.
 
-    Node k of a binary tree knows the most room in the rows below it, its children are 2k and 2k + 1; so the way down
-    to the first fitting row takes log2(rows) steps, where a search from the front would be quadratic.
+    Node k of a binary tree holds the largest room in the rows below it, and its children are 2k and 2k + 1. So finding
+    the first row takes log2(rows) steps; a linear search would make packing quadratic.
     """
     leaves = 1 << (len(lengths) - 1).bit_length()
     room = [budget] * (2 * leaves)
@@ -226,12 +226,12 @@ def _first_fit(lengths: list[int], budget: int) -> list[int]:
 
 
 def _shareable(rows: int) -> int:
-    """The next number of rows that many numbers of ranks divide."""
+    """The next larger number of rows that 2, 4 or 8 ranks can share evenly."""
     return -(-rows // _SHARED) * _SHARED if rows >= _SHARED else 1 << (rows - 1).bit_length()
 
 
 def _evenly(samples: list[tuple[int, int]], rows: int, budget: int) -> list[list[int]] | None:
-    """The longest sample first, each to the emptiest row; None where one does not fit so."""
+    """Longest sample first, each into the emptiest row; None if one does not fit."""
     heap = [(0, row) for row in range(rows)]
     filled: list[list[int]] = [[] for _ in range(rows)]
     for length, index in samples:
@@ -244,7 +244,7 @@ def _evenly(samples: list[tuple[int, int]], rows: int, budget: int) -> list[list
 
 
 def _group_rows(samples: list[tuple[int, int]], budget: int) -> list[Pack]:
-    """Samples of like length together, each in a row of its own as long as the longest."""
+    """Group samples of similar length, each in its own row padded to the longest."""
     groups: list[list[int]] = []
     width = 0
     for length, index in sorted(samples, key=lambda s: (-s[0], s[1])):

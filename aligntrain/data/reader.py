@@ -1,4 +1,4 @@
-"""From the plan's packs to the batches that the model takes: images are read and decoded ahead, in threads."""
+"""From the packs of a plan to micro-batches: images are read and decoded ahead, in threads."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from aligntrain.model.packing import sequence_ids_of
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank computes at a time.
+    """The input of one forward pass on one rank.
 
     Attributes:
         inputs: arguments of the model's forward.
         samples: their numbers in the index.
-        token_samples: int64 [M], for every supervised token the position of its sample in ``samples``.
-        token_levels: int64 [M], the level of its sample, 0 for none.
-        tokens: of the samples, without padding.
-        images: that were decoded.
-        unreadable: samples of which the image could not be decoded: a blank stands in, and nothing is learned.
+        token_samples: int64 [M], position in `samples` of every supervised token's sample.
+        token_levels: int64 [M], level of every supervised token's sample, 0 without level.
+        tokens: tokens of the samples, without padding.
+        images: number of images that were read.
+        unreadable: samples whose image could not be read; they get a blank image and no labels.
     """
 
     inputs: dict[str, Tensor]
@@ -44,21 +44,21 @@ class MicroBatch:
     unreadable: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The tensors on another device; copies overlap with computation where memory is pinned."""
+        """The batch on another device; copies from pinned memory overlap with computation."""
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
         levels, samples = (t.to(device, non_blocking=True) for t in (self.token_levels, self.token_samples))
         return MicroBatch(moved, self.samples, samples, levels, self.tokens, self.images, self.unreadable)
 
 
-class Reader:
-    """Reads packs.
+class BatchReader:
+    """Makes a micro-batch of a pack: reads images, and pads or packs tokens.
 
     Args:
         index: the samples.
-        processor: makes pixels and pads.
-        packed: samples in one row, or each in a row of its own.
-        with_levels: the batch says each image's level (pretraining).
-        pin: in page-locked memory, from where copies to a GPU are fast.
+        processor: turns images into pixels, and pads.
+        packed: put all samples into one row; otherwise each has its own.
+        with_levels: include each image's level (pretraining).
+        pin: use pinned memory, for fast copies to a GPU.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Reader:
         self._reasons: dict[int, str] = {}
 
     def __call__(self, pack: Pack) -> MicroBatch:
-        """The pack as a batch; of an empty one, a row of padding that the model can compute all the same."""
+        """The pack as a micro-batch; an empty pack becomes one row of padding, which the model can compute."""
         if not pack:
             row = torch.full((1, row_length(1)), self._processor.tokenizer.pad_token_id)
             inputs = {"input_ids": row, "labels": torch.full_like(row, IGNORE)}
@@ -117,7 +117,7 @@ class Reader:
         return {name: torch.tensor([row]) for name, row in rows.items()}
 
     def _owners(self, samples: Sequence[Encoded], labels: Tensor) -> Tensor:
-        """int64, of the labels' shape: the sample of every position."""
+        """int64, shaped like `labels`: the sample that every position belongs to."""
         if not self._packed:
             return torch.arange(len(samples))[:, None].expand_as(labels)
         owners = [n for n, sample in enumerate(samples) for _ in sample.input_ids]
@@ -133,15 +133,15 @@ class Reader:
             return None
 
     def reasons(self, step: Sequence[MicroBatch]) -> list[str]:
-        """For every image of the step that could not be read, its key and why; each is told once."""
+        """Key and reason of every unreadable image of the step; each is returned once."""
         lost = (number for micro in step for number in micro.unreadable)
         return [self._reasons.pop(number) for number in lost if number in self._reasons]
 
 
 def read_ahead(
-    steps: Iterable[Sequence[Pack]], read: Reader, *, workers: int, ahead: int
+    steps: Iterable[Sequence[Pack]], read: BatchReader, *, workers: int, ahead: int
 ) -> Generator[list[MicroBatch]]:
-    """The micro-batches of one step after the other, read by threads up to ``ahead`` steps before they are due.
+    """The micro-batches of each step, read by threads up to `ahead` steps in advance.
 
     The result does not depend on the number of threads.
     """

@@ -18,8 +18,8 @@ from aligncurate.images.decode import load_rgb
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
 from aligncurate.sources.conversations import IMAGE
-from aligntrain.data.index import build_index
-from aligntrain.data.reader import Reader, read_ahead
+from aligntrain.data.indexing import build_index
+from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.model.packing import can_pack
@@ -63,7 +63,7 @@ def held_out_loss(
         packed = config.packing == "on" or (config.packing == "auto" and can_pack(model.language_model))
         everything = config.replace(level_weights=None, stratified=False)
         epoch = plan_epoch(everything, index, 0, packed=packed, world_size=1)
-        reader = Reader(index, processor, packed=packed, with_levels=config.stage == "pretrain" and levels > 0)
+        reader = BatchReader(index, processor, packed=packed, with_levels=config.stage == "pretrain" and levels > 0)
         sums = torch.zeros(int(index.levels.max()) + 1, 2, dtype=torch.float64)
         steps = (epoch[number].ranks[0] for number in range(len(epoch)))
         for step in read_ahead(steps, reader, workers=config.workers, ahead=config.prefetch):

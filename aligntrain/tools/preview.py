@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from aligntrain.data.index import Facts, build_index
+from aligntrain.data.index import Facts
+from aligntrain.data.indexing import build_index
 from aligntrain.model.build import build_config, build_processor
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 from aligntrain.tools.memory import Memory, estimate_memory
+from aligntrain.training.flops import Flops, peak_flops, trains_llm
 from aligntrain.training.loop import plan_epoch, total_steps
-from aligntrain.training.metrics import Flops, peak_flops, trains_llm
 
 ASSUMED_UTILISATION = 0.4
 
@@ -30,7 +31,7 @@ class Preview:
         micro_batches: per rank, in the first epoch.
         efficiency: of packing in the first epoch, see ``Plan.efficiency``.
         tokens, images: per epoch, after level weights.
-        flops: of the whole stage, estimated as in ``training.metrics``.
+        flops: of the whole stage, estimated as in ``training.flops``.
         seconds: estimated, at ASSUMED_UTILISATION of ``flops_per_s``.
         flops_per_s: peak of one device, from its data sheet if known, otherwise measured.
         measured: whether ``flops_per_s`` was measured.

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: optimizer, ranks, checkpoints, metrics."""
+"""The training loop and its parts: optimizer, ranks, checkpoints, metrics."""

@@ -1,15 +1,15 @@
-"""Checkpoints: a folder per checkpoint that is either whole or not there, and the final Hugging Face folder.
+"""Checkpoints of a run: saved completely or not at all, and loaded to resume on any number of ranks.
 
     OUT/checkpoints/step-00000500/
-        weights-00000.safetensors     what learns, in float32; the rest is where the run started from
-        optimizer-00000.safetensors   AdamW's two moments of each of them
+        weights-00000.safetensors     trained weights in float32; the others come from the start model
+        optimizer-00000.safetensors   AdamW's two moments of each
         position.json                 stage, seed, epoch, step, plan hash, settings
 
     OUT/finished.json                 the last position.json, once the model is exported
 
-A checkpoint is written under another name, synced and renamed. Tensors are stored whole, so any number of ranks can
-go on from it. There is no random state to keep: learning rates are a function of the step, and every step seeds its
-own.
+A checkpoint is written under a temporary name, synced and renamed. Tensors are stored unsharded, so any number of
+ranks can resume from it. No random state is stored: the learning rate is a function of the step, and every step sets
+its own seed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aligncurate.errors import UserError
-from aligncurate.io.files import sync
-from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_model, save_processor
-from aligntrain.model.loading import quiet_transformers
+from aligncurate.io.files import TEMPORARY, sync, write_json
+from aligncurate.settings import recorded
 from aligntrain.stage import StageConfig
 from aligntrain.training.distributed import World, attempt, whole
-from aligntrain.training.lora import merge_lora
 
 _NAME = re.compile(r"step-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,16 +43,16 @@ _FINISHED = "finished.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """How far a run has come, and what it was started with.
 
     Attributes:
-        step: optimizer steps that are done.
-        epoch: the epoch of the next one.
+        step: optimizer steps done.
+        epoch: epoch of the next step.
         plan: hash of that epoch's plan.
         data: digest of the index.
-        start: names the model that the run started from, see ``start_of``.
-        settings: those of StageConfig that alter the result.
-        unreadable: images that could not be decoded so far.
+        start: digest of the model that the run started from, see `start_of`.
+        settings: the recorded ones of StageConfig, which change the result.
+        unreadable: images that could not be read so far.
     """
 
     step: int
@@ -68,7 +65,7 @@ class Position:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, the newest last."""
+    """The complete checkpoints of a run, newest last."""
     folder = out / "checkpoints"
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found)
@@ -77,12 +74,15 @@ def checkpoints(out: Path) -> list[Path]:
 def save(
     out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position, *, keep: int, world: World
 ) -> Path:
-    """Write a checkpoint and delete all but the newest ``keep``. All ranks call it; the first one writes."""
+    """Write a checkpoint and delete all but the newest `keep`. All ranks call it; the first one writes.
+
+    Raises UserError on all ranks when it cannot be written.
+    """
     target = out / "checkpoints" / f"step-{position.step:08d}"
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
 
     def clear() -> None:
-        for left in target.parent.glob(".tmp-*"):  # by a run that was killed
+        for left in target.parent.glob(f"{TEMPORARY}*"):  # left by a killed run
             shutil.rmtree(left)
         temporary.mkdir(parents=True)
 
@@ -92,28 +92,28 @@ def save(
 
     def commit() -> None:
         if error is not None:
-            raise UserError(f"{target}: the checkpoint cannot be written ({error}); the one before it stays.")
-        (temporary / "position.json").write_text(json.dumps(asdict(position), indent=1), "utf-8")
+            raise UserError(f"{target}: the checkpoint cannot be written ({error}); the one before it is kept.")
+        write_json(temporary / "position.json", asdict(position))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
         sync(target.parent)
-        for old in checkpoints(out)[:-keep]:  # renamed first, so that none is ever there in part
-            shutil.rmtree(old.replace(old.with_name(f".tmp-{old.name}")))
+        for old in checkpoints(out)[:-keep]:  # renamed first, so that a half-deleted one never looks complete
+            shutil.rmtree(old.replace(old.with_name(f"{TEMPORARY}{old.name}")))
 
     world.first_does(commit)
     return target
 
 
 def read_position(folder: Path) -> Position:
-    """Where the run stood that wrote this checkpoint."""
+    """The position that a checkpoint was saved at."""
     return Position(**json.loads((folder / "position.json").read_text("utf-8")))
 
 
 def read_finished(out: Path) -> Position | None:
-    """Where the run ended whose model is in ``out``; None where there is none, or it is not whole."""
+    """The final position of the run whose model is in `out`; None if there is no complete model."""
     file = out / _FINISHED
     if not (file.is_file() and (out / "config.json").is_file()):
         return None
@@ -121,25 +121,22 @@ def read_finished(out: Path) -> Position | None:
 
 
 def mark_finished(out: Path, position: Position) -> None:
-    """Say that the model in ``out`` is whole, and what it was made of."""
-    temporary = out / f".tmp-{_FINISHED}"
-    temporary.write_text(json.dumps(asdict(position), indent=1), "utf-8")
-    sync(temporary)
-    temporary.replace(out / _FINISHED)
+    """Record that the model in `out` is complete, and what it was trained from."""
+    write_json(out / _FINISHED, asdict(position))
 
 
 def forget(out: Path) -> int:
-    """Delete an earlier run's checkpoints; its model stays until the new one is there. Returns how many there were."""
-    found = len(checkpoints(out))
+    """Delete an earlier run's checkpoints, and return how many; its model stays until the new one replaces it."""
+    number = len(checkpoints(out))
     (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return found
+    return number
 
 
 def start_of(config: StageConfig) -> str:
-    """Names the model in ``init``, of which a checkpoint has only what learns; empty where that is not known.
+    """Digest that identifies the model in `init`, whose frozen weights a checkpoint leaves out; empty if unknown.
 
-    It is told by its configuration and, where training wrote it, by the data, settings and steps that made it.
+    It covers the model's configuration and, if our training wrote it, the data, settings and steps that made it.
     """
     digest = hashlib.sha256()
     files = [Path(config.init or "") / name for name in ("config.json", _FINISHED)]
@@ -150,86 +147,60 @@ def start_of(config: StageConfig) -> str:
 
 
 def check_settings(folder: Path, before: Position, config: StageConfig) -> None:
-    """Raise UserError where the checkpoint's run had other settings that alter the result."""
-    now = config.to_json(altering=True)
+    """Raise UserError if the run was started with other settings, of those that change the result."""
+    now = recorded(config)
     names = [name for name in now if now[name] != before.settings.get(name)]
     if names:
         changes = ", ".join(f"{name}: {before.settings.get(name)} before, {now[name]} now" for name in names[:3])
-        raise UserError(f"{folder}: the run was begun with other settings ({changes}); name another --out, or say "
-                        "--no-resume to begin anew.")  # fmt: skip
+        raise UserError(f"{folder}: this run started with different settings ({changes}); use another --out, or "
+                        "--no-resume to start over.")  # fmt: skip
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Take weights and moments from a checkpoint, on however many ranks.
+    """Load weights and optimizer moments from a checkpoint, on any number of ranks.
 
-    Raises UserError when the checkpoint is of other shapes.
+    Raises UserError when the shapes differ.
     """
     load_weights(folder, model)
-    learning = dict(_learning(model))
+    trained = dict(_trained(model))
     for entry, tensor in read_tensors(folder, "optimizer"):
         name, _, kind = entry.rpartition("|")
-        parameter = learning[name]
+        parameter = trained[name]
         if kind in _MOMENTS:
             tensor = _like(tensor, parameter)
-        elif optimizer.defaults.get("fused"):  # counts its steps on the GPU, other AdamWs on the CPU
+        elif optimizer.defaults.get("fused"):  # fused AdamW keeps the step count on the GPU, others on the CPU
             tensor = tensor.to(parameter.device)
         optimizer.state[parameter][kind] = tensor
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights into the model, one tensor after the other.
+    """Load a checkpoint's weights into the model, one tensor at a time.
 
-    Raises UserError where they do not fit.
+    Raises UserError when the names or shapes differ.
     """
-    learning = dict(_learning(model))
+    trained = dict(_trained(model))
     shapes = tensor_shapes(folder, "weights")
-    for name in sorted(shapes.keys() ^ learning.keys()):
-        raise UserError(f"{folder}: {name} is in only one of the checkpoint and the model; name another --out.")
-    for name, parameter in learning.items():
+    for name in sorted(shapes.keys() ^ trained.keys()):
+        raise UserError(f"{folder}: {name} is in the checkpoint or in the model, but not in both; use another --out.")
+    for name, parameter in trained.items():
         if parameter.shape != shapes[name]:
             raise UserError(f"{folder}: {name} has shape {shapes[name]}, but the model needs "
-                            f"{tuple(parameter.shape)}; name another --out.")  # fmt: skip
+                            f"{tuple(parameter.shape)}; use another --out.")  # fmt: skip
     with torch.no_grad():
         for name, tensor in read_tensors(folder, "weights"):
-            learning[name].copy_(_like(tensor, learning[name]))
-
-
-def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) -> None:
-    """Make ``config.out`` a plain Hugging Face folder, model and processor, of a checkpoint's weights.
-
-    The model is built anew around them, which needs no other rank, and LoRA adapters are merged.
-    """
-    model, _ = build_model(config.replace(checkpointing=False), processor)
-    load_weights(checkpoint, model)
-    if config.lora_rank is not None:
-        merge_lora(model)
-    model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-    out = Path(config.out)
-    temporary = out / ".tmp-model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with quiet_transformers():
-        model.save_pretrained(temporary)
-    save_processor(processor, temporary)
-    # The configuration goes first and comes last: a folder that has one has everything.
-    for stale in (out / "config.json", *out.glob("*.safetensors*")):
-        stale.unlink(missing_ok=True)
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-        sync(path)
-        path.replace(out / path.name)
-    temporary.rmdir()
-    sync(out)
+            trained[name].copy_(_like(tensor, trained[name]))
 
 
 def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint, ``weights`` or ``optimizer``, by name."""
+    """Names and tensors of a checkpoint; `kind` is weights or optimizer."""
     for file in sorted(folder.glob(f"{kind}-*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no dict
+            for name in tensors.keys():  # noqa: SIM118, not a dict
                 yield name, tensors.get_tensor(name)
 
 
 def tensor_shapes(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors, without reading these."""
+    """Shapes of a checkpoint's tensors by name, without reading the tensors."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob(f"{kind}-*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -237,26 +208,25 @@ def tensor_shapes(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _learning(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, whole(parameter.detach())) for name, parameter in _learning(model))
+    return ((name, whole(parameter.detach())) for name, parameter in _trained(model))
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in _learning(model):
+    for name, parameter in _trained(model):
         state = optimizer.state[parameter]
         yield from ((f"{name}|{moment}", whole(state[moment])) for moment in _MOMENTS)
         yield f"{name}|step", state["step"]
 
 
 def _write(folder: Path, kind: str, tensors: Iterable[tuple[str, Tensor]], world: World) -> Exception | None:
-    """Every rank goes through the tensors, for each is put together from all of them; the first one keeps them.
+    """Write tensors to files on the first rank; the others take part because sharded tensors are gathered from all.
 
-    Where writing fails (a full disk) it goes on through the tensors, or the other ranks would wait for ever, and
-    returns the error in the end.
+    If writing fails (a full disk), the loop continues, or the other ranks would wait forever; the error is returned.
     """
     files, size, error = 0, 0, None
     held: dict[str, Tensor] = {}
@@ -275,7 +245,7 @@ def _write(folder: Path, kind: str, tensors: Iterable[tuple[str, Tensor]], world
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor on the parameter's device, or spread over the ranks as it is."""
+    """An unsharded tensor, moved to the parameter's device and sharded like the parameter."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

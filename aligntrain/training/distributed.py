@@ -1,6 +1,6 @@
-"""One process or many: who takes part, how the model is spread over them, and how they agree.
+"""One process or many: the ranks, how they exchange values and errors, and the model in parallel (DDP, FSDP2).
 
-Ranks are what torchrun and ``accelerate launch`` say in RANK, WORLD_SIZE and LOCAL_RANK.
+torchrun and `accelerate launch` set RANK, WORLD_SIZE and LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 
 T = TypeVar("T")
-# Ranks wait for the first one to tokenise the data and to write checkpoints and the model. Where a process dies its
-# launcher ends the others, so that waiting long costs nothing.
+# Ranks wait while the first one tokenizes the data or writes a checkpoint. If a process dies its launcher ends the
+# others, so a long time-out costs nothing.
 _PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and this one's place among them."""
+    """The processes (ranks) of a run, seen from this one."""
 
     rank: int
     size: int
@@ -40,7 +40,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that reads, writes and talks for all."""
+        """Whether this is the rank that reads, writes and prints for all."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class World:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank does something; the error of one is everybody's: nobody waits for ever for one that has left."""
+        """Every rank does `work`; an error on one rank stops all ranks, so that none no_exchange forever."""
         if self.size == 1:
             return work()
         value, error = attempt(work)
@@ -66,29 +66,29 @@ class World:
         return value  # type: ignore[return-value]  # there was no error
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """The first rank does something and the others wait for what it returns; its error is everybody's."""
+        """The first rank does `work` and all ranks get its result; an error stops all ranks."""
         value, error = attempt(work) if self.first else (None, None)
         self.agree(error)
         if self.size > 1:
-            told = [value]
-            dist.broadcast_object_list(told, src=0)
-            value = told[0]
+            values = [value]
+            dist.broadcast_object_list(values, src=0)
+            value = values[0]
         return value  # type: ignore[return-value]  # as above
 
     def agree(self, error: Exception | None) -> None:
-        """Raise this rank's error, or where it has none that of the first rank which has one; all ranks must ask."""
-        told = None if error is None else (isinstance(error, UserError), str(error) or type(error).__name__)
-        others = self.gather(told)
+        """Raise this rank's error, or else that of the first rank with one; every rank must call it."""
+        own = None if error is None else (isinstance(error, UserError), str(error) or type(error).__name__)
+        errors = self.gather(own)
         if error is not None:
             raise error
-        for rank, other in enumerate(others):
+        for rank, other in enumerate(errors):
             if other is not None:
                 mistake, message = other
                 raise UserError(message) if mistake else RuntimeError(f"rank {rank}: {message}")
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What it returns, or what it raises."""
+    """The result of `work` and None, or None and the exception it raised."""
     try:
         return work(), None
     except Exception as error:
@@ -97,7 +97,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 @contextmanager
 def world_of_environment() -> Iterator[World]:
-    """Joins the other processes, if there are any, and leaves them in the end."""
+    """The ranks of this run; joins the process group, and leaves it at the end."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -105,7 +105,7 @@ def world_of_environment() -> Iterator[World]:
         torch.cuda.set_device(device)
     joins = size > 1 and not dist.is_initialized()
     if joins:
-        # What is no tensor on a GPU goes over gloo, which can wait while the first rank writes or tokenises for long.
+        # Python objects go over gloo, which can wait while the first rank tokenizes or writes for long.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)
     try:
@@ -115,13 +115,13 @@ def world_of_environment() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-class Engine:
-    """The model on all ranks: a copy each (DDP), or a part each (FSDP2, by decoder layer).
+class ParallelModel:
+    """The model on all ranks: a copy on each (DDP), or a shard on each (FSDP2, by decoder layer).
 
     Args:
-        model: the same on every rank; on its device afterwards.
+        model: the same on every rank; moved to the device.
         config: parallel, dtype, compile.
-        world: the ranks.
+        world: all ranks.
     """
 
     def __init__(self, model: AlignGPTForConditionalGeneration, config: StageConfig, world: World) -> None:
@@ -142,36 +142,36 @@ class Engine:
 
     def _shard(self, model: AlignGPTForConditionalGeneration) -> None:
         mesh = init_device_mesh(self._world.device.type, (self._world.size,))
-        # Gradients are reduced in float32, and what stays on the ranks are the float32 master weights.
+        # Gradients are reduced in float32, and each rank keeps its shard of the float32 master weights.
         policy = MixedPrecisionPolicy(torch.bfloat16 if self._half else torch.float32, torch.float32)
         for layer in _regions(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        # The rest, projector, table, gate and vocabulary, is one group that stays whole from forward to backward, so
-        # that ranks with and without images wait for each other at the same places.
+        # The rest (projector, level embeddings, gate, vocabulary) is one group that stays gathered from forward to
+        # backward, so that ranks with and without images synchronise at the same points.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         model.to(self._world.device)
 
     def forward_backward(self, inputs: dict[str, Tensor], count: Tensor, last: bool) -> Any:
-        """One micro-batch; gradients add up to those of the whole step's mean loss.
+        """Run one micro-batch; the gradients add up to those of the mean loss over the whole step.
 
         Args:
-            inputs: of the model's forward.
+            inputs: arguments of the model's forward.
             count: supervised tokens of the whole step, over all ranks.
-            last: whether it is the step's last, after which the ranks exchange gradients.
+            last: whether it is the last of the step, after which the ranks exchange gradients.
 
         Returns:
             The model's output.
         """
-        waits: Any = nullcontext()
+        no_exchange: Any = nullcontext()
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
         elif self._world.size > 1 and not last:
             assert isinstance(self._forward, DistributedDataParallel)
-            waits = self._forward.no_sync()
-        with waits:
+            no_exchange = self._forward.no_sync()
+        with no_exchange:
             half = self._half and not self.sharded  # FSDP2 casts by itself
             with torch.autocast(self._world.device.type, torch.bfloat16, enabled=half):
-                # The exchange takes the mean over the ranks; the step's loss is a sum over them.
+                # DDP and FSDP average gradients over the ranks, but the step's loss is a sum over them.
                 output = self._forward(**inputs, num_items_in_batch=count / self._world.size)
             output.loss.backward()
         return output
@@ -182,5 +182,5 @@ def _regions(model: AlignGPTForConditionalGeneration) -> list[nn.Module]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over the ranks; all ranks must ask."""
+    """A tensor that may be sharded, gathered from all ranks; every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

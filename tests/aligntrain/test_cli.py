@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     result = run("train", "finetune", path / "q.tar", *start, "--out", path / "second", *SMALL)
     assert result.exit_code == 0, result.output
     assert "finetuned in 6 steps" in result.output
+    losses = [json.loads(line)["loss"] for line in (path / "second" / "log.jsonl").read_text().splitlines()]
+    assert f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; the model is in {path / 'second'}" in result.output
     return path
 
 
@@ -61,8 +63,8 @@ def test_plan(folder: Path, run: Run, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    for part in ("samples 24", "steps 3 of 8 samples", "images 21 an epoch", "2 ranks", "packing efficiency", "FLOPs",
-                 "if the LLM can keep them apart",
+    for part in ("samples 24", "steps 3 of 8 samples", "images 21 per epoch", "2 ranks", "packing efficiency", "FLOPs",
+                 "if the LLM supports it",
                  "8 │ 3" if "│" in words else "8 3", "18 no level", "6 no image, which pretraining needs"):  # fmt: skip
         assert part in words, (part, words)
     result = run("train", "plan", folder / "q.tar", "--init", folder / "first", *SMALL, "--template", "chat")
@@ -76,7 +78,7 @@ def test_a_finished_run_says_so(folder: Path, run: Run) -> None:
     again = ["--init", folder / "first", "--config", folder / "run.toml", "--set", "epochs=2", *SMALL]
     result = run("train", "finetune", folder / "q.tar", *again, "--out", folder / "second")
     assert result.exit_code == 0, result.output
-    assert "nothing to do: these 6 steps were done before" in " ".join(result.output.split())
+    assert "nothing to do: all 6 steps are done and the model is in" in " ".join(result.output.split())
 
 
 def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +105,7 @@ def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.Monke
 
 def test_alignment_of_nothing(folder: Path, run: Run) -> None:
     result = run("generate", folder / "second", "--prompt", "hello", "--show-alignment", "--max-new-tokens", 1)
-    assert "without a picture there is no alignment vector" in result.output
+    assert "without an image there is no alignment vector" in result.output
     assert run("generate", folder / "second", "--prompt", "hello", "--temperature", -1).exit_code == 2
 
 
@@ -112,6 +114,7 @@ def test_generate_and_chat(folder: Path, run: Run) -> None:
                  "--max-new-tokens", 8)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert [line.split()[:2] for line in result.output.splitlines()[:7]] == [["level", str(n)] for n in range(1, 8)]
+    assert result.output.splitlines()[7].startswith("level 8  always on")
     text = run("generate", folder / "second", "--prompt", "hello", "--max-new-tokens", 8)
     assert text.exit_code == 0, text.output
     talk = run("chat", folder / "second", "--image", folder / "p.png", "--max-new-tokens", 8, typed="what\nsure\n\n")
@@ -134,13 +137,13 @@ def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
     [
         (["train", "pretrain", "c.tar", "--set", "lerning_rate=3"], "did you mean learning_rate"),
         (["train", "pretrain", "c.tar", "--set", "epochs"], "write it as key=value"),
-        (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "level_weights is '1=0'; it takes weights by level"),
+        (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "--level-weights 1=0: use weights by level"),
         (["train", "pretrain", "c.tar", "--out", "x"], "give --llm and --vision"),
         (["train", "finetune", "q.tar", "--out", "x"], "give --init, the pretrained model"),
-        (["train", "finetune", "q.tar", "--init", "first"], "there is no folder to write to; say --out"),
+        (["train", "finetune", "q.tar", "--init", "first"], "no output folder; pass --out"),
         (["train", "finetune", "gone.tar", "--init", "first", "--out", "x"], "there is no such file or folder"),
         (["train", "pretrain", "q.tar", "--llm", "llm", "--vision", "vision", "--out", "x"], "`aligncurate bucket"),
-        (["train", "plan", "q.tar", "--ranks", "0"], "--ranks is 0"),
+        (["train", "plan", "q.tar", "--ranks", "0"], "--ranks 0: use a number of at least 1"),
         (["generate", "llm", "--prompt", "x", "--image", "none.png"], "none.png: the image cannot be read"),
         (["generate", "llm", "--prompt", "x", "--image", "run.toml"], "run.toml: this is text, not an image"),
         (["generate", "gone", "--prompt", "x"], "there is no model here"),

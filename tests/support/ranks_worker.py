@@ -1,4 +1,4 @@
-"""What torchrun starts for test_ranks.py: several stages on two ranks, one after the other, some of which break."""
+"""The worker of test_ranks.py: runs several stages on two ranks, one after the other; some of them fail."""
 
 import json
 import sys
@@ -11,17 +11,17 @@ import torch.distributed as dist
 
 from aligncurate.errors import UserError
 from aligntrain import StageConfig, train
-from aligntrain.data.reader import Reader
+from aligntrain.data.reader import BatchReader
 from aligntrain.training import checkpoint
 from aligntrain.training import loop as trainer
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-real = {"reading": Reader.__call__, "writing": checkpoint.save_file, "weights": trainer.build_model}
+real = {"reading": BatchReader.__call__, "writing": checkpoint.save_file, "weights": trainer.build_model}
 
 
-def reading(self: Reader, pack: Any) -> Any:
+def reading(self: BatchReader, pack: Any) -> Any:
     if dist.get_rank() == 1 and read.append(pack) is None and len(read) > 1:  # one pack a step
         raise RuntimeError("the disk went away")
     return real["reading"](self, pack)
@@ -40,7 +40,7 @@ def weights(*arguments: Any) -> Any:
 read: list[Any] = []
 for job in json.loads(Path(sys.argv[1]).read_text()):
     stage, name = job.pop("stage"), Path(job["out"]).name
-    Reader.__call__ = reading if name == "reading" else real["reading"]  # type: ignore[method-assign]
+    BatchReader.__call__ = reading if name == "reading" else real["reading"]  # type: ignore[method-assign]
     checkpoint.save_file = writing if name == "writing" else real["writing"]
     trainer.build_model = weights if name == "weights" else real["weights"]
     try:

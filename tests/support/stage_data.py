@@ -1,4 +1,4 @@
-"""A tiny LLM, a tiny tower and tiny data in folders, for the tests of the trainer."""
+"""A tiny LLM, a tiny vision tower and tiny data in folders, for the tests of training."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ CHAT = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'ass
 
 
 def make_models(folder: Path) -> dict[str, str]:
-    """``llm`` and ``vision`` folders of random weights."""
+    """`llm` and `vision` folders with random weights."""
     torch.manual_seed(0)
     tok = tokenizer()
     tok.chat_template = CHAT
     text = AutoConfig.for_model(**{**LLAMA, "vocab_size": len(tok), "pad_token_id": None})
     lm = AutoModelForCausalLM.from_config(text)
-    with torch.no_grad():  # larger than the usual start, which leaves every logit near zero
+    with torch.no_grad():  # larger than the usual initial weights, which leave every logit near zero
         for parameter in lm.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
     lm.save_pretrained(folder / "llm")
@@ -59,7 +59,7 @@ def make_models(folder: Path) -> dict[str, str]:
 
 
 def picture(number: int) -> bytes:
-    """A small PNG, of one colour for each number."""
+    """A small PNG in one colour per number."""
     pixels = np.full((20 + number % 3, 26, 3), [(37 * number) % 256, (91 * number) % 256, 80], np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -67,7 +67,7 @@ def picture(number: int) -> bytes:
 
 
 def write_tar(path: Path, samples: dict[str, tuple[bytes | None, dict[str, Any]]]) -> str:
-    """A tar as ``aligncurate export`` writes it: key -> image and what its .json holds."""
+    """A tar as `aligncurate export` writes it: key -> image and content of its .json."""
     with tarfile.open(path, "w") as tar:
         for key, (image, meta) in samples.items():
             members = [("json", json.dumps(meta).encode())] + ([("png", image)] if image is not None else [])
@@ -79,7 +79,7 @@ def write_tar(path: Path, samples: dict[str, tuple[bytes | None, dict[str, Any]]
 
 
 def captions(path: Path, count: int = 24, levels: int | None = 8) -> str:
-    """Captioned pictures of different lengths, levels 1, 2, …, N, 1, …"""
+    """Images with captions of different lengths and levels 1, 2, …, N, 1, …"""
     samples = {}
     for n in range(count):
         meta: dict[str, Any] = {"caption": f"a thing number {n} " + "very " * (n % 4) + "small"}
@@ -90,7 +90,7 @@ def captions(path: Path, count: int = 24, levels: int | None = 8) -> str:
 
 
 def questions(path: Path, count: int = 24) -> str:
-    """Questions and answers; every fourth has no picture."""
+    """Questions and answers; every fourth has no image."""
     samples = {}
     for n in range(count):
         turns = [

@@ -19,8 +19,9 @@ from aligncurate.errors import UserError
 from aligncurate.images.decode import load_rgb
 from aligncurate.verbs.score import ingest
 from aligntrain import AlignGPTProcessor, StageConfig
-from aligntrain.data.index import Index, build_index
-from aligntrain.data.reader import Reader, read_ahead
+from aligntrain.data.index import Index
+from aligntrain.data.indexing import build_index
+from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.inputs import pixels
 from aligntrain.model.build import build_processor
 from tests.support.stage_data import (
@@ -118,7 +119,7 @@ def test_never_cut_through_the_image(models: dict[str, str], tmp_path: Path) -> 
 
 def test_pretraining_needs_levels(models: dict[str, str], tmp_path: Path) -> None:
     tar = captions(tmp_path / "c.tar", 4, levels=None)
-    with pytest.raises(UserError, match=r"the data has no levels.*`aligncurate bucket .*--levels 8"):
+    with pytest.raises(UserError, match=r"pretraining needs levels.*`aligncurate bucket .*--levels 8"):
         index_of(pretraining(models, tar, tmp_path / "out"))
     index, _ = index_of(pretraining(models, tar, tmp_path / "none", align_mode="none"), levels=0)
     assert len(index) == 4
@@ -133,7 +134,7 @@ def test_pretraining_needs_levels(models: dict[str, str], tmp_path: Path) -> Non
 
 def test_levels_beyond_the_models(models: dict[str, str], tmp_path: Path) -> None:
     tar = captions(tmp_path / "c.tar", 9, levels=9)
-    with pytest.raises(UserError, match="c008 has level 9, but the model has 8 levels; say --num-levels"):
+    with pytest.raises(UserError, match="c008 has level 9, but the model has 8 levels; pass --num-levels"):
         index_of(pretraining(models, tar, tmp_path / "out"))
 
 
@@ -144,10 +145,10 @@ def test_no_data(models: dict[str, str], tmp_path: Path) -> None:
         index_of(pretraining(models, str(tmp_path / "e.tar"), tmp_path / "out"))
     with pytest.raises(UserError, match="no such file"):
         index_of(pretraining(models, str(tmp_path / "none.tar"), tmp_path / "out"))
-    with pytest.raises(UserError, match="no data was given"):
+    with pytest.raises(UserError, match="no data given"):
         index_of(StageConfig.pretrain(out=tmp_path / "out", **models))
     bad = write_tar(tmp_path / "b.tar", {"a": (picture(0), turns("q"))})
-    with pytest.raises(UserError, match=r"no row can be trained on; of 1 the reason is: .*no answer \(a\)"):
+    with pytest.raises(UserError, match=r"no row can be trained on; 1 failed with: .*no answer \(such as a\)"):
         index_of(finetuning(models, bad, tmp_path / "out"))
 
 
@@ -167,7 +168,7 @@ def test_the_index_is_made_again_only_when_something_changed(models: dict[str, s
 
 def test_packed_batch(models: dict[str, str], tmp_path: Path) -> None:
     index, processor = index_of(finetuning(models, questions(tmp_path / "q.tar", 8), tmp_path / "out"))
-    batch = Reader(index, processor, packed=True, with_levels=False)((0, 3, 1))
+    batch = BatchReader(index, processor, packed=True, with_levels=False)((0, 3, 1))
     lengths = [int(index.lengths[i]) for i in (0, 3, 1)]
     ids = [token for i in (0, 3, 1) for token in index.encoded(i).input_ids]
     assert batch.inputs["input_ids"][0, : len(ids)].tolist() == ids
@@ -188,7 +189,7 @@ def test_an_unreadable_image_is_a_masked_dummy(models: dict[str, str], tmp_path:
     samples["s1"] = (b"\x89PNG\r\n\x1a\n nothing more", samples["s1"][1])
     index, processor = index_of(pretraining(models, write_tar(tmp_path / "c.tar", samples), tmp_path / "out"))
     for packed in (True, False):
-        batch = Reader(index, processor, packed=packed, with_levels=True)((0, 1, 2))
+        batch = BatchReader(index, processor, packed=packed, with_levels=True)((0, 1, 2))
         assert batch.unreadable == (1,)
         assert batch.images == 2
         assert batch.inputs["levels"].tolist() == [1, 2, 3]
@@ -199,7 +200,7 @@ def test_an_unreadable_image_is_a_masked_dummy(models: dict[str, str], tmp_path:
 
 def test_order_does_not_depend_on_threads(models: dict[str, str], tmp_path: Path) -> None:
     index, processor = index_of(pretraining(models, captions(tmp_path / "c.tar", 12), tmp_path / "out"))
-    reader = Reader(index, processor, packed=True, with_levels=True)
+    reader = BatchReader(index, processor, packed=True, with_levels=True)
     steps = [[(n, n + 1), (n + 2,)] for n in range(0, 12, 3)]
     for workers, ahead in ((1, 1), (4, 3)):
         read = list(read_ahead(steps, reader, workers=workers, ahead=ahead))
@@ -231,7 +232,7 @@ def test_images_are_those_that_were_scored(models: dict[str, str], tmp_path: Pat
     index, processor = index_of(pretraining(models, str(tmp_path / "set"), tmp_path / "out"))
     data = Path(tar).read_bytes()
     Path(tar).write_bytes(data.replace(picture(1), picture(1)[:-1] + b"x"))
-    reader = Reader(index, processor, packed=True, with_levels=True)
+    reader = BatchReader(index, processor, packed=True, with_levels=True)
     batch = reader((0, 1, 2))
     assert batch.unreadable == (1,)
     assert reader.reasons([batch]) == [

@@ -143,9 +143,9 @@ def test_rows_are_those_of_a_plain_first_fit(lengths: list[int]) -> None:
 def test_what_cannot_be_planned() -> None:
     with pytest.raises(ValueError, match="sample 3 has 700 tokens, more than token_budget 640"):
         of(4, lengths=[600, 600, 600, 700], token_budget=640)
-    with pytest.raises(ValueError, match="no sample to take"):
+    with pytest.raises(ValueError, match="no samples are left"):
         of(4, level_weights=dict.fromkeys(range(1, 5), 0.0))
     with pytest.raises(ValueError, match="multiple of 8"):
         of(4, token_budget=1001)
-    with pytest.raises(IndexError, match="there is no step 2"):
+    with pytest.raises(IndexError, match="step 2 is outside the plan"):
         of(200)[2]

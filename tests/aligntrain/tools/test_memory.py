@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aligntrain import StageConfig
-from aligntrain.data.index import build_index
-from aligntrain.data.reader import Reader
+from aligntrain.data.indexing import build_index
+from aligntrain.data.reader import BatchReader
 from aligntrain.model.build import build_config, build_model, build_processor
 from aligntrain.model.loss import CHUNK_TOKENS, token_losses
 from aligntrain.tools.memory import Memory, estimate_memory
 from aligntrain.training.distributed import Engine, World
-from aligntrain.training.loop import make_optimizer, plan_epoch
+from aligntrain.training.loop import plan_epoch
+from aligntrain.training.optimizer import make_optimizer
 from tests.support.stage_data import make_models, questions
 
 
@@ -87,7 +88,7 @@ def test_activations_are_about_what_autograd_keeps(models: dict[str, str], tmp_p
     model, _ = build_model(config, processor)
     index = build_index(config, processor, 8, tmp_path / "index.arrow")
     packs = plan_epoch(config, index, 0, packed=True, world_size=1)[0].ranks[0]
-    batch = Reader(index, processor, packed=True, with_levels=False)(packs[0])
+    batch = BatchReader(index, processor, packed=True, with_levels=False)(packs[0])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from aligncurate.errors import NonFiniteError, UserError
 from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
 from aligntrain.data.index import Index
-from aligntrain.data.reader import MicroBatch, Reader
+from aligntrain.data.reader import BatchReader, MicroBatch
 from aligntrain.model.build import build_model, build_processor
-from aligntrain.training import checkpoint
+from aligntrain.training import checkpoint, export
 from aligntrain.training import loop as trainer
 from aligntrain.training.checkpoint import checkpoints
-from aligntrain.training.loop import learning_rate
+from aligntrain.training.optimizer import learning_rate
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
 
 ROOT = Path(__file__).parents[3]
@@ -140,7 +140,7 @@ def test_losses_and_gradients_against_a_naive_computation(folder: Path, models: 
     processor = build_processor(config)
     model, _ = build_model(config, processor)
     index = Index(tmp_path / "out" / "index.arrow", processor)
-    read = Reader(index, processor, packed=False, with_levels=True)
+    read = BatchReader(index, processor, packed=False, with_levels=True)
     losses: dict[int, list[float]] = defaultdict(list)
     for number in range(24):  # one by one, with the logits of every position
         inputs = read((number,)).inputs
@@ -158,6 +158,13 @@ def test_losses_and_gradients_against_a_naive_computation(folder: Path, models: 
     for name in ("projector", "level_embeddings"):
         gradients = [p.grad.flatten() for n, p in model.named_parameters() if n.startswith(name) and p.grad is not None]
         assert record["grad_norm_by_module"][name] == pytest.approx(float(torch.cat(gradients).norm()), rel=1e-4)
+    # What the optimizer got: its first moment after one step is (1 - beta1) x the clipped gradient.
+    moments = load_file(checkpoints(tmp_path / "out")[-1] / "optimizer-00000.safetensors")
+    factor = (1 - config.beta1) * min(1.0, config.max_grad_norm / record["grad_norm"])
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and f"{name}|exp_avg" in moments:
+            torch.testing.assert_close(moments[f"{name}|exp_avg"], factor * parameter.grad, rtol=1e-3, atol=1e-6)
+    assert len([name for name in moments if name.endswith("|exp_avg")]) == 5  # two layers' weights and biases, levels
 
 
 def test_text_alone(models: dict[str, str], tmp_path: Path) -> None:
@@ -240,7 +247,7 @@ def test_images_that_are_all_gone(
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("this is text, not an image") <= 5
     if gone > 60:
-        assert "the image cannot be read (this is text, not an image); nothing is learned from it" in told
+        assert "the image cannot be read (this is text, not an image); the sample is skipped" in told
 
 
 def test_a_folder_of_other_files_is_left_alone(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
@@ -338,13 +345,13 @@ def test_killed_and_resumed_bit_for_bit(
 
     def taken(config: StageConfig) -> tuple[list[Any], torch.Tensor]:
         read: list[Any] = []
-        real = trainer.Engine.forward_backward
+        real = trainer.ParallelModel.forward_backward
 
         def spy(self: Any, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any) -> Any:
             read.append((inputs["input_ids"].tolist(), torch.get_rng_state().tolist()))
             return real(self, inputs, *rest, **named)
 
-        monkeypatch.setattr(trainer.Engine, "forward_backward", spy)
+        monkeypatch.setattr(trainer.ParallelModel, "forward_backward", spy)
         train(config)
         monkeypatch.undo()
         return read, torch.get_rng_state()
@@ -400,7 +407,7 @@ def test_a_finished_run_is_not_repeated(straight: StageConfig, tmp_path: Path) -
         assert not (out / "model.safetensors").exists()
         shutil.copy(Path(straight.out) / "model.safetensors", out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different settings"):
         train(straight.replace(out=str(out), seed=1))
     # Killed while the model was written: the configuration, which is written last, is not there.
     shutil.copytree(Path(straight.out) / "checkpoints", out / "checkpoints")
@@ -417,12 +424,12 @@ def test_the_old_configuration_goes_before_the_new_weights_come(
     out = Path(shutil.copytree(straight.out, tmp_path / "out"))
     (out / "finished.json").unlink()
     seen: list[bool] = []
-    sync = checkpoint.sync
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (seen.append((out / "config.json").exists()), sync(path)))
+    sync = export.sync
+    monkeypatch.setattr(export, "sync", lambda path: (seen.append((out / "config.json").exists()), sync(path)))
     train(straight.replace(out=str(out)))
     assert (out / "config.json").exists()
-    moved = len([path for path in out.iterdir() if path.suffix in (".json", ".safetensors", ".jinja")])
-    assert seen[: moved - 5].count(True) == 0  # stage, index, finished and log are not the model's
+    assert len(seen) > 5
+    assert seen == [False] * (len(seen) - 1) + [True]  # the folder is synced last
 
 
 def test_a_full_disk_while_saving(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
@@ -451,14 +458,14 @@ def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, st
     train(config)
     shutil.rmtree(checkpoints(tmp_path / "out")[-1])
     (tmp_path / "out" / "finished.json").unlink()
-    with pytest.raises(UserError, match=r"other settings \(learning_rate: 0.001 before, 0.5 now\).*--no-resume"):
+    with pytest.raises(UserError, match=r"different settings \(learning_rate: 0.001 before, 0.5 now\).*--no-resume"):
         train(config.replace(learning_rate=0.5))
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["learning_rate"] == 1e-3
     captions(tmp_path / "c.tar", 16, levels=4)  # as long as before, but of other levels
-    with pytest.raises(UserError, match="the data is not what it was"):
+    with pytest.raises(UserError, match="the data has changed since this run started"):
         train(config)
     captions(tmp_path / "c.tar", 15)
-    with pytest.raises(UserError, match="the data is not what it was"):
+    with pytest.raises(UserError, match="the data has changed since this run started"):
         train(config)
     assert train(config.replace(resume=False)).steps == 3
 
@@ -472,7 +479,7 @@ def test_another_model_to_start_from_is_not_mixed_in(folder: Path, pretrained: P
     made_of = json.loads((init / "finished.json").read_text())
     made_of["settings"]["seed"] = 9
     (init / "finished.json").write_text(json.dumps(made_of))
-    with pytest.raises(UserError, match=r"the model in .*init is not the one that the run began with"):
+    with pytest.raises(UserError, match=r"the model in .*init has changed since this run started"):
         train(config)
 
 
@@ -480,7 +487,7 @@ def test_level_weights_of_data_without_levels(
     folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(finetuning(models, str(folder / "q.tar"), tmp_path / "out", max_steps=1, level_weights={1: 0.5}))
-    assert "the data has no levels, so that level_weights" in " ".join(capsys.readouterr().err.split())
+    assert "the data has no levels, so --level-weights" in " ".join(capsys.readouterr().err.split())
 
 
 def test_only_the_newest_checkpoints_stay(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
@@ -491,15 +498,15 @@ def test_only_the_newest_checkpoints_stay(folder: Path, models: dict[str, str], 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The picture of c005 is full of NaN."""
-    real = Reader.__call__
+    real = BatchReader.__call__
 
-    def poisoned(self: Reader, pack: tuple[int, ...]) -> MicroBatch:
+    def poisoned(self: BatchReader, pack: tuple[int, ...]) -> MicroBatch:
         batch = real(self, pack)
         if 5 in pack:
             batch.inputs["pixel_values"][pack.index(5)] = float("nan")
         return batch
 
-    monkeypatch.setattr(Reader, "__call__", poisoned)
+    monkeypatch.setattr(BatchReader, "__call__", poisoned)
     yield
 
 
@@ -527,7 +534,7 @@ def test_what_a_model_cannot_be_made_of(folder: Path, models: dict[str, str], pr
     (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"the model cannot be loaded|do not fit its configuration"):
         train(finetuning({"init": str(tmp_path / "wrong")}, data, out))
-    with pytest.raises(UserError, match="no folder to write to"):
+    with pytest.raises(UserError, match="no output folder; pass --out"):
         train(StageConfig.pretrain(**models))
 
 
@@ -582,7 +589,7 @@ def test_loggers_by_name(folder: Path, models: dict[str, str], tmp_path: Path, m
     assert sent[0][1]["loss"] == records(tmp_path / "out")[0]["loss"]
     assert "loss_by_level/1" in sent[0][1]
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="log_to names wandb, which is not installed"):
+    with pytest.raises(UserError, match="--log-to wandb: not installed"):
         train(config.replace(log_to=["wandb"], resume=False))
 
 
@@ -620,7 +627,7 @@ def test_where_training_cannot_go(models: dict[str, str], pretrained: Path, fold
     data = str(folder / "q.tar")
     with pytest.raises(UserError, match="--out is the same folder as --init, which would be overwritten"):
         train(finetuning({"init": str(pretrained)}, data, pretrained))
-    with pytest.raises(UserError, match="attention is flex_attention, which cannot train on a CPU; choose sdpa"):
+    with pytest.raises(UserError, match="--attention flex_attention: cannot train on a CPU; use sdpa"):
         train(finetuning(models, data, tmp_path, attention="flex_attention"))
 
 
@@ -636,3 +643,14 @@ def test_beginning_anew_deletes_the_old_checkpoints(folder: Path, models: dict[s
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000003"]
     train(pretraining(models, str(folder / "c.tar"), tmp_path / "fresh"))
     assert_close(weights(tmp_path / "out"), weights(tmp_path / "fresh"), 0)
+
+
+def test_a_run_without_learning_rate_says_so(
+    folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The warm-up starts at 0, so a single step changes nothing."""
+    for ratio, warned in ((0.03, True), (0.0, False)):
+        out = tmp_path / str(ratio)
+        train(pretraining(models, str(folder / "c.tar"), out, max_steps=1, warmup_ratio=ratio))
+        printed = " ".join(capsys.readouterr().err.split())
+        assert ("the learning rate is 0 in the only step (warm-up starts at 0)" in printed) == warned

@@ -1,0 +1,179 @@
+"""Building the index of a stage: from the rows of the data to tokens, levels and image locations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from aligncurate import __version__
+from aligncurate.dataset.record import FINE, Pair, Status
+from aligncurate.errors import ShardError, UserError
+from aligncurate.io import storage
+from aligncurate.io.files import atomic_file, write_json
+from aligncurate.progress import meter
+from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.base import Source
+from aligncurate.sources.curated import row_of
+from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
+from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
+from aligntrain.model.loss import IGNORE
+from aligntrain.stage import StageConfig
+
+_ROWS = 2_000  # per record batch
+_NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
+
+
+def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: int, file: Path) -> Index:
+    """Tokenize the data of a stage, unless `file` is already the index of the same data and settings.
+
+    Images are not read.
+
+    Args:
+        config: the data, and how to read it.
+        processor: tokenizes.
+        num_levels: N of the model; 0 without alignment, where pretraining needs no levels.
+        file: the index, `*.arrow`.
+
+    Raises UserError when the data is empty, has no usable row, lacks levels that pretraining needs, or has levels
+    above N.
+    """
+    if not config.data:
+        raise UserError("no data given; pass dataset folders, tars or another source.")
+    options = SourceOptions(config.format, config.caption_column, config.image_column, config.image_root)
+    source = open_source(list(config.data), options)
+    made_of = _fingerprint(source, config, processor, num_levels)
+    notes = facts_file(file)
+    if notes.is_file() and file.is_file() and json.loads(notes.read_text("utf-8"))["made_of"] == made_of:
+        return Index(file, processor)
+    notes.unlink(missing_ok=True)
+    facts, digest = Facts(), hashlib.sha256()
+    with atomic_file(file) as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            rows: list[dict[str, Any]] = []
+            for row in _rows(source, config, processor, num_levels, facts):
+                rows.append(row)
+                digest.update(repr([row[name] for name in _NAMING]).encode())
+                if len(rows) == _ROWS:
+                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                    rows = []
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        _check(config, facts, num_levels)
+    made = {"made_of": made_of, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}
+    write_json(notes, made)
+    return Index(file, processor)
+
+
+def _fingerprint(source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int) -> str:
+    """Digest of everything that the index depends on."""
+    made_of: list[Any] = [
+        __version__,
+        config.stage,
+        num_levels,
+        source.describe(),
+        config.caption_column,
+        config.image_column,
+    ]
+    made_of += [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.max_length]
+    made_of += [processor.num_patches, processor.align, config.image_root, processor.template]
+    made_of.append({name: str(token) for name, token in processor.tokenizer.special_tokens_map.items()})
+    for uri in dict.fromkeys(shard.uri for shard in source.shards):
+        made_of.append(storage.size(uri))
+        if not storage.is_remote(uri):
+            made_of.append(Path(uri).stat().st_mtime_ns)
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def _rows(
+    source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, facts: Facts
+) -> Iterator[dict[str, Any]]:
+    needs_level = config.stage == "pretrain" and num_levels > 0
+    with meter("reading", None, unit="rows") as shown:
+        for shard in source.shards:
+            pairs = source.read(shard)
+            try:
+                for number, pair in enumerate(pairs):
+                    shown.add(1, 1, 0)
+                    row = _row(pair, config, processor, needs_level, facts)
+                    if row is None:
+                        continue
+                    if row["level"] > num_levels > 0:
+                        raise UserError(
+                            f"{pair.source}: {pair.key} has level {pair.level}, but the model has {num_levels} levels; "
+                            f"pass --num-levels for a new model, or bucket the data with --levels {num_levels}."
+                        )
+                    if pair.image is not None:  # embedded in the dataset's part
+                        row |= {"source": shard.uri, "image_path": "image", "row": number}
+                        row |= {"image_offset": None, "image_length": None}
+                    yield row
+            except (ShardError, OSError) as error:
+                raise UserError(f"{shard}: cannot be read ({error}).") from None
+
+
+def _row(
+    pair: Pair, config: StageConfig, processor: AlignGPTProcessor, needs_level: bool, facts: Facts
+) -> dict[str, Any] | None:
+    """The pair as a row of the index; None, and the cause counted, if it cannot be used."""
+    has_image = pair.load is not None
+    scored = row_of(pair) or {}
+    status = Status(scored.get("status", pair.status))  # images that scoring could not read are not used
+    if status in FINE and pair.status not in FINE:
+        status = pair.status
+    if status not in FINE or (status is Status.OK and not has_image):
+        facts.skip(str(status if status not in FINE else Status.MISSING_IMAGE), pair.key)
+        return None
+    if config.stage == "pretrain" and not has_image:
+        facts.skip("no image, which pretraining needs", pair.key)
+        return None
+    if needs_level and pair.level is None:
+        facts.skip("no level", pair.key)
+        return None
+    try:
+        if pair.conversations is not None:
+            sample = processor.encode(pair.conversations, has_image=has_image)
+        else:
+            sample = processor.encode_caption(pair.caption or "")
+    except ValueError as error:
+        facts.skip(str(error).rstrip("."), pair.key)
+        return None
+    facts.rows += 1
+    facts.images += has_image
+    facts.tokens += len(sample.input_ids)
+    facts.supervised += sum(label != IGNORE for label in sample.labels)
+    facts.truncated += sample.truncated > 0
+    facts.levels[pair.level or 0] += 1
+    row = {name: getattr(pair, name) for name in ("key", "source", "image_offset", "image_length", "row")}
+    row |= {"image_path": pair.image_path if has_image else None, "level": pair.level or 0}
+    row["sha256"] = scored.get("sha256")
+    return row | {"length": len(sample.input_ids), **_folded(sample, processor)}
+
+
+def _folded(sample: Encoded, processor: AlignGPTProcessor) -> dict[str, list[int]]:
+    """Tokens and supervised ranges, with the image's placeholders folded into one."""
+    ids, labels = list(sample.input_ids), list(sample.labels)
+    if processor.image_token_id in ids:
+        at = ids.index(processor.image_token_id)
+        del ids[at + 1 : at + processor.num_patches], labels[at + 1 : at + processor.num_patches]
+    supervised = [False, *(label != IGNORE for label in labels), False]
+    return {"tokens": ids, "answers": [i for i in range(len(supervised) - 1) if supervised[i] != supervised[i + 1]]}
+
+
+def _check(config: StageConfig, facts: Facts, num_levels: int) -> None:
+    where = ", ".join(config.data)
+    if facts.rows:
+        return
+    if not facts.skipped:
+        raise UserError(f"{where}: the data has no rows.")
+    cause, count = facts.skipped.most_common(1)[0]
+    if set(facts.skipped) <= {"no level", "no image, which pretraining needs"} and "no level" in facts.skipped:
+        raise UserError(
+            f"{where}: pretraining needs levels, but the data has none; score it and then run "
+            f"`aligncurate bucket {config.data[0]} --levels {num_levels} --out LEVELLED`."
+        )
+    raise UserError(
+        f"{where}: no row can be trained on; {count:,} failed with: {cause} (such as {facts.examples[cause]})."
+    )

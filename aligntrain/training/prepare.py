@@ -1,0 +1,106 @@
+"""What comes before the first step: the output folder, an earlier run in it, and the tokenized data."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import aligncurate
+from aligncurate.errors import UserError
+from aligncurate.io.files import claim, write_json
+from aligncurate.progress import count, notice
+from aligntrain.data.index import Index
+from aligntrain.data.indexing import build_index
+from aligntrain.inputs.processor import AlignGPTProcessor
+from aligntrain.model.build import build_config, build_processor
+from aligntrain.stage import StageConfig
+from aligntrain.training import checkpoint
+from aligntrain.training.checkpoint import Position
+from aligntrain.training.distributed import World
+
+_OWN = {"index.arrow", "stage.json"}  # the first files of a run, which identify its folder
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The prepared data of a run, and the model it starts from.
+
+    Attributes:
+        processor: of the model.
+        index: the tokenized samples.
+        levels: N of the model; 0 without alignment.
+        start: digest of the start model.
+        earlier: position of the run to resume, if any.
+    """
+
+    processor: AlignGPTProcessor
+    index: Index
+    levels: int
+    start: str
+    earlier: Position | None
+
+
+def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageData:
+    """Claim the output folder, tokenize the data on the first rank, and open its index on all.
+
+    Raises UserError when the settings cannot be used here, or when an earlier run in the folder differs.
+    """
+    out = Path(config.out)
+    world.together(lambda: _check_conflicts(config, world))
+    start = world.first_does(lambda: checkpoint.start_of(config))
+    earlier = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
+    processor = world.together(lambda: build_processor(config))
+    shape = world.together(lambda: build_config(config))
+    levels = shape.num_levels if shape.align_mode != "none" else 0
+    index_file = out / "index.arrow"
+    world.first_does(lambda: claims.enter_context(claim(out, _OWN)))
+    world.first_does(lambda: _write_index(config, processor, levels, index_file))
+    index = world.together(lambda: Index(index_file, processor))
+    if earlier is not None and earlier.data != index.digest:
+        raise UserError(
+            f"{out}: the data has changed since this run started; use another --out, or --no-resume to start over."
+        )
+    return StageData(processor, index, levels, start, earlier)
+
+
+def _check_conflicts(config: StageConfig, world: World) -> None:
+    """Raise UserError if `out` is a folder that the run reads, or if the device cannot run the attention."""
+    out = Path(config.out)
+    for name in ("init", "llm", "vision"):
+        if (folder := getattr(config, name)) is not None and out.resolve() == Path(folder).resolve():
+            raise UserError(f"{out}: --out is the same folder as --{name}, which would be overwritten; use another.")
+    if world.device.type == "cpu" and config.attention.startswith(("flex", "flash")):
+        raise UserError(f"--attention {config.attention}: cannot train on a CPU; use sdpa or eager.")
+
+
+def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
+    """Where an earlier run in `out` stopped. Raises UserError if it had other settings or another start model."""
+    position, where = checkpoint.read_finished(out), out
+    if position is None and (kept := checkpoint.checkpoints(out)):
+        position, where = checkpoint.read_position(kept[-1]), kept[-1]
+    if position is not None:
+        checkpoint.check_settings(where, position, config)
+        if position.start != start:
+            raise UserError(
+                f"{where}: the model in {config.init} has changed since this run started; use another --out, or "
+                "--no-resume to start over."
+            )
+    return position
+
+
+def _write_index(config: StageConfig, processor: AlignGPTProcessor, levels: int, index_file: Path) -> None:
+    """Tokenize the data, record the settings, and report rows left out; for the first rank."""
+    out = Path(config.out)
+    facts = build_index(config, processor, levels, index_file).facts
+    versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
+    write_json(out / "stage.json", {**config.to_json(), "versions": versions})
+    for cause, rows in facts.skipped.most_common(5):
+        notice(f"{count(rows, 'row')} left out: {cause} (such as {facts.examples[cause]})")
+    if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
+        notice("the data has no levels, so --level-weights and --stratified have no effect")
+    if facts.truncated:
+        notice(f"{count(facts.truncated, 'sample')} truncated at {config.max_length:,} tokens")
