@@ -15,7 +15,7 @@ from aligncurate.engines import threads
 from aligncurate.errors import UserError
 from aligncurate.progress import Meter, meter
 
-_THREADS = min(8, 2 * (os.cpu_count() or 1))  # more than cores, since some are waiting for the disk
+_THREADS = os.cpu_count() or 1
 
 
 def rewrite(
@@ -39,9 +39,7 @@ def rewrite(
         UserError: `out` cannot be used, or a part of `dataset` is damaged.
     """
     if os.path.abspath(out) == os.path.abspath(dataset.path):
-        raise UserError(
-            f"{out}: --out is the input dataset itself, which is never changed in place; choose a new folder."
-        )
+        raise UserError(f"{out}: --out is the dataset itself; nothing is changed in place, choose a new folder.")
     writer = DatasetWriter(out, head, dataset.schema)
 
     def make(index: int, check: Callable[[], None]) -> PartInfo:

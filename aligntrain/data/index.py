@@ -26,7 +26,6 @@ from aligncurate.io import storage
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
 from aligncurate.sources.base import Source
-from aligncurate.sources.curated import row_of
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
 from aligntrain.stage import StageConfig
@@ -235,7 +234,7 @@ def _row(
 ) -> dict[str, Any] | None:
     """The pair as a row of the index, or None with the cause counted."""
     has_image = pair.load is not None
-    found = row_of(pair) or {}
+    found = (pair.stored or {}) if has_image else {}
     status = Status(found.get("status", pair.status))  # of an image that scoring could not read, nothing is learned
     if status in FINE and pair.status not in FINE:
         status = pair.status

@@ -143,7 +143,7 @@ def test_without_scores_there_is_nothing_to_bucket(tmp_path, image) -> None:
 
 def test_never_in_place(tmp_path, image) -> None:
     dataset = dataset_of(tmp_path, image, [0.1, 0.2])
-    with pytest.raises(UserError, match="never changed in place"):
+    with pytest.raises(UserError, match="nothing is changed in place"):
         aligncurate.bucket(dataset, dataset.path, quiet=True)
 
 
