@@ -90,7 +90,7 @@ def measure(folder: Path, pairs: int, kib: int, rounds: int) -> list[dict[str, A
 
 
 def timed(work: Callable[[], None], target: Path) -> float:
-    """Seconds of one run into a folder that is not there, with nothing left to be written to disk before."""
+    """Seconds of one run into a new folder, after all pending writes have reached the disk."""
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(["sync"], check=True)
     started = time.perf_counter()
@@ -119,7 +119,7 @@ def write_pairs(folder: Path, pairs: int, kib: int) -> int:
 
 
 def noise(rng: np.random.Generator, size: int) -> bytes:
-    """A JPEG of about so many bytes."""
+    """A JPEG of about `size` bytes."""
     side = int((size / 0.62) ** 0.5)  # noise at quality 75 takes about 0.62 bytes a pixel
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(out, "JPEG", quality=75)

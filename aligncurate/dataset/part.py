@@ -14,7 +14,6 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate.dataset import footer
 from aligncurate.dataset.record import FINE, Status
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY
@@ -105,29 +104,6 @@ class PartWriter:
         self._parquet.write_table(table)
         for item in table["status"].value_counts().to_pylist():
             self._statuses[item["values"]] += item["counts"]
-
-    def copy(self, source: Path, statuses: Mapping[str, int], column: str, values: Iterable[pa.Array]) -> None:
-        """Be the part `source`, of which a column changes; instead of `write`. The others are not even decoded.
-
-        Args:
-            source: the other part, of the same schema.
-            statuses: its rows by status.
-            column: name of what changes, not `status`.
-            values: the column's new values, an array per row group.
-
-        Raises UserError when `source` is damaged.
-        """
-        self._statuses.update(statuses)
-        schema = pa.schema([self.schema.field(column)])
-        changed = pa.BufferOutputStream()
-        with _parquet_writer(changed, schema) as parquet:
-            for array in values:
-                parquet.write_table(pa.table([array], schema))
-        note = {_FACTS: self._note()}
-        try:
-            footer.replace_column(source, column, changed.getvalue().to_pybytes(), note, self._file)
-        except ValueError as error:
-            raise UserError(f"{source}: the part cannot be read ({error}); make the dataset again.") from None
 
     def _note(self) -> bytes:
         """What the part says of itself, so that a resumed run knows it without a second file."""

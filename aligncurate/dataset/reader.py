@@ -67,9 +67,15 @@ class Dataset:
         self.path = Path(path)
         file = self.path / MANIFEST
         if not file.is_file():
-            hint = "a dataset is a folder that `aligncurate score` or `ingest` made"
+            if self.path.is_file():
+                raise UserError(
+                    f"{self.path}: this is a file, not a dataset folder; make a dataset from it with "
+                    f"`aligncurate score {self.path} --out DIR`."
+                )
             what = "has no manifest.json" if self.path.is_dir() else "is not there"
-            raise UserError(f"{self.path}: this is not a dataset, it {what}; {hint}.")
+            raise UserError(
+                f"{self.path}: not a dataset: it {what}; give a folder made by `aligncurate score` or `ingest`."
+            )
         self.manifest = read_json(file)
         found = self.manifest.get("schema_version")
         if found != SCHEMA_VERSION:
@@ -80,7 +86,7 @@ class Dataset:
         if not self.manifest["complete"]:
             raise UserError(
                 f"{self.path}: this dataset is not finished; run its `aligncurate {self.manifest['verb']}` "
-                "command again, and it goes on where it stopped."
+                "command again to resume."
             )
         self.parts = [PartInfo.from_json(line) for line in self.manifest["parts"]]
 

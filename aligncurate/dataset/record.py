@@ -98,7 +98,8 @@ class Pair:
     """One image-text pair on its way through a verb.
 
     `load` returns the image's original bytes (raises OSError when they cannot be read); it is None where
-    the row has no image. The other fields are the columns of the same names.
+    the row has no image. `stored` is the row of a dataset that the pair was read from, with what an earlier verb noted;
+    None for other sources. The other fields are the columns of the same names.
     """
 
     key: str
@@ -121,6 +122,7 @@ class Pair:
     image_embedding: Any = None  # float16 [D]
     text_embedding: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, Any] | None = None
 
     def fail(self, status: Status, error: str) -> None:
         """Mark the pair as not usable; the first failure stays, since it is the cause."""

@@ -1,5 +1,7 @@
 """Our own datasets as a source, so that what was ingested or filtered can be scored (again)."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -51,23 +53,16 @@ class CuratedSource(Source):
                     number += 1
 
 
-def row_of(pair: Pair) -> dict[str, Any] | None:
-    """The dataset's row that a pair with an image was read from: with what an earlier verb found out about the image,
-    which the pair itself leaves to be found out again. None for pairs of other sources."""
-    load = pair.load
-    return load.args[0] if isinstance(load, partial) and load.func is read_image else None
-
-
 def _pair(row: dict[str, Any]) -> Pair:
     extra = {k: v for k, v in row.items() if k not in COLUMNS and v is not None}
     fields: dict[str, Any] = {
         k: row.get(k) for k in COLUMNS if k not in ("status", "error", "width", "height", "sha256")
     }
-    pair = Pair(**fields, extra=extra)
+    pair = Pair(**fields, extra=extra, stored=row)
     status = Status(row["status"])
     if has_image(row):
         pair.load = partial(read_image, row)
-    # Whether a conversation has the wanted text depends on --score-text, so that is asked again too.
+    # Whether a conversation has text to score depends on --score-text, so that is checked again too.
     again = status in IMAGE_STATUSES or (status is Status.MISSING_CAPTION and pair.conversations is not None)
     if not again or pair.load is None:
         pair.status, pair.error = status, row["error"]

@@ -10,7 +10,7 @@ from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import EXTENSIONS
 from aligncurate.io import storage
-from aligncurate.sources.webdataset import tar_members
+from aligncurate.io.tar import tar_members
 
 
 class ImageRoot:

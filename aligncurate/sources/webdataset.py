@@ -17,6 +17,7 @@ from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status, as
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import EXTENSIONS
 from aligncurate.io import storage
+from aligncurate.io.tar import tar_members
 from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.captions import CAPTIONS, set_caption
 from aligncurate.sources.conversations import parse_conversation, set_conversation
@@ -196,33 +197,6 @@ def _repeats(sample: _Sample, extension: str) -> bool:
     if extension in EXTENSIONS:
         return sample.image is not None and sample.image.name.lower().endswith(f".{extension}")
     return extension in sample.texts
-
-
-def tar_members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
-    """The tar's members; where it is damaged, a last sentence that says so."""
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, closed below
-    except tarfile.ReadError:
-        what = "empty (0 bytes)" if storage.size(uri) == 0 else "no tar"
-        yield f"the file is {what}; copy it again"
-        return
-    with tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.TarError as error:
-                yield f"the tar is damaged or cut short ({error}); copy it again"
-                return
-            if member is None:
-                break
-            if member.size < 0:  # tarfile would go back and read the same headers for ever
-                yield f"the tar is damaged ({member.name} has a negative size); copy it again"
-                return
-            yield member
-        # tarfile takes a damaged header for the end, so look whether the end mark is really there.
-        file.seek(tar.offset)
-        if file.read(512) != bytes(512):
-            yield "the tar has no end mark, so it is damaged or cut short; copy it again"
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:

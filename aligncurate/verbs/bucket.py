@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +17,7 @@ from aligncurate.dataset.record import COLUMNS, Status, usable_scores
 from aligncurate.errors import UserError
 from aligncurate.levels import MAX_LEVELS, Counts, Floats, Method, Thresholds, WrongCounts, find_thresholds
 from aligncurate.progress import notice
-from aligncurate.verbs.rewrite import replace_column
+from aligncurate.verbs.rewrite import rewrite
 
 _READERS = min(4, os.cpu_count() or 1)
 
@@ -55,9 +55,12 @@ def bucket(
     options = {"levels": found.levels, "method": found.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
     head = opened.derived("bucket", options, thresholds=found.to_json())
-    return replace_column(
-        opened, out, head, "level", ["status", score_column], lambda table: _levels(table, found), quiet=quiet
-    )
+
+    def label(_: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            yield table.set_column(table.schema.get_field_index("level"), "level", _levels(table, found))
+
+    return rewrite(opened, out, head, label, quiet=quiet)
 
 
 def check_score_column(dataset: Dataset, name: str) -> None:

@@ -18,7 +18,6 @@ from aligncurate.io.files import atomic_file, write_json
 from aligncurate.progress import meter
 from aligncurate.sources import SourceOptions, open_source
 from aligncurate.sources.base import Source
-from aligncurate.sources.curated import row_of
 from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
@@ -119,7 +118,7 @@ def _row(
 ) -> dict[str, Any] | None:
     """The pair as a row of the index; None, and the cause counted, if it cannot be used."""
     has_image = pair.load is not None
-    scored = row_of(pair) or {}
+    scored = (pair.stored or {}) if pair.load is not None else {}
     status = Status(scored.get("status", pair.status))  # images that scoring could not read are not used
     if status in FINE and pair.status not in FINE:
         status = pair.status

@@ -17,7 +17,7 @@ from tests.support.inputs import jpeg, tar_bytes
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "json", "jsonl", "csv", "tsv", "sidecar"])
 def test_random_damage_gives_only_plain_errors(tmp_path, kind) -> None:
-    """Whichever bytes are wrong, reading ends with rows or with one of our own errors."""
+    """Whatever bytes are wrong, reading ends with rows or with one of our own errors."""
     (tmp_path / "0.jpg").write_bytes(jpeg(width=8, height=8))
     rows = [{"id": i, "image": "0.jpg", "caption": f"c {i}", "n": i / 2, "tags": ["a", "b"]} for i in range(4)]
     flat = pl.DataFrame([{k: v for k, v in row.items() if k != "tags"} for row in rows])
@@ -43,15 +43,22 @@ def test_random_damage_gives_only_plain_errors(tmp_path, kind) -> None:
     if kind == "sidecar":
         source.write_bytes(tar)
     rng = np.random.default_rng(0)
+    plain = (UserError, ShardError, OSError) if kind == "parquet" else (UserError, ShardError)  # Arrow's own OSError
+    read = 0  # damaged files from which at least one pair was read
     for _ in range(120):
         data = np.frombuffer(good, np.uint8).copy()
         data[rng.integers(len(data), size=rng.integers(1, 6))] = rng.choice([0, 10, 34, 44, 93, 125, 255, *range(5)])
         path.write_bytes(data.tobytes()[: rng.choice([len(data), rng.integers(len(data))])])
+        pairs_read = 0
         try:
             opened = open_source(str(source))
             for shard in opened.shards:
                 for pair in opened.read(shard):
                     assert pair.key and pair.source
                     assert (pair.status in FINE) == (pair.error is None)
-        except (UserError, ShardError, OSError):
-            continue
+                    pairs_read += 1
+        except plain:
+            pass
+        read += pairs_read > 0
+    least = {"tar": 100, "parquet": 4, "json": 1, "jsonl": 60, "csv": 30, "tsv": 30, "sidecar": 100}
+    assert read >= least[kind]

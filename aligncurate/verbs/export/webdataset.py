@@ -19,7 +19,6 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING
 from aligncurate.engines import processes
 from aligncurate.engines import threads as local
-from aligncurate.io.bulk import BulkFile
 from aligncurate.io.files import atomic_file
 from aligncurate.io.tar import Buffer, TarWriter
 from aligncurate.progress import Meter
@@ -29,6 +28,7 @@ from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.export.rows import is_exportable
 from aligncurate.verbs.export.strict_json import strict_json
 
+_BUFFER = 1 << 20  # bytes of a tar that are written at once
 _HIDDEN = {*POINTER_COLUMNS, "image", "error", IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}  # not in the JSON
 _WORTH_PROCESSES = 10_000  # pairs; fewer are written before processes have started
 
@@ -116,7 +116,7 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
     failed: list[dict[str, str]] = []
     names: set[str] = set()
     size = 0
-    with atomic_file(target / f"{tar.name}.tar") as temporary, BulkFile(temporary) as file:
+    with atomic_file(target / f"{tar.name}.tar") as temporary, temporary.open("wb", _BUFFER) as file:
         members = TarWriter(file)
         for batch in _tar_batches(dataset, tar, per_level):
             check()

@@ -118,7 +118,7 @@ def test_a_missing_dataset_is_a_mistake(tmp_path, monkeypatch, words) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(words[0], "nowhere", *words[1:])
     assert result.exit_code == 2
-    assert "nowhere: this is not a dataset" in result.stderr.replace("\n", " ")
+    assert "nowhere: not a dataset" in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
 

@@ -108,6 +108,9 @@ def test_unfinished_and_foreign_folders_are_not_opened(tmp_path) -> None:
         aligncurate.open_dataset(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no manifest.json"):
         aligncurate.open_dataset(tmp_path)
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(UserError, match=r"this is a file, not a dataset.*score .*a\.tar --out DIR"):
+        aligncurate.open_dataset(tmp_path / "a.tar")
     with DatasetWriter(tmp_path / "out", HEAD, SCHEMA).open():
         pass
     with pytest.raises(UserError, match="not finished"):
