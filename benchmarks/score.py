@@ -26,7 +26,7 @@ from PIL import Image
 
 import aligncurate
 from aligncurate.encoders import load as encoders
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from benchmarks.common import Spread, publish, undisturbed
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/coco"

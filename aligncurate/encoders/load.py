@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from aligncurate.encoders.tokenizer import Tokenize, quick
 from aligncurate.encoders.towers import Towers
 from aligncurate.errors import UserError
-from aligncurate.images.decode import Preprocess, preprocess_of
+from aligncurate.images.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def load(
         "compiled": compiled,
     }
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    preprocess = preprocess_of(transform, settings)
+    preprocess = Preprocess.of(transform, settings)
     towers = Towers(net, preprocess.normalize, place, dtype, compiled=compiled)
     return Encoder(quick(tokenizer), preprocess, towers, identity)
 

@@ -19,7 +19,8 @@ from aligncurate.dataset.reader import DatasetWriter
 from aligncurate.dataset.record import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Pair, Status, to_table, usable_scores
 from aligncurate.errors import ImageError, ShardError
 from aligncurate.images import gpu
-from aligncurate.images.decode import Decode, decode, open_image
+from aligncurate.images.decode import decode, open_image
+from aligncurate.images.formats import DecodeMode
 from aligncurate.levels import Counts
 from aligncurate.progress import Meter
 from aligncurate.scoring.timing import Clock
@@ -57,7 +58,7 @@ class Settings:
         retry_errors: take over the good rows of committed parts.
     """
 
-    mode: Decode
+    mode: DecodeMode
     batch_size: int
     workers: int
     score_text: ScoreText
@@ -120,9 +121,9 @@ class ShardScorer:
         self._source, self._writer, self._settings, self._meter = source, writer, settings, meter
         self._columns = [column for column, _ in encoders]
         self._encoders = [encoder for _, encoder in encoders]
-        kinds = {e.preprocess.shape: e.preprocess for e in self._encoders}  # encoders may want the same pixels
+        kinds = {e.preprocess.pixels_id: e.preprocess for e in self._encoders}  # encoders may want the same pixels
         self._wanted = list(kinds.values())
-        self._kind = [list(kinds).index(e.preprocess.shape) for e in self._encoders]
+        self._kind = [list(kinds).index(e.preprocess.pixels_id) for e in self._encoders]
         self._window = max(settings.batch_size, min(_BATCHES * settings.batch_size, _WINDOW))
         self.clock = Clock()
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="decode")

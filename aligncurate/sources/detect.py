@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from aligncurate.dataset.reader import MANIFEST, Dataset
 from aligncurate.errors import UserError
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources

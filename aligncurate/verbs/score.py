@@ -15,7 +15,8 @@ from aligncurate.dataset.reader import MANIFEST, Dataset, DatasetWriter
 from aligncurate.dataset.record import schema
 from aligncurate.engines import threads as local
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images.decode import Decode, decoders_unheard
+from aligncurate.images.decode import no_decoder_warnings
+from aligncurate.images.formats import DecodeMode
 from aligncurate.io import storage
 from aligncurate.progress import meter, notice
 from aligncurate.scoring.shard import ScoreText, Settings, ShardScorer
@@ -69,7 +70,7 @@ def score(
     compiled: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
-    decode: Decode = "exact",
+    decode: DecodeMode = "exact",
     embeddings: Literal["none", "fp16"] = "none",
     embed_images: bool = False,
     score_text: ScoreText = "assistant",
@@ -138,7 +139,7 @@ def _workers() -> int:
     return min(16, os.cpu_count() or 1)
 
 
-def _check_decode(mode: Decode, encoder: "Encoder") -> None:
+def _check_decode(mode: DecodeMode, encoder: "Encoder") -> None:
     if mode == "gpu" and encoder.device.type != "cuda":
         raise UserError("--decode gpu: it needs a CUDA device; use --decode fast here.")
 
@@ -200,7 +201,7 @@ def _run(
     writer = DatasetWriter(out, head, columns, mended=settings.retry_errors)
     shards = limit_shards(source, limit)
     with ExitStack() as stack:
-        stack.enter_context(decoders_unheard())
+        stack.enter_context(no_decoder_warnings())
         stack.enter_context(writer.open())
         parts, todo = _split(writer, shards, settings.retry_errors)
         if todo:

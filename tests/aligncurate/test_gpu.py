@@ -10,7 +10,7 @@ from PIL import Image
 import aligncurate
 from aligncurate.errors import UserError
 from aligncurate.images import gpu
-from aligncurate.images.decode import decoders_unheard, open_image
+from aligncurate.images.decode import no_decoder_warnings, open_image
 from aligncurate.verbs import score as scoring
 from tests.aligncurate.images.test_images import make_preprocess, pixels_of, rotated
 from tests.support.inputs import encoded, jpeg, picture, write_tar
@@ -39,7 +39,7 @@ def test_pixels_are_close_to_the_exact_ones(device) -> None:
     wanted = [make_preprocess(), make_preprocess(size=32, interpolation="bilinear")]
     files = [encoded(picture(n, *size), quality=95) for n, size in enumerate([(200, 150), (64, 64), (90, 300)])]
     files.append(encoded(picture(4, 120, 90, "L")))
-    with decoders_unheard():
+    with no_decoder_warnings():
         found = gpu.decode_jpegs(files, wanted, torch.device(device))
     for data, pixels in zip(files, found, strict=True):
         for preprocess, own in zip(wanted, pixels, strict=True):
