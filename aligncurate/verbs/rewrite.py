@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from aligncurate.dataset.part import PartInfo, PartWriter
 from aligncurate.dataset.reader import Dataset, DatasetWriter
-from aligncurate.engines import threads as local
+from aligncurate.engines import threads
 from aligncurate.errors import UserError
 from aligncurate.progress import Meter, meter
 
@@ -95,7 +95,7 @@ def _each_part(
         with meter(str(head["verb"]), dataset.rows, quiet=quiet, unit="rows") as shown:
             shown.skip(sum(dataset.parts[i].rows for i in done))
             todo = [i for i in range(len(dataset.parts)) if i not in done]
-            for outcome in local.run(make, todo, threads=_THREADS):
+            for outcome in threads.run(make, todo, workers=_THREADS):
                 assert outcome.result is not None
                 done[outcome.shard] = outcome.result
         return writer.finish([done[i] for i in range(len(dataset.parts))])

@@ -13,7 +13,7 @@ import pyarrow as pa
 from aligncurate.dataset.part import PartInfo
 from aligncurate.dataset.reader import MANIFEST, Dataset, DatasetWriter
 from aligncurate.dataset.record import schema
-from aligncurate.engines import threads as local
+from aligncurate.engines import threads
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.images.formats import DecodeMode
@@ -212,7 +212,7 @@ def _run(
         scorer = ShardScorer(source, writer, encoders, settings, shown)
         stack.callback(scorer.close)
         failures = []
-        for outcome in local.run(scorer.part, todo, threads=_SHARDS):
+        for outcome in threads.run(scorer.part, todo, workers=_SHARDS):
             if outcome.result is not None:
                 parts[outcome.shard.index] = outcome.result
             else:
