@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from aligncurate.encoders.device import Precision, choose_precision, find_device
 from aligncurate.encoders.tokenizer import Tokenize, quick
 from aligncurate.encoders.towers import Towers
 from aligncurate.errors import UserError
@@ -24,8 +25,6 @@ DEFAULT_MODEL, DEFAULT_PRETRAINED = "ViT-L-14-quickgelu", "openai"
 
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "builtin"
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,8 @@ def load(
 
     Raises UserError for names, files and devices that are not there.
     """
-    place, kind = _device(device), precision
-    if kind == "auto":
-        kind = "bf16" if place.type == "cuda" and place_has_bf16(place) else "fp32"
+    place = find_device(device)
+    kind = choose_precision(precision, place)
     model, pretrained, config = _names(model, pretrained, model_config)
     import open_clip
     import torch
@@ -128,12 +126,12 @@ def load(
 def load_all(
     models: str | None,
     pretrained: str | None,
-    model_configs: str | Path | Sequence[str | Path] | None,
+    model_configs: Sequence[str],
     device: str,
     precision: Precision,
     *,
     compiled: bool = False,
-) -> list[tuple[str, Encoder]]:
+) -> dict[str, Encoder]:
     """Encoders by the column for their scores: `score` for the first, `score_<model>` for the others.
 
     Args:
@@ -143,12 +141,11 @@ def load_all(
 
     Other arguments and errors as for `load`.
     """
-    several = isinstance(model_configs, Sequence) and not isinstance(model_configs, str)
-    configs = [Path(c) for c in model_configs] if several else [Path(model_configs)] if model_configs else []  # type: ignore[union-attr, arg-type]
+    configs = [Path(config) for config in model_configs]
     names = models.split(",") if models else [config.stem for config in configs]
     if len(names) < 2:
         config = configs[0] if configs else None
-        return [("score", load(models, pretrained, config, device, precision, compiled=compiled))]
+        return {"score": load(models, pretrained, config, device, precision, compiled=compiled)}
     weights = pretrained.split(",") if pretrained else [""] * len(names)
     if len(weights) != len(names):
         raise UserError(
@@ -166,7 +163,7 @@ def load_all(
         if column in found:
             raise UserError(f"--model {models}: {name} is there twice with the same weights.")
         found[column] = load(name, tag or None, by_name.get(name), device, precision, compiled=compiled)
-    return list(found.items())
+    return found
 
 
 def _names(model: str | None, pretrained: str | None, config: str | Path | None) -> tuple[str, str | None, Path | None]:
@@ -222,29 +219,6 @@ def _closest(model: str) -> str:
 
     close = get_close_matches(model, [*open_clip.list_models(), TINY], n=1)
     return f"; did you mean {close[0]}" if close else ""
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there is no such GPU here ({torch.cuda.device_count()} found).")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.")
-    return device
-
-
-def place_has_bf16(device: "torch.device") -> bool:
-    """Whether a CUDA device computes in bf16 natively (Ampere and newer)."""
-    import torch
-
-    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _weights_file(model: str, pretrained: str | None) -> Path:

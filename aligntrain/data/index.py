@@ -24,9 +24,10 @@ from aligncurate.dataset.record import FINE, Pair, Status
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
 from aligncurate.progress import meter
-from aligncurate.sources import SourceOptions, open_source
 from aligncurate.sources.base import Source
 from aligncurate.sources.curated import row_of
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
 from aligntrain.stage import StageConfig
@@ -149,7 +150,8 @@ def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: i
     """
     if not config.data:
         raise UserError("no data was given; name dataset folders, tars or another source.")
-    options = SourceOptions(config.format, config.caption_column, config.image_column, config.image_root)
+    names = ("format", "caption_column", "image_column", "image_root")
+    options = SourceOptions(**{name: getattr(config, name) for name in names})
     source = open_source(list(config.data), options)
     made_of = _fingerprint(source, config, processor, num_levels)
     notes = _notes(file)

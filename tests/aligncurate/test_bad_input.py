@@ -24,7 +24,8 @@ from PIL import Image
 import aligncurate
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import ShardError, UserError
-from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, encoded, ingested, jpeg, pairs, picture, read_all, tar_bytes, write_tar
 
 

@@ -72,7 +72,7 @@ def test_statuses_are_those_of_exact_decoding_and_scores_are_close(tmp_path, mon
         Image.open(io.BytesIO(damaged())).load()
     tar = write_tar(tmp_path / "pairs.tar", samples)
     exact = aligncurate.score(tar, tmp_path / "exact", model="tiny", quiet=True).dataset.scan().collect()
-    monkeypatch.setattr(scoring, "_check_decode", lambda mode, encoder: None)
+    monkeypatch.setattr(scoring, "check_decode", lambda options, encoder: None)
     run = aligncurate.score(tar, tmp_path / "gpu", model="tiny", decode="gpu", quiet=True).dataset
     found = run.scan().collect()
     columns = ["key", "status", "error", "width", "height", "sha256"]

@@ -18,7 +18,7 @@ import aligncurate
 from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs import score as scoring
 from tests.support.inputs import cli
 
@@ -328,9 +328,9 @@ def test_the_summary_says_where_the_time_went(tmp_path, dev) -> None:
 
 def test_an_unfinished_run_keeps_the_batch_size_that_it_chose(tmp_path, dev, monkeypatch) -> None:
     tar = write_tar(tmp_path / "a.tar", {k: {"jpg": i, "txt": c.encode()} for k, i, c in dev[:4]})
-    monkeypatch.setattr(scoring, "_default_batch", lambda encoder: 5)
+    monkeypatch.setattr(scoring, "default_batch", lambda encoder: 5)
     aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True)
-    monkeypatch.setattr(scoring, "_default_batch", lambda encoder: 9)  # as if the GPU had more room now
+    monkeypatch.setattr(scoring, "default_batch", lambda encoder: 9)  # as if the GPU had more room now
     again = aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True)
     assert again.dataset.manifest["options"]["batch_size"] == 5 and again.resumed == 1
 

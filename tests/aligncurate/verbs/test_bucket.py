@@ -12,7 +12,7 @@ import aligncurate
 from aligncurate.dataset.part import PartWriter
 from aligncurate.demo.scenes import draw, make_scene, write_tars
 from aligncurate.errors import UserError
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs import bucket as bucketing
 
 
