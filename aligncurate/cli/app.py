@@ -300,7 +300,7 @@ def models() -> None:
     from rich.table import Table
 
     from aligncurate.encoders.catalogue import known_models
-    from aligncurate.encoders.load import DEFAULT_MODEL
+    from aligncurate.encoders.names import DEFAULT_MODEL
 
     table = Table("model", "pixels", "width", "--pretrained", box=box.SIMPLE_HEAD)
     for entry in known_models():
