@@ -120,15 +120,15 @@ class _Bar(Meter):
 def meter(verb: str, total: int | None, *, quiet: bool = False, unit: str = "pairs") -> Iterator[Meter]:
     """A meter for where the output goes: a bar, lines, or nothing if `quiet`."""
     kind: Any = Meter if quiet else (_Bar if console.is_terminal else _Lines)
-    shown: Meter = kind(verb, total, unit)
+    progress: Meter = kind(verb, total, unit)
     try:
-        yield shown
+        yield progress
     finally:
-        shown.close()
+        progress.close()
 
 
 def notice(text: str, *, quiet: bool = False) -> None:
-    """One sentence the user should read."""
+    """Print a note for the user, unless `quiet`."""
     if not quiet:
         console.print(f"[yellow]note:[/] {text}", soft_wrap=True)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode --save
 
-Costs are processor time, not wall time, so that other processes hardly matter: the least of several rounds over all
-images. Scores are those of an encoder that knows something of photos, by default the small one beside the images.
+Costs are processor time, not wall time, so that other processes hardly matter: the minimum of several rounds over all
+images. Scores are those of the small encoder trained on photos that lies beside the images.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def changes(data: Path, levels: int = 8) -> list[dict[str, Any]]:
                     "pairs": len(change),
                     "mean change": float(change.mean()),
                     "99th percentile": float(np.quantile(change, 0.99)),
-                    "greatest": float(change.max()),
+                    "largest": float(change.max()),
                     f"another level of {levels}": f"{(moved > 0).mean():.1%}",
                     "two levels or more": f"{(moved > 1).mean():.1%}",
                     "rank correlation": f"{np.corrcoef(*ranks)[0, 1]:.5f}",

@@ -36,13 +36,13 @@ def test_only_whole_upright_jpegs_go_to_the_gpu() -> None:
     ])],
 )  # fmt: skip
 def test_pixels_are_close_to_the_exact_ones(device) -> None:
-    wanted = [make_preprocess(), make_preprocess(size=32, interpolation="bilinear")]
+    preprocesses = [make_preprocess(), make_preprocess(size=32, interpolation="bilinear")]
     files = [encoded(picture(n, *size), quality=95) for n, size in enumerate([(200, 150), (64, 64), (90, 300)])]
     files.append(encoded(picture(4, 120, 90, "L")))
     with no_decoder_warnings():
-        found = gpu.decode_jpegs(files, wanted, torch.device(device))
+        found = gpu.decode_jpegs(files, preprocesses, torch.device(device))
     for data, pixels in zip(files, found, strict=True):
-        for preprocess, own in zip(wanted, pixels, strict=True):
+        for preprocess, own in zip(preprocesses, pixels, strict=True):
             assert own.dtype == torch.uint8 and own.device.type == device
             difference = (preprocess.normalize(own.cpu()) - pixels_of(data, preprocess)).abs()
             assert difference.mean() < 0.03 and difference.max() < 0.2

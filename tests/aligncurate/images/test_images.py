@@ -227,7 +227,7 @@ def test_the_middle_is_cut_where_open_clip_cuts_it(size, preprocess) -> None:
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it has so many pixels."""
+    """A PNG of a few bytes whose header claims this size."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -268,7 +268,7 @@ def test_shapes_too_narrow_to_resize_are_refused(size, preprocess) -> None:
         (encoded(picture(), "PNG")[:20], "not an image"),
     ],
 )
-def test_what_is_no_image_is_named(data, sentence) -> None:
+def test_data_that_is_not_an_image_is_named(data, sentence) -> None:
     with pytest.raises(ImageError, match=sentence) as caught:
         open_image(data)
     assert caught.value.status is Status.DECODE_ERROR

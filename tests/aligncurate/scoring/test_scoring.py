@@ -246,7 +246,7 @@ def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monke
     }  # fmt: skip
     levelled = aligncurate.bucket(both, tmp_path / "levels", score_column="score_flickr-clip", levels=4, quiet=True)
     assert set(levelled.scan().collect()["level"]) == {1, 2, 3, 4}
-    # Thresholds say whose scores they are for, also after another verb, and a note comes where that is another one.
+    # Thresholds name the encoder of their scores, also after another verb; a note tells when it is another one.
     assert levelled.manifest["encoders"] == both.manifest["encoders"]
     assert levelled.manifest["thresholds"]["encoder"]["model"] == alone.manifest["encoder"]["model"]
     column = {"score_column": "score_flickr-clip", "quiet": False}
@@ -284,7 +284,7 @@ def test_a_retry_keeps_and_completes_all_scores_and_their_counts(tmp_path, dev, 
 
 
 def counted(dataset) -> int:
-    """How many scores the manifest's counts speak of, after comparing them with the scores."""
+    """How many scores the manifest counts; checks the counts against the scores."""
     columns = [n for n in dataset.schema.names if n == "score" or n.startswith("score_")]
     assert list(dataset.manifest["score_counts"]) == columns
     for column in columns:

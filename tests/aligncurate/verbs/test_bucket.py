@@ -227,7 +227,7 @@ def test_rows_that_are_not_ok_and_empty_parts_do_not_count(tmp_path, image) -> N
 
 def test_labelled_parts_have_the_bytes_that_writing_all_columns_anew_gives(tmp_path) -> None:
     write_tars(tmp_path / "tars", 50, seed=6, shard_size=30)
-    options = {"embed_images": True, "embeddings": True}
+    options = {"embed_images": True, "embeddings": "fp16"}
     dataset = aligncurate.score(tmp_path / "tars", tmp_path / "in", model="tiny", quiet=True, **options).dataset
     labelled = aligncurate.bucket(dataset, tmp_path / "out", levels=3, quiet=True)
     for index, file in enumerate(labelled.files):
