@@ -18,24 +18,26 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset, open_dataset
-    from aligncurate.sources import SourceOptions, open_source
+    from aligncurate.sources.detect import open_source
+    from aligncurate.sources.options import SourceOptions
     from aligncurate.verbs.bucket import bucket
     from aligncurate.verbs.export.export import export
     from aligncurate.verbs.filter import filter
+    from aligncurate.verbs.ingest import ingest
     from aligncurate.verbs.inspect import inspect
-    from aligncurate.verbs.score import ingest, score
+    from aligncurate.verbs.score import score
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
 _HOMES = {
     "Dataset": "dataset.reader",
-    "SourceOptions": "sources",
+    "SourceOptions": "sources.options",
     "bucket": "verbs.bucket",
     "export": "verbs.export.export",
     "filter": "verbs.filter",
-    "ingest": "verbs.score",
+    "ingest": "verbs.ingest",
     "inspect": "verbs.inspect",
     "open_dataset": "dataset.reader",
-    "open_source": "sources",
+    "open_source": "sources.detect",
     "score": "verbs.score",
 }
 

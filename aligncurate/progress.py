@@ -1,4 +1,6 @@
-"""How a long verb shows that it is alive: a bar on a terminal, plain lines elsewhere."""
+"""Progress reporting: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
 
 import sys
 import time
@@ -14,7 +16,6 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -24,11 +25,11 @@ console = Console(stderr=True, highlight=False)
 
 
 class Meter:
-    """Counts rows and shows them.
+    """Counts the rows of a run and shows the progress; this one is quiet.
 
     Args:
         verb: what is being done.
-        total: rows in all; None where that is not known beforehand.
+        total: number of rows; None if it is not known beforehand.
         unit: what is counted.
     """
 
@@ -39,12 +40,12 @@ class Meter:
         self._lock = Lock()
 
     def skip(self, rows: int) -> None:
-        """Rows that an earlier run committed."""
+        """Count rows that an earlier run committed; they are part of the total, but not of the rate."""
         with self._lock:
             self.skipped += rows
 
     def add(self, rows: int, ok: int, failed: int) -> None:
-        """Rows that are done now."""
+        """Count rows that this run has done."""
         with self._lock:
             self.done += rows
             self.ok += ok
@@ -57,28 +58,28 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Rows per second since the start."""
+        """This run's rows per second."""
         return self.done / self.seconds if self.seconds > 0 else 0.0
 
     def _show(self) -> None:
-        """Nothing: the quiet meter only counts."""
+        """Show the progress, in the way of the subclass."""
 
     def close(self) -> None:
-        """End of the show."""
+        """Stop showing progress."""
 
     def text(self) -> str:
-        """The state in words."""
+        """The progress in words: `120 of 500 pairs, 40/s, 3 failed, 9.5 s left`."""
         share = f" of {self.total:,}" if self.total is not None else ""
+        failed = f", {self.failed:,} failed" if self.failed else ""
         left = ""
         if self.total is not None and self.done and self.total > self.done + self.skipped:
             rest = (self.total - self.done - self.skipped) / max(self.rate, 1e-9)
             left = f", {duration(rest)} left"
-        failed = f", {self.failed:,} failed" if self.failed else ""
         return f"{self.done + self.skipped:,}{share} {self.unit}, {self.rate:,.0f}/s{failed}{left}"
 
 
 class _Lines(Meter):
-    """Plain lines, now and then."""
+    """Prints a line every few seconds."""
 
     def __init__(self, verb: str, total: int | None, unit: str) -> None:
         super().__init__(verb, total, unit)
@@ -100,9 +101,8 @@ class _Bar(Meter):
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=28, complete_style="cyan", finished_style="cyan"),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}"),  # not rich's own estimate, which would count skipped rows
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
         )
@@ -110,10 +110,7 @@ class _Bar(Meter):
         self._progress.start()
 
     def _show(self) -> None:
-        failed = f"  [red]{self.failed:,} failed[/]" if self.failed else ""
-        share = f" of {self.total:,}" if self.total is not None else ""
-        text = f"{self.done + self.skipped:,}{share} {self.unit}  {self.rate:,.0f}/s  [green]{self.ok:,} ok[/]{failed}"
-        self._progress.update(self._task, completed=self.done + self.skipped, text=text)
+        self._progress.update(self._task, completed=self.done + self.skipped, text=self.text())
 
     def close(self) -> None:
         self._progress.stop()
@@ -121,23 +118,23 @@ class _Bar(Meter):
 
 @contextmanager
 def meter(verb: str, total: int | None, *, quiet: bool = False, unit: str = "pairs") -> Iterator[Meter]:
-    """A meter fit for where the output goes: bar, lines, or nothing when `quiet`."""
+    """A meter for where the output goes: a bar, lines, or nothing if `quiet`."""
     kind: Any = Meter if quiet else (_Bar if console.is_terminal else _Lines)
-    shown: Meter = kind(verb, total, unit)
+    progress: Meter = kind(verb, total, unit)
     try:
-        yield shown
+        yield progress
     finally:
-        shown.close()
+        progress.close()
 
 
 def notice(text: str, *, quiet: bool = False) -> None:
-    """One sentence the user should read."""
+    """Print a note for the user, unless `quiet`."""
     if not quiet:
         console.print(f"[yellow]note:[/] {text}", soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in words: `9.5 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = int(seconds // 60)

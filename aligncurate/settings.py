@@ -8,20 +8,24 @@ error.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from math import inf
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from aligncurate.errors import UserError
 
 _MISSING: Any = dataclasses.MISSING
+
+Settings = TypeVar("Settings")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def setting(
@@ -94,6 +98,28 @@ def check_names(settings: type, given: Mapping[str, Any], where: str = "") -> No
             close = get_close_matches(name.replace("-", "_"), names, n=1)
             hint = f"; did you mean {close[0]}?" if close else f". Settings: {', '.join(names)}."
             raise UserError(f"{where}unknown setting {name!r}{hint}")
+
+
+def make(settings: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """The settings dataclass made of keyword arguments. Raises UserError for unknown names and unusable values."""
+    check_names(settings, given)
+    return settings(**given)
+
+
+def lists_settings(settings: type) -> Callable[[Function], Function]:
+    """A decorator: the function's signature names the settings that it takes as `**settings`, for `help`."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        listed = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(settings)
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *listed])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def recorded(settings: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from aligncurate.errors import UserError
 from aligncurate.settings import check, check_names, setting
+from aligncurate.sources.options import Format
 
 _PAPER: dict[str, dict[str, Any]] = {
     "pretrain": {"learning_rate": 1e-3, "batch_size": 256, "template": "plain", "image_mode": "crop"},
@@ -76,7 +77,7 @@ class StageConfig:
     packing: Literal["auto", "on", "off"] = setting(
         "Pack several samples into a row; auto does it if the LLM supports it.", "auto"
     )
-    level_weights: dict[int, float] | None = setting(  # noqa: RUF009, it is a field
+    level_weights: dict[int, float] | None = setting(
         "How often samples of a level are used per epoch, such as 1:0,2:0.5.", None
     )
     stratified: bool = setting("Give every step the same mix of levels as the whole data.", False)
@@ -93,7 +94,7 @@ class StageConfig:
     compile: bool = setting("Use torch.compile on each layer.", False, recorded=False)
     fused: bool = setting("Use the fused AdamW kernel on GPUs.", True, recorded=False)
 
-    format: str | None = setting("Input format (auto-detected by default).", None, group="Reading")
+    format: Format | None = setting("Input format (auto-detected by default).", None, group="Reading")
     caption_column: str | None = setting("Column or field with the caption.", None)
     image_column: str | None = setting("Column or field with the image.", None)
     image_root: str | None = setting("Folder that image paths are relative to.", None)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode --save
 
-Costs are processor time, not wall time, so that other processes hardly matter: the least of several rounds over all
-images. Scores are those of an encoder that knows something of photos, by default the small one beside the images.
+Costs are processor time, not wall time, so that other processes hardly matter: the minimum of several rounds over all
+images. Scores are those of the small encoder trained on photos that lies beside the images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 import aligncurate
-from aligncurate.images.decode import decode, decoders_unheard, open_image, preprocess_of
+from aligncurate.images.decode import decode, no_decoder_warnings, open_image
+from aligncurate.images.preprocess import Preprocess
 from benchmarks.common import publish
 from benchmarks.score import DATA, repeated
 
@@ -38,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"rounds": options.rounds, "size": SIZE}
-    with decoders_unheard():
+    with no_decoder_warnings():
         publish("decode", "processor time per image", costs(options.data, options.rounds), settings, options.save)
     publish("fast", "fast against exact", changes(options.data), {"encoder": "flickr-clip"}, options.save)
 
@@ -46,7 +47,7 @@ def main() -> None:
 def costs(data: Path, rounds: int) -> list[dict[str, Any]]:
     photos = [image for image, _ in repeated(data / "coco", 142)]
     config = open_clip.transform.PreprocessCfg(size=SIZE)
-    preprocess = preprocess_of(open_clip.transform.image_transform_v2(config, is_train=False), vars(config))
+    preprocess = Preprocess.of(open_clip.transform.image_transform_v2(config, is_train=False), vars(config))
 
     def turbo(data: bytes, edge: int) -> Any:
         return simplejpeg.decode_jpeg(data, "RGB", min_height=edge, min_width=edge, min_factor=2)
@@ -124,7 +125,7 @@ def changes(data: Path, levels: int = 8) -> list[dict[str, Any]]:
                     "pairs": len(change),
                     "mean change": float(change.mean()),
                     "99th percentile": float(np.quantile(change, 0.99)),
-                    "greatest": float(change.max()),
+                    "largest": float(change.max()),
                     f"another level of {levels}": f"{(moved > 0).mean():.1%}",
                     "two levels or more": f"{(moved > 1).mean():.1%}",
                     "rank correlation": f"{np.corrcoef(*ranks)[0, 1]:.5f}",

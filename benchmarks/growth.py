@@ -2,9 +2,9 @@
 
     python -m benchmarks.growth --save
 
-Tars of 250 pairs, as many as it takes (links to the same four files), each size in a process of its own. Seconds are
-those of the run without loading the model; memory is the process's greatest resident size. A run in which other
-processes took more than a tenth of the processor is done again, up to three times.
+The source is tars of 250 pairs (links to the same four files); each size runs in a process of its own. Seconds are
+without loading the model; memory is the process's peak resident size. A run in which other processes took more than a
+tenth of the processor is repeated, up to three times.
 """
 
 from __future__ import annotations

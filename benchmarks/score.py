@@ -2,10 +2,10 @@
 
     python -m benchmarks.score --save
 
-Encoders have random weights: speed does not depend on what they know. Every round runs all variants one after the
-other; rates and ratios are medians over rounds. A run in which other processes took more than a tenth of the processor
-is done again (--tries); "others" is the greatest share that they took of a run that counts. The pairs of the first tar
-that `fast` also scores exactly, to say how far it strays, are a cost of a run, not of a pair, so it has one pair.
+Encoders have random weights: speed does not depend on them. Every round runs all variants in turn; rates and ratios
+are medians over rounds. A run in which other processes took more than a tenth of the processor is repeated (--tries);
+"others" is the largest share that they took of a run that counts. The first tar has only one pair: its pairs are also
+scored exactly by `fast`, which is a cost per run, not per pair.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from PIL import Image
 
 import aligncurate
 from aligncurate.encoders import load as encoders
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from benchmarks.common import Spread, publish, undisturbed
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/coco"
-# Pairs per run on the CPU, by the work that one pair is: a run takes five to ten seconds, so that it can be quiet.
+# Pairs per run on the CPU, fewer for larger models: a run takes five to ten seconds, short enough to be undisturbed.
 PAIRS = {"ViT-B-32": 96, "ViT-L-14": 12, "ViT-L-14-336": 6}
 
 
@@ -40,12 +40,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(PAIRS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--decode", nargs="+", default=["exact", "fast"], help="also gpu")
-    parser.add_argument("--pairs", type=int, help="per run; by default few on a CPU, 20,000 on a GPU")
+    parser.add_argument("--pairs", type=int, help="pairs per run; by default a few on a CPU, 20,000 on a GPU")
     parser.add_argument("--batch", type=int, help="by default 32 on a CPU, 256 on a GPU")
     parser.add_argument("--workers", type=int, help="of ours and of the stock DataLoader; by default one per core")
     parser.add_argument("--compile", action="store_true", help="ours with --compile")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tries", type=int, default=3, help="of a run that others disturb")
+    parser.add_argument("--tries", type=int, default=3, help="runs at most, if other processes disturb them")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(model: str, count: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Rows of one model: every variant, in turn, in every round."""
+    """The table's rows of one model."""
     pairs = repeated(options.images, count)
     tars = [write_tar(folder / "first.tar", pairs[:1]), write_tar(folder / "others.tar", pairs[1:])]
     weights = random_weights(model, folder)
@@ -87,7 +87,7 @@ def measure(model: str, count: int, options: argparse.Namespace, folder: Path) -
     def over(name: tuple[str, str], other: tuple[str, str]) -> str | None:
         if name == other or other not in rates:
             return None
-        # Round by round: what makes the machine slower for a while does so for both.
+        # Per round, so that a slow spell of the machine affects both.
         return f"{statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True)):.2f}x"
 
     return [
@@ -105,7 +105,7 @@ def measure(model: str, count: int, options: argparse.Namespace, folder: Path) -
 
 
 def repeated(folder: Path, count: int) -> list[tuple[bytes, str]]:
-    """`count` images of a folder, each with its next caption, over and over."""
+    """`count` images of a folder, repeated as needed, each time with its next caption."""
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower().removeprefix(".") in EXTENSIONS)
     captions: dict[str, list[str]] = {}
     if (folder / "captions.json").is_file():
@@ -142,7 +142,7 @@ def random_weights(model: str, folder: Path) -> Path:
 def ours(
     model: str, weights: Path, precision: Any, decode: Any, tars: list[Path], options: argparse.Namespace, folder: Path
 ) -> Callable[[], float]:
-    """A whole `score` without the loading of the model, which it does once whatever the number of pairs."""
+    """A whole `score`, without loading the model, whose cost does not depend on the number of pairs."""
 
     def run() -> float:
         with TemporaryDirectory(dir=folder) as out:
@@ -177,7 +177,7 @@ class _Images(torch.utils.data.Dataset[Any]):
 def stock(
     model: str, weights: Path, precision: str, pairs: list[tuple[bytes, str]], options: argparse.Namespace
 ) -> Callable[[], float]:
-    """What open_clip's documentation shows: its preprocessing and tokenizer in a DataLoader, then both towers."""
+    """The loop of open_clip's documentation: its preprocessing and tokenizer in a DataLoader, then both towers."""
     import open_clip
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,7 +210,7 @@ def stock(
 def ceiling(
     model: str, weights: Path, precision: Any, pairs: list[tuple[bytes, str]], options: argparse.Namespace
 ) -> Callable[[], float]:
-    """Both towers alone, as ours runs them, on tensors that are on the device and of the same shapes."""
+    """Both towers alone, run as ours does, on tensors of the same shapes that are on the device already."""
 
     def run() -> float:
         encoder = encoders.load(model, str(weights), precision=precision, compiled=options.compile)

@@ -36,7 +36,8 @@ from transformers import (
 from aligncurate.dataset.record import FINE
 from aligncurate.demo.scenes import write_conversations
 from aligncurate.images.decode import load_rgb
-from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from aligntrain import StageConfig, train
 from aligntrain.model.build import build_processor
 from aligntrain.tools.preview import preview

@@ -29,7 +29,8 @@ import aligncurate
 from aligncurate.dataset.record import Pair
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.bucket import Method
 from aligntrain import StageConfig
 from aligntrain.tools.preview import ASSUMED_UTILISATION, Preview, preview

@@ -16,12 +16,16 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from aligncurate import __version__
+from aligncurate.cli.options import with_settings
 from aligncurate.errors import RunError, UserError
+from aligncurate.scoring.options import IngestOptions, ScoreOptions
+from aligncurate.settings import field_types
+from aligncurate.sources.options import SourceOptions
 
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset
-    from aligncurate.scoring.timing import Times
-    from aligncurate.verbs.score import Summary
+    from aligncurate.scoring.timing import StageTimes
+    from aligncurate.verbs.from_sources import ScoreResult
 
 _MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
@@ -83,29 +87,6 @@ app = typer.Typer(
 _stdout = Console(highlight=False)
 
 
-class Precision(StrEnum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Decode(StrEnum):
-    exact = "exact"
-    fast = "fast"
-    gpu = "gpu"
-
-
-class Embeddings(StrEnum):
-    none = "none"
-    fp16 = "fp16"
-
-
-class ScoreText(StrEnum):
-    assistant = "assistant"
-    user = "user"
-    all = "all"
-
-
 class Method(StrEnum):
     quantile = "quantile"
     uniform = "uniform"
@@ -115,14 +96,6 @@ class ExportFormat(StrEnum):
     webdataset = "webdataset"
     llava_json = "llava-json"
     datacomp_uids = "datacomp-uids"
-
-
-class SourceFormat(StrEnum):
-    webdataset = "webdataset"
-    parquet = "parquet"
-    annotations = "annotations"
-    table = "table"
-    dataset = "dataset"
 
 
 Sources = Annotated[
@@ -136,33 +109,6 @@ Sources = Annotated[
 DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of a dataset.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; made if needed.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
-Workers = Annotated[int | None, typer.Option(help="Decoding threads.", show_default="one per core")]
-Limit = Annotated[
-    int | None, typer.Option(rich_help_panel="Source", help="Only the first so many pairs.", show_default="all")
-]
-EmbedImages = Annotated[bool, typer.Option("--embed-images", help="Copy the images' bytes into the dataset.")]
-RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Do the rows that failed before again.")]
-Format = Annotated[
-    SourceFormat | None,
-    typer.Option(rich_help_panel="Source", help="What the sources are.", show_default="found by looking"),
-]
-CaptionColumn = Annotated[
-    str | None,
-    typer.Option(rich_help_panel="Source", help="Column or field with the caption.", show_default="found by looking"),
-]
-ImageColumn = Annotated[
-    str | None,
-    typer.Option(rich_help_panel="Source", help="Column or field with the image.", show_default="found by looking"),
-]
-ImageRoot = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel="Source",
-        help="Folder that image paths are relative to, or that has tars with them.",
-        show_default="near the file",
-    ),
-]
-RowsPerShard = Annotated[int, typer.Option(rich_help_panel="Source", help="Rows of a big file that become one part.")]
 ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
 
 
@@ -187,125 +133,26 @@ def _version(on: bool) -> None:
 
 
 @app.command()
-def score(
-    sources: Sources,
-    out: Out,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel="Encoder",
-            help="open_clip model, hf-hub: name, or tiny; several, separated by commas, share one pass.",
-            show_default="ViT-L-14-quickgelu",
-        ),
-    ] = None,
-    pretrained: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel="Encoder", help="open_clip tag, or a file of weights; one per model.", show_default="openai"
-        ),
-    ] = None,
-    model_config: Annotated[
-        list[Path] | None,
-        typer.Option(
-            rich_help_panel="Encoder",
-            help="An open_clip JSON config; names the model. May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(rich_help_panel="Encoder", help="auto, cpu, cuda or cuda:0.")] = "auto",
-    precision: Annotated[
-        Precision, typer.Option(rich_help_panel="Encoder", help="auto: bf16 on a GPU that has it, else fp32.")
-    ] = Precision.auto,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile", rich_help_panel="Encoder", help="torch.compile and CUDA graphs: a slow start, then quicker."
-        ),
-    ] = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Pairs encoded at once.", show_default="what fits into the GPU's memory, else 32"),
-    ] = None,
-    workers: Workers = None,
-    decode: Annotated[
-        Decode,
-        typer.Option(help="exact: open_clip's own preprocessing; fast: nearly that, sooner; gpu: JPEGs on the GPU."),
-    ] = Decode.exact,
-    embeddings: Annotated[
-        Embeddings, typer.Option(help="Keep the embeddings of image and text as columns.")
-    ] = Embeddings.none,
-    embed_images: EmbedImages = False,
-    score_text: Annotated[
-        ScoreText, typer.Option(help="Turns of conversations to compare with the image.")
-    ] = ScoreText.assistant,
-    limit: Limit = None,
-    retry_errors: RetryErrors = False,
-    format: Format = None,
-    caption_column: CaptionColumn = None,
-    image_column: ImageColumn = None,
-    image_root: ImageRoot = None,
-    rows_per_shard: RowsPerShard = 10_000,
-    quiet: Quiet = False,
-) -> None:
+@with_settings(ScoreOptions, SourceOptions)
+def score(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
     """Score every image-text pair of the sources into a new dataset.
 
-    A run that was stopped goes on where it was when the same command is given again.
+    Run the same command again to resume an interrupted run.
     """
     from aligncurate.verbs.score import score as run
 
-    options = _source_options(format, caption_column, image_column, image_root, rows_per_shard)
-    summary = run(
-        sources,
-        out,
-        model=model,
-        pretrained=pretrained,
-        model_config=model_config,
-        device=device,
-        precision=precision.value,
-        compiled=compiled,
-        batch_size=batch_size,
-        workers=workers,
-        decode=decode.value,
-        embeddings=embeddings.value,
-        embed_images=embed_images,
-        score_text=score_text.value,
-        limit=limit,
-        retry_errors=retry_errors,
-        source=options,
-        quiet=quiet,
-    )
-    _summarize("scored", summary, out, f"aligncurate bucket {out} --out LEVELLED", quiet)
+    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    _summarize("scored", result, out, f"aligncurate bucket {out} --out LEVELLED", quiet)
 
 
 @app.command()
-def ingest(
-    sources: Sources,
-    out: Out,
-    workers: Workers = None,
-    embed_images: EmbedImages = False,
-    limit: Limit = None,
-    retry_errors: RetryErrors = False,
-    format: Format = None,
-    caption_column: CaptionColumn = None,
-    image_column: ImageColumn = None,
-    image_root: ImageRoot = None,
-    rows_per_shard: RowsPerShard = 10_000,
-    quiet: Quiet = False,
-) -> None:
+@with_settings(IngestOptions, SourceOptions)
+def ingest(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
     """Make a dataset without scores; no model is loaded. Scores and levels of the source are kept."""
-    from aligncurate.verbs.score import ingest as run
+    from aligncurate.verbs.ingest import ingest as run
 
-    summary = run(
-        sources,
-        out,
-        workers=workers,
-        embed_images=embed_images,
-        limit=limit,
-        retry_errors=retry_errors,
-        source=_source_options(format, caption_column, image_column, image_root, rows_per_shard),
-        quiet=quiet,
-    )
-    _summarize("ingested", summary, out, f"aligncurate score {out} --out SCORED", quiet)
+    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    _summarize("ingested", result, out, f"aligncurate score {out} --out SCORED", quiet)
 
 
 @app.command()
@@ -453,7 +300,7 @@ def models() -> None:
     from rich.table import Table
 
     from aligncurate.encoders.catalogue import known_models
-    from aligncurate.encoders.load import DEFAULT_MODEL
+    from aligncurate.encoders.names import DEFAULT_MODEL
 
     table = Table("model", "pixels", "width", "--pretrained", box=box.SIMPLE_HEAD)
     for entry in known_models():
@@ -494,15 +341,12 @@ def demo(
         console.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
 
 
-def _source_options(
-    format: SourceFormat | None, caption: str | None, image: str | None, root: str | None, rows: int
-) -> Any:
-    from aligncurate.sources import SourceOptions
-
-    return SourceOptions(format.value if format else None, caption, image, root, rows)
+def _source_options(options: dict[str, Any]) -> SourceOptions:
+    """Take the source's options out of those of a command."""
+    return SourceOptions(**{name: options.pop(name) for name in field_types(SourceOptions) if name in options})
 
 
-def _summarize(done: str, summary: "Summary", out: Path, following: str, quiet: bool) -> None:
+def _summarize(done: str, summary: "ScoreResult", out: Path, following: str, quiet: bool) -> None:
     """Print how a run ended. Shards that could not be read make it a fault: exit code 1."""
     from aligncurate.progress import duration
 
@@ -527,7 +371,7 @@ def _summarize(done: str, summary: "Summary", out: Path, following: str, quiet: 
         raise typer.Exit(1)
 
 
-def _print_times(times: "Times") -> None:
+def _print_times(times: "StageTimes") -> None:
     """Where the time went: seconds of work in each stage, and how busy the busiest was."""
     seconds = ", ".join(f"{stage} {taken:.1f} s" for stage, taken in times.seconds.items())
     worst = times.bottleneck

@@ -1,52 +1,43 @@
-"""The list of models that `--model` accepts, from open_clip's own tables but without importing torch."""
+"""The models that `--model` accepts, from a table of open_clip's models, so that listing them does not import torch.
 
-import importlib
-import importlib.util
+Importing open_clip takes seconds, the table milliseconds. It holds for one version of open_clip; with any other,
+open_clip itself is asked. After an upgrade, write it again with `python -m aligncurate.encoders.catalogue`.
+"""
+
+from __future__ import annotations
+
 import json
-import re
-import sys
+from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from aligncurate.encoders.load import TINY, TINY_FOLDER
+from aligncurate.encoders.names import TINY, TINY_FOLDER
+
+TABLE = Path(__file__).parent / "builtin" / "open_clip_models.json"
 
 
 def known_models() -> list[dict[str, Any]]:
-    """What `--model` accepts: name, input size in pixels, embedding width and weights of each."""
-    spec = importlib.util.find_spec("open_clip")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    tags_of = _pretrained_table(folder).list_pretrained_tags_by_model
-    files = sorted((folder / "model_configs").glob("*.json"), key=lambda file: _natural(file.stem))
-    others = [(file, tags_of(file.stem)) for file in files if file.stem != TINY]
-    tiny = (TINY_FOLDER / "tiny.json", ["built in"])
-    return [_entry(file, weights) for file, weights in (tiny, *others) if weights]
+    """Name, weights, input size in pixels and embedding width of each model that has weights; `tiny` first."""
+    config = json.loads((TINY_FOLDER / "tiny.json").read_text("utf-8"))
+    table = json.loads(TABLE.read_text("utf-8"))
+    models = table["models"] if table["open_clip"] == version("open_clip_torch") else open_clip_models()
+    return [_entry(TINY, config, ["built in"]), *models]
 
 
-def _entry(config: Path, weights: list[str]) -> dict[str, Any]:
-    found = json.loads(config.read_text("utf-8"))
-    size = found["vision_cfg"].get("image_size", 224)
-    return {"model": config.stem, "weights": weights, "image_size": size, "width": found["embed_dim"]}
+def open_clip_models() -> list[dict[str, Any]]:
+    """The same for open_clip's own models, asked of open_clip."""
+    import open_clip
+    from open_clip.pretrained import list_pretrained_tags_by_model
+
+    names = [name for name in open_clip.list_models() if name != TINY and list_pretrained_tags_by_model(name)]
+    return [_entry(name, open_clip.get_model_config(name), list_pretrained_tags_by_model(name)) for name in names]
 
 
-def _pretrained_table(folder: Path) -> ModuleType:
-    """open_clip's module `pretrained` by itself, in a package of another name, and without torch."""
-    name = "_open_clip_tables"
-    package = ModuleType(name)
-    package.__path__ = [str(folder)]
-    # The one module through which it would import torch; it can do without, where it only has to list.
-    heavy, before = "safetensors.torch", sys.modules.get("safetensors.torch")
-    sys.modules[name] = package
-    if before is None:
-        sys.modules[heavy] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module(f"{name}.pretrained")
-    finally:
-        if before is None:
-            del sys.modules[heavy]
+def _entry(name: str, config: dict[str, Any], weights: list[str]) -> dict[str, Any]:
+    size = config["vision_cfg"].get("image_size", 224)
+    return {"model": name, "weights": weights, "image_size": size, "width": config["embed_dim"]}
 
 
-def _natural(name: str) -> list[Any]:
-    """Sorts names as open_clip does: numbers in them as numbers."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name.lower())]
+if __name__ == "__main__":
+    lines = ",\n".join(f"  {json.dumps(model)}" for model in open_clip_models())
+    TABLE.write_text(f'{{"open_clip": "{version("open_clip_torch")}", "models": [\n{lines}\n]}}\n', "utf-8")

@@ -1,7 +1,8 @@
-"""Image-text encoders: any open_clip model, and the small one that ships with the package."""
+"""Loads image-text encoders: any open_clip model, and the small one that ships with the package."""
+
+from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import warnings
@@ -9,23 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from socket import gaierror
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
 
-from aligncurate.encoders.tokenizer import Tokenize, quick
+from aligncurate.encoders.device import Precision, choose_precision, find_device
+from aligncurate.encoders.names import HUB, check_model, check_weights, resolve_names
+from aligncurate.encoders.tokenizer import Tokenize, fast_tokenizer
 from aligncurate.encoders.towers import Towers
 from aligncurate.errors import UserError
-from aligncurate.images.decode import Preprocess, preprocess_of
+from aligncurate.images.preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch
-
-DEFAULT_MODEL, DEFAULT_PRETRAINED = "ViT-L-14-quickgelu", "openai"
-"""The AlignGPT paper does not name its scorer; this is the one that its nearest ancestor, NoC, uses."""
-
-TINY = "tiny"
-TINY_FOLDER = Path(__file__).parent / "builtin"
-
-Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,9 @@ class Encoder:
 
     Attributes:
         tokenize: texts to int64 ids [B, context], cut at the context as open_clip cuts them.
-        preprocess: what images must go through.
+        preprocess: how to preprocess its images.
         towers: the model on its device.
-        identity: what the manifest says of the encoder; equal identities give equal scores.
+        identity: what the manifest records of the encoder; equal identities give equal scores.
     """
 
     tokenize: Tokenize
@@ -45,10 +42,10 @@ class Encoder:
     identity: dict[str, Any]
 
     @property
-    def device(self) -> "torch.device":
+    def device(self) -> torch.device:
         return self.towers.device
 
-    def embed(self, pixels: "torch.Tensor", tokens: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    def embed(self, pixels: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit embeddings of images and texts, float32 [n, D] each on the CPU; see `Towers.embed`."""
         return self.towers.embed(pixels, tokens)
 
@@ -71,39 +68,33 @@ def load(
         model_config: an open_clip JSON config; its file name is the model's name.
         device: `auto`, `cpu`, `cuda` or `cuda:i`.
         precision: `auto` is bf16 on a GPU that has it, fp32 elsewhere.
-        compiled: run the towers through torch.compile, and as CUDA graphs on a GPU.
-        random_weights: take an architecture without weights (for benchmarks).
+        compiled: use torch.compile, and CUDA graphs on a GPU.
+        random_weights: load no weights (for benchmarks).
 
-    Raises UserError for names, files and devices that are not there.
+    Raises UserError for names, files and devices that do not exist, and weights that cannot be loaded.
     """
-    place, kind = _device(device), precision
-    if kind == "auto":
-        kind = "bf16" if place.type == "cuda" and place_has_bf16(place) else "fp32"
-    model, pretrained, config = _names(model, pretrained, model_config)
+    place = find_device(device)
+    kind = choose_precision(precision, place)
+    assumed = model is None and model_config is None
+    model, pretrained, config = resolve_names(model, pretrained, model_config)
     import open_clip
     import torch
 
     if config is not None:
-        _check_config(config)
         open_clip.add_model_config(str(config))
-    if not model.startswith("hf-hub:") and model not in open_clip.list_models():
-        raise UserError(f"--model {model}: there is no such model{_closest(model)}; `aligncurate models` lists them.")
+    check_model(model)
     if not random_weights:
-        _check_weights(model, pretrained)
+        check_weights(model, pretrained)
     try:
-        # open_clip narrates every step of loading, and warns of choices that are deliberate here.
-        with warnings.catch_warnings(), _quiet_logging():
+        # open_clip logs every step of loading, and warns of choices that are deliberate here.
+        with warnings.catch_warnings(), _no_logging():
             warnings.simplefilter("ignore")
             net, _, transform = open_clip.create_model_and_transforms(
                 model, pretrained=pretrained, precision=kind, device=place
             )
             tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # broken configs and weights make open_clip, torch and safetensors raise anything
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"--model {model} --pretrained {pretrained}: the weights could not be loaded ({first}); "
-            "check the name, the network, or give a local weights file."
-        ) from None
+        raise UserError(_why_not_loaded(error, model, pretrained, assumed=assumed)) from None
     net.eval()
     settings = open_clip.get_model_preprocess_cfg(net)
     weights = None if random_weights and pretrained is None else _weights_file(model, pretrained)
@@ -111,7 +102,7 @@ def load(
         "model": model,
         "pretrained": _public_name(pretrained),
         "weights_sha256": _sha256(weights) if weights else None,
-        "config": open_clip.get_model_config(model) if not model.startswith("hf-hub:") else None,
+        "config": open_clip.get_model_config(model) if not model.startswith(HUB) else None,
         "tokenizer": type(tokenizer).__name__,
         "context_length": int(tokenizer.context_length),
         "preprocess": {k: settings[k] for k in ("size", "mean", "std", "interpolation", "resize_mode")},
@@ -120,40 +111,39 @@ def load(
         "compiled": compiled,
     }
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    preprocess = preprocess_of(transform, settings)
+    preprocess = Preprocess.of(transform, settings)
     towers = Towers(net, preprocess.normalize, place, dtype, compiled=compiled)
-    return Encoder(quick(tokenizer), preprocess, towers, identity)
+    return Encoder(fast_tokenizer(tokenizer), preprocess, towers, identity)
 
 
 def load_all(
     models: str | None,
     pretrained: str | None,
-    model_configs: str | Path | Sequence[str | Path] | None,
+    model_configs: Sequence[str],
     device: str,
     precision: Precision,
     *,
     compiled: bool = False,
-) -> list[tuple[str, Encoder]]:
+) -> dict[str, Encoder]:
     """Encoders by the column for their scores: `score` for the first, `score_<model>` for the others.
 
     Args:
         models: names separated by commas.
-        pretrained: as many tags or files, separated by commas; empty for a model's own default.
+        pretrained: a tag or file for each, separated by commas; empty for a model's default.
         model_configs: configs of some of the models.
 
     Other arguments and errors as for `load`.
     """
-    several = isinstance(model_configs, Sequence) and not isinstance(model_configs, str)
-    configs = [Path(c) for c in model_configs] if several else [Path(model_configs)] if model_configs else []  # type: ignore[union-attr, arg-type]
+    configs = [Path(config) for config in model_configs]
     names = models.split(",") if models else [config.stem for config in configs]
     if len(names) < 2:
         config = configs[0] if configs else None
-        return [("score", load(models, pretrained, config, device, precision, compiled=compiled))]
+        return {"score": load(models, pretrained, config, device, precision, compiled=compiled)}
     weights = pretrained.split(",") if pretrained else [""] * len(names)
     if len(weights) != len(names):
         raise UserError(
             f"--pretrained {pretrained}: {len(weights)} for {len(names)} models; give one for each, "
-            "separated by commas (nothing between two commas stands for the default)."
+            "separated by commas (leave it empty for the default)."
         )
     by_name = {config.stem: config for config in configs}
     if unknown := [str(config) for name, config in by_name.items() if name not in names]:
@@ -164,94 +154,42 @@ def load_all(
         if column in found and tag:
             column = f"{column}_{Path(tag).stem}"
         if column in found:
-            raise UserError(f"--model {models}: {name} is there twice with the same weights.")
+            raise UserError(f"--model {models}: {name} is named twice with the same weights.")
         found[column] = load(name, tag or None, by_name.get(name), device, precision, compiled=compiled)
-    return list(found.items())
+    return found
 
 
-def _names(model: str | None, pretrained: str | None, config: str | Path | None) -> tuple[str, str | None, Path | None]:
-    """Model name, weights and config file after the defaults."""
-    if config is not None:
-        file = Path(config)
-        if not file.is_file():
-            raise UserError(f"--model-config {file}: there is no such file.")
-        if model is not None and model != file.stem:
-            raise UserError(f"--model {model}: with --model-config the model is called {file.stem}; leave --model out.")
-        return file.stem, pretrained, file
-    if model is None:
-        return DEFAULT_MODEL, pretrained or DEFAULT_PRETRAINED, None
-    if model == TINY:
-        return TINY, pretrained or str(TINY_FOLDER / "tiny.safetensors"), TINY_FOLDER / "tiny.json"
-    return model, pretrained, None
+def _why_not_loaded(error: Exception, model: str, pretrained: str | None, *, assumed: bool) -> str:
+    """A sentence on weights that could not be loaded; `assumed` if the user named no architecture."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if pretrained is not None and Path(pretrained).is_file():
+        which = f"the default model, {model}" if assumed else f"model {model}"
+        return (
+            f"--pretrained {pretrained}: could not be loaded into {which} ({first}); "
+            "name the architecture of these weights with --model or --model-config."
+        )
+    weights = f"--model {model}" + (f" --pretrained {pretrained}" if pretrained else "")
+    if _is_network_error(error):
+        return f"{weights}: no network and no cached weights; use --pretrained FILE."
+    return f"{weights}: the weights could not be loaded ({first}); check the names, or use --pretrained FILE."
 
 
-def _check_config(file: Path) -> None:
-    """open_clip keeps a config that it cannot read, and then fails for every model; so look at it first."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"--model-config {file}: not a JSON file ({error}).") from None
-    wanted = ("embed_dim", "vision_cfg", "text_cfg")
-    if not isinstance(found, dict) or any(name not in found for name in wanted):
-        raise UserError(f"--model-config {file}: not an open_clip config; it needs {', '.join(wanted)}.")
+def _is_network_error(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, is that a server could not be reached."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-
-def _check_weights(model: str, pretrained: str | None) -> None:
-    if model.startswith("hf-hub:") or (pretrained and Path(pretrained).is_file()):
-        return
-    if pretrained and ("/" in pretrained or pretrained.endswith((".bin", ".pt", ".pth", ".safetensors"))):
-        raise UserError(f"--pretrained {pretrained}: there is no such weights file.")
-    from open_clip.pretrained import list_pretrained_tags_by_model
-
-    tags = list_pretrained_tags_by_model(model)
-    if pretrained and pretrained.lower().replace("-", "_") in {t.lower().replace("-", "_") for t in tags}:
-        return
-    offer = f"it has {', '.join(tags)}" if tags else "give a local weights file"
-    what = (
-        f"--pretrained {pretrained}: model {model} has no such weights"
-        if pretrained
-        else (f"--model {model}: say which weights with --pretrained")
-    )
-    raise UserError(f"{what}; {offer}.")
-
-
-def _closest(model: str) -> str:
-    from difflib import get_close_matches
-
-    import open_clip
-
-    close = get_close_matches(model, [*open_clip.list_models(), TINY], n=1)
-    return f"; did you mean {close[0]}" if close else ""
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there is no such GPU here ({torch.cuda.device_count()} found).")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.")
-    return device
-
-
-def place_has_bf16(device: "torch.device") -> bool:
-    """Whether a CUDA device computes in bf16 natively (Ampere and newer)."""
-    import torch
-
-    return torch.cuda.get_device_capability(device)[0] >= 8
+    unreachable = (ConnectionError, TimeoutError, gaierror, LocalEntryNotFoundError)
+    if isinstance(error, unreachable) or (isinstance(error, URLError) and not isinstance(error, HTTPError)):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and _is_network_error(before)
 
 
 def _weights_file(model: str, pretrained: str | None) -> Path:
     from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
 
-    if model.startswith("hf-hub:"):
-        return Path(download_pretrained_from_hf(model.removeprefix("hf-hub:")))
+    if model.startswith(HUB):
+        return Path(download_pretrained_from_hf(model.removeprefix(HUB)))
     if pretrained is not None and Path(pretrained).is_file():
         return Path(pretrained)
     return Path(download_pretrained(get_pretrained_cfg(model, pretrained)))  # in the cache by now
@@ -263,15 +201,15 @@ def _sha256(file: Path) -> str:
 
 
 def _public_name(pretrained: str | None) -> str | None:
-    """A tag as it is, a file by its name: the same weights elsewhere are the same encoder."""
+    """A tag unchanged, a file without its folder: the same weights elsewhere are the same encoder."""
     if pretrained is not None and Path(pretrained).is_file():
         return os.path.basename(pretrained)
     return pretrained
 
 
 @contextmanager
-def _quiet_logging() -> Iterator[None]:
-    logging.disable(logging.ERROR)  # errors too: they are raised as well
+def _no_logging() -> Iterator[None]:
+    logging.disable(logging.ERROR)  # errors are raised as well
     try:
         yield
     finally:

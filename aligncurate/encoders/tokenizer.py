@@ -1,5 +1,7 @@
 """CLIP's token ids, the same as open_clip's, in an eighth of the time."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Beyond these a caption lies outside every encoder's context: a word is at least one token, and no token of
-# CLIP's vocabulary is longer than 32 bytes. Byte-pair encoding one endless word takes time with its square.
+# Text beyond these lies outside every encoder's context: a word is at least one token, and no token of CLIP's
+# vocabulary is longer than 32 bytes. Byte-pair encoding a word takes time quadratic in its length.
 MAX_WORD_CHARACTERS = 5_000
 MAX_WORDS = 1_000
 
-_WORDS = 1 << 17  # whose ids are remembered; captions' words repeat, and memory must not grow with the data
-_LONG_WORD = 64  # characters; longer ones are not worth remembering
-# ftfy and html.unescape leave such texts as they are: printable ASCII and plain white space, without an ampersand.
+_WORDS = 1 << 17  # whose ids are cached: words of captions repeat, but memory must not grow with the data
+_LONG_WORD = 64  # characters; longer words are not worth caching
+# Texts that ftfy and html.unescape do not change: printable ASCII and plain white space, without an ampersand.
 _CLEAN = re.compile(r"[ -%'-~\t\n\r]*", re.ASCII).fullmatch
 
 Tokenize = Callable[[list[str]], "torch.Tensor"]
 
 
-def quick(tokenizer: Any) -> Tokenize:
-    """`tokenizer` made quicker where it is open_clip's SimpleTokenizer; any other as it is.
+def fast_tokenizer(tokenizer: Any) -> Tokenize:
+    """`tokenizer` made faster if it is open_clip's SimpleTokenizer; any other with bounded texts only.
 
     The result maps texts to int64 ids [B, context], zero where there is no text, cut as open_clip cuts them.
     """
@@ -30,11 +32,11 @@ def quick(tokenizer: Any) -> Tokenize:
 
     if type(tokenizer) is not SimpleTokenizer or tokenizer.reduction_fn is not None:
         return lambda texts: tokenizer([bounded(text) for text in texts])
-    return _Quick(tokenizer)
+    return _FastTokenizer(tokenizer)
 
 
-class _Quick:
-    """open_clip's own steps, but texts that need no cleaning skip it, and each word is encoded once."""
+class _FastTokenizer:
+    """open_clip's own steps, but texts that need no cleaning skip it, and the ids of words are cached."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -45,11 +47,11 @@ class _Quick:
         own = self._tokenizer
         token = "".join(own.byte_encoder[byte] for byte in word.encode())
         ids = tuple(own.encoder[piece] for piece in own.bpe(token).split(" "))
-        if own.cache.get(token) != token:  # a special token; the others need not be remembered twice
+        if own.cache.get(token) != token:  # not a special token: do not cache it twice
             own.cache.pop(token, None)
         return ids
 
-    def __call__(self, texts: list[str]) -> "torch.Tensor":
+    def __call__(self, texts: list[str]) -> torch.Tensor:
         import torch
 
         own = self._tokenizer
@@ -67,7 +69,7 @@ class _Quick:
 
 
 def bounded(text: str) -> str:
-    """`text` without what lies beyond any encoder's context: endless words are cut, then the whole."""
+    """`text` without what lies beyond any encoder's context: very long words are cut, then the text."""
     if len(text) <= MAX_WORD_CHARACTERS:
         return text
     return " ".join(word[:MAX_WORD_CHARACTERS] for word in text.split(maxsplit=MAX_WORDS)[:MAX_WORDS])

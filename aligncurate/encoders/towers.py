@@ -1,4 +1,6 @@
-"""Runs the two towers of an open_clip model: captions cut and grouped by length, compiled on request, within memory."""
+"""Runs the two towers of an open_clip model: texts grouped by length and cut, compiled if asked, within memory."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 _ROUND = 16  # compiled towers see texts of 16, 32, … tokens, so that few shapes are compiled
 _LARGEST_BATCH = 1_024  # beyond this a GPU gains nothing
-_SHARE = 0.6  # of the free memory that a batch may need; the rest is for fragments and for images on their way
+_SHARE = 0.6  # of the free memory that a batch may use; the rest is for fragmentation and for images being uploaded
 
 
 class Towers:
@@ -20,39 +22,39 @@ class Towers:
 
     Args:
         model: an open_clip model in evaluation mode on `device`.
-        normalize: from pixels as decoded to float32 for the model.
-        dtype: that the model computes in.
+        normalize: decoded pixels to float32 for the model.
+        dtype: of the model's computation.
         batch: most rows that go through a tower at once.
         compiled: use torch.compile for fixed shapes, and CUDA graphs on a GPU.
 
-    These are attributes too, and `batch` is halved, for good, when the device runs out of memory.
+    Arguments are attributes too. `batch` is halved for the rest of the run when the device runs out of memory.
     """
 
     def __init__(
         self,
         model: Any,
-        normalize: "Callable[[Tensor], Tensor]",
-        device: "torch.device",
-        dtype: "torch.dtype",
+        normalize: Callable[[Tensor], Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
         *,
         batch: int = 32,
         compiled: bool = False,
     ) -> None:
         self.device, self.dtype, self.batch = device, dtype, batch
         self.model, self._normalize, self._fixed = model, normalize, compiled
-        self._cut = cuttable(model)
+        self._cut = causal_text_tower(model)
         wrap: Callable[[Any], Any] = _Compiled if compiled else lambda tower: tower
         self._image, self._text = wrap(model.encode_image), wrap(self._encode_text)
 
-    def embed(self, pixels: "Tensor", tokens: "Tensor") -> "tuple[Tensor, Tensor]":
+    def embed(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings, float32 [n, D] each on the CPU, of any number of images and texts.
 
         Args:
-            pixels: uint8 as decoded or float32 as normalised, [n, 3, H, W], on any device.
+            pixels: decoded uint8 or normalized float32, [n, 3, H, W], on any device.
             tokens: int64 [n, context].
 
-        Texts of like length go together, cut at the longest of them: the tower is causal and pools at the end
-        token, so what comes after it changes nothing. A tower that is not causal gets the full context.
+        Texts of similar length share a batch, cut at the longest of them: the tower is causal and pools at the end
+        token, so later tokens change nothing. A tower that is not causal gets the full context.
         Raises UserError when not even one row fits into memory.
         """
         import torch
@@ -64,11 +66,11 @@ class Towers:
             texts = self._in_batches(tokens[order], self._embed_texts)[torch.argsort(order)]
         return images, texts
 
-    def upload(self, rows: "Sequence[Tensor]") -> "Tensor":
+    def upload(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of pixels, each on the CPU or the device, as one tensor on the device.
 
-        On a GPU it is a copy from pinned memory, beside what the GPU computes meanwhile. Where the GPU has no room for
-        all of them, they stay on the CPU, and `embed` moves a batch at a time.
+        On a GPU this is a copy from pinned memory, on a stream of its own, so that the GPU computes meanwhile. If the
+        rows do not fit into its memory, they stay on the CPU, and `embed` moves a batch at a time.
         """
         import torch
 
@@ -83,7 +85,7 @@ class Towers:
             stream.synchronize()  # the calling thread waits, not the one that encodes
             return moved
         except torch.OutOfMemoryError:
-            pass  # the traceback would keep what was made so far
+            pass  # leave the handler first: its traceback keeps the tensors of the failed attempt
         torch.cuda.empty_cache()
         return torch.stack([row.cpu() for row in rows])
 
@@ -91,21 +93,21 @@ class Towers:
         """The batch that a GPU's free memory allows for images of `size` pixels, measured with two small ones."""
         import torch
 
-        # Not compiled: every batch would be padded to the one that is looked for, and compiled for nothing.
+        # Not compiled: that would compile every batch size tried, each padded to `batch`.
         plain = Towers(self.model, self._normalize, self.device, self.dtype, batch=24)
         peaks = []
-        for rows in (8, 8, 24):  # the first one also pays for what every later one shares
+        for rows in (8, 8, 24):  # the first also allocates what all later ones share
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             tokens = torch.zeros(rows, context, dtype=torch.long)
-            tokens[:, -1] = self._end_token()  # texts as long as can be
+            tokens[:, -1] = self._end_token()  # texts of full length
             plain.embed(torch.zeros(rows, 3, size, size, dtype=torch.uint8), tokens)
             peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
         torch.cuda.empty_cache()
         return batch_that_fits(torch.cuda.mem_get_info(self.device)[0], (8, peaks[1]), (24, peaks[2]))
 
-    def _in_batches(self, rows: "Tensor", embed: "Callable[[Tensor], Tensor]") -> "Tensor":
-        """`embed` over `rows`, a batch at a time, in smaller ones once memory has run out."""
+    def _in_batches(self, rows: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """`embed` over `rows`, a batch at a time; batches shrink when memory runs out."""
         import torch
 
         found: list[Tensor] = []
@@ -119,26 +121,28 @@ class Towers:
             else:
                 done += len(piece)
                 continue
-            # Outside of the handler, whose traceback would keep the tensors of the failed attempt.
+            # Outside the handler, whose traceback keeps the tensors of the failed attempt.
             if not smaller:
-                raise UserError("the device has no memory for even one pair; take a smaller --model, or --device cpu.")
+                raise UserError(
+                    "the device has not enough memory for even one pair; use a smaller --model or --device cpu."
+                )
             self.batch = smaller
-            notice(f"the device ran out of memory; going on with {smaller} pairs at once.")
+            notice(f"the device ran out of memory; continuing with batches of {smaller} pairs.")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return torch.cat([piece.cpu() for piece in found])
 
-    def _embed_images(self, pixels: "Tensor") -> "Tensor":
+    def _embed_images(self, pixels: Tensor) -> Tensor:
         ready = self._normalize(pixels.to(self.device)).to(self.dtype)
         return self._unit(self._image, ready)
 
-    def _embed_texts(self, tokens: "Tensor") -> "Tensor":
+    def _embed_texts(self, tokens: Tensor) -> Tensor:
         longest = int(self._lengths(tokens).max())
         if self._fixed:
             longest = min(-(-longest // _ROUND) * _ROUND, tokens.shape[1])
         return self._unit(self._text, tokens[:, :longest].to(self.device))
 
-    def _unit(self, tower: "Callable[[Tensor], Tensor]", rows: "Tensor") -> "Tensor":
+    def _unit(self, tower: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         import torch
 
         count = len(rows)
@@ -149,15 +153,15 @@ class Towers:
     def _end_token(self) -> int:
         return _eos(self._cut) if self._cut is not None and _pool(self._cut) == "eos" else 1
 
-    def _lengths(self, tokens: "Tensor") -> "Tensor":
-        """How many tokens of each text count, int64 [n]."""
+    def _lengths(self, tokens: Tensor) -> Tensor:
+        """How many tokens of each text matter, up to the end token, int64 [n]."""
         import torch
 
         if self._cut is None:
             return torch.full((len(tokens),), tokens.shape[1])
         return _pooled_at(self._cut, tokens) + 1
 
-    def _encode_text(self, tokens: "Tensor") -> "Tensor":
+    def _encode_text(self, tokens: Tensor) -> Tensor:
         """open_clip's encode_text (CLIP and TextTransformer), for the first L tokens only."""
         import torch
 
@@ -175,8 +179,8 @@ class Towers:
         return x @ cast("Tensor", tower.text_projection)
 
 
-def cuttable(model: Any) -> Any:
-    """The part of an open_clip model that encodes texts, when it is causal and pools at the end token; else None."""
+def causal_text_tower(model: Any) -> Any:
+    """The text tower of an open_clip model, if it is causal and pools at the end token; else None."""
     from open_clip.model import CLIP
     from open_clip.transformer import TextTransformer
 
@@ -190,8 +194,8 @@ def _pool(tower: Any) -> str:
     return str(tower.text_pool_type if hasattr(tower, "text_pool_type") else tower.pool_type)
 
 
-def _pooled_at(tower: Any, tokens: "Tensor") -> "Tensor":
-    """Where the tower takes its embedding from: the greatest id or the end token, int64 [n]."""
+def _pooled_at(tower: Any, tokens: Tensor) -> Tensor:
+    """The position that the tower pools at, its largest id or the end token, int64 [n]."""
     if _pool(tower) == "argmax":
         return tokens.argmax(-1)
     return (tokens == _eos(tower)).int().argmax(-1)
@@ -202,11 +206,11 @@ def _eos(tower: Any) -> int:
 
 
 def batch_that_fits(free: int, few: tuple[int, int], many: tuple[int, int]) -> int:
-    """The greatest power of two, up to 1,024, of rows whose memory fits.
+    """The largest power of two, up to 1,024, of rows that fit into memory.
 
     Args:
         free: bytes.
-        few, many: two numbers of rows with the bytes that they took; memory grows evenly between and beyond.
+        few, many: two measurements, (rows, bytes used); memory is taken to grow linearly with rows.
     """
     each = max(1.0, (many[1] - few[1]) / (many[0] - few[0]))
     rows = (free * _SHARE - max(0.0, few[1] - few[0] * each)) / each
@@ -214,15 +218,15 @@ def batch_that_fits(free: int, few: tuple[int, int], many: tuple[int, int]) -> i
 
 
 class _Compiled:
-    """A tower compiled for each shape that it meets; on a GPU captured as a CUDA graph, and replayed from then on."""
+    """A tower compiled for each input shape; on a GPU each is captured as a CUDA graph and replayed."""
 
-    def __init__(self, tower: "Callable[[Tensor], Tensor]") -> None:
+    def __init__(self, tower: Callable[[Tensor], Tensor]) -> None:
         import torch
 
         self._tower = torch.compile(tower, dynamic=False)
         self._graphs: dict[tuple[int, ...], tuple[Any, Tensor, Tensor]] = {}
 
-    def __call__(self, rows: "Tensor") -> "Tensor":
+    def __call__(self, rows: Tensor) -> Tensor:
         if rows.device.type != "cuda":
             return self._tower(rows)
         shape = tuple(rows.shape)
@@ -233,17 +237,17 @@ class _Compiled:
         graph.replay()
         return result.clone()
 
-    def _capture(self, rows: "Tensor") -> "tuple[Any, Tensor, Tensor]":
+    def _capture(self, rows: Tensor) -> tuple[Any, Tensor, Tensor]:
         import torch
 
         given = rows.clone()
         side = torch.cuda.Stream(rows.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(rows.device))
-        with torch.cuda.stream(side):  # compiling and choosing kernels must be over before the capture
+        with torch.cuda.stream(side):  # compiling and kernel selection must be done before the capture
             for _ in range(3):
                 self._tower(given)
         torch.cuda.current_stream(rows.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on copying
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads keep copying
             result = self._tower(given)
         return graph, given, result

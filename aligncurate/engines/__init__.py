@@ -1,1 +1,1 @@
-"""Engines run a function over shards: in threads or in processes of this machine."""
+"""Engines run one function over many shards, all with the same call contract (`contract.py`)."""

@@ -1,1 +1,1 @@
-"""From bytes to pixels: limits, decoding, preprocessing, on the CPU or a GPU."""
+"""From image bytes to pixels: formats, limits, decoding and preprocessing, on the CPU or a GPU."""

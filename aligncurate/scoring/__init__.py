@@ -1,1 +1,1 @@
-"""From one shard of a source to one scored part."""
+"""From one shard of a source to one part of a dataset, with scores or (`ingest`) without."""

@@ -1,4 +1,6 @@
-"""Where the time of a scoring run goes."""
+"""How long the stages of a scoring run take."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
@@ -7,16 +9,16 @@ from dataclasses import dataclass
 from threading import Lock
 
 STAGES = ("read", "decode", "tokenize", "copy", "encode", "write")
-"""`read` is finding pairs and fetching image bytes, `decode` ends with resized pixels, `copy` makes batches of them
-and brings those to the device, `encode` runs the model, `write` makes Parquet."""
+"""`read` finds pairs and fetches image bytes, `decode` includes resizing, `copy` makes batches and moves them to the
+device, `encode` runs the model, `write` makes Parquet."""
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds that the threads of a run spent in each stage, and how much of them there was to spend.
+class StageTimes:
+    """How long the threads of a run spent in each stage.
 
     Attributes:
-        seconds: by stage, added up over threads.
+        seconds: by stage, summed over threads.
         wall: seconds that the run took.
         threads: how many threads could be in each stage at once.
     """
@@ -27,17 +29,17 @@ class Times:
 
     @property
     def busy(self) -> dict[str, float]:
-        """Share of the time, 0..1, in which the threads of each stage worked."""
+        """Share of the run, 0..1, during which the threads of each stage worked."""
         return {s: self.seconds[s] / max(self.wall * self.threads[s], 1e-9) for s in self.seconds}
 
     @property
     def bottleneck(self) -> str:
-        """The stage whose threads had least to wait: only a faster one would make the run shorter."""
+        """The stage whose threads waited least: only speeding it up makes the run faster."""
         return max(self.busy, key=lambda stage: self.busy[stage])
 
 
-class Clock:
-    """Adds up what the threads of a run spend in each stage."""
+class StageClock:
+    """Sums up the time that the threads of a run spend in each stage."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(STAGES, 0.0)
@@ -45,6 +47,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Measure what runs inside."""
         started = time.perf_counter()
         try:
             yield
@@ -53,5 +56,6 @@ class Clock:
             with self._lock:
                 self._seconds[name] += taken
 
-    def times(self, wall: float, threads: Mapping[str, int]) -> Times:
-        return Times({s: round(t, 3) for s, t in self._seconds.items() if s in threads}, wall, threads)
+    def times(self, wall: float, threads: Mapping[str, int]) -> StageTimes:
+        """The times so far of the stages in `threads`; see `StageTimes`."""
+        return StageTimes({s: round(t, 3) for s, t in self._seconds.items() if s in threads}, wall, threads)

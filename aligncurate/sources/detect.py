@@ -1,17 +1,17 @@
-"""Detects the format of an input and opens it."""
+"""Detects what kind of data a URI names, and opens it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from aligncurate.dataset.reader import MANIFEST, Dataset
 from aligncurate.errors import UserError
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources
 from aligncurate.sources.curated import CuratedSource
+from aligncurate.sources.options import FORMATS, SourceOptions
 from aligncurate.sources.parquet import ParquetRows
 from aligncurate.sources.rows import Naming, RowFile, RowSource
 from aligncurate.sources.table import TableRows
@@ -25,27 +25,6 @@ _ENDINGS = {
 }
 # In a folder with several kinds of files the first of these wins: tables beside tars usually describe the tars.
 
-FORMATS = ("webdataset", "parquet", "annotations", "table", "dataset")
-"""Values of `--format`."""
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """How to read a source; None finds out by looking.
-
-    Attributes:
-        format: one of FORMATS.
-        caption_column, image_column: names of columns or fields.
-        image_root: folder that image paths are relative to.
-        rows_per_shard: a single big file is cut after this many rows.
-    """
-
-    format: str | None = None
-    caption_column: str | None = None
-    image_column: str | None = None
-    image_root: str | None = None
-    rows_per_shard: int = 10_000
-
 
 def open_source(uris: str | Sequence[str], options: SourceOptions | None = None) -> Source:
     """Open image-text data: tars, Parquet, JSON, JSONL, CSV or TSV files, folders of these, or our datasets.
@@ -56,10 +35,6 @@ def open_source(uris: str | Sequence[str], options: SourceOptions | None = None)
     Raises UserError if a file is missing or its format is unknown.
     """
     options = options or SourceOptions()
-    if options.format is not None and options.format not in FORMATS:
-        raise UserError(f"--format {options.format}: use one of {', '.join(FORMATS)}.")
-    if options.rows_per_shard < 1:
-        raise UserError(f"--rows-per-shard {options.rows_per_shard}: use a number of at least 1.")
     groups: list[tuple[str, list[str]]] = []
     notices: list[str] = []
     for uri in [uris] if isinstance(uris, str) else uris:

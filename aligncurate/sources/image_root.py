@@ -8,7 +8,7 @@ from threading import Lock
 
 from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.io.tar import tar_members
 

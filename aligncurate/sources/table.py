@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import UserError
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.sources.image_root import ImageRoot, find_root
 from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status, as_level, as_score, infer_extras
 from aligncurate.errors import ShardError, UserError
-from aligncurate.images.decode import EXTENSIONS
+from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.io.tar import tar_members
 from aligncurate.sources.base import Shard, Source, merge_extras

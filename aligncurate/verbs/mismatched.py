@@ -48,7 +48,8 @@ def from_encoder(dataset: Dataset, column: str) -> Floats:
     Raises UserError when the encoder that made `column` cannot be loaded by the name in the manifest, or no longer
     gives the same scores.
     """
-    from aligncurate.encoders.load import TINY, load
+    from aligncurate.encoders.load import load
+    from aligncurate.encoders.names import TINY
 
     named = dataset.encoder_of(column)
     if named is None:
@@ -116,7 +117,7 @@ def _encode(encoder: Any, table: pa.Table) -> tuple[pa.Table, Floats, Floats]:
     """The rows whose image can be read, and their unit embeddings of images and captions, float32 [rows, D]."""
     import torch
 
-    from aligncurate.images.decode import decode, decoders_unheard, open_image
+    from aligncurate.images.decode import decode, no_decoder_warnings, open_image
 
     kept: list[int] = []
     embedded: list[tuple[Any, Any]] = []
@@ -128,7 +129,7 @@ def _encode(encoder: Any, table: pa.Table) -> tuple[pa.Table, Floats, Floats]:
             if data is None or isinstance(data, OSError):
                 continue
             try:
-                with decoders_unheard():
+                with no_decoder_warnings():
                     pixels += decode(bytes(data), open_image(bytes(data))[0], [encoder.preprocess], "exact")
             except ImageError:
                 continue

@@ -55,7 +55,7 @@ def rewrite(
         with meter(str(head["verb"]), dataset.rows, quiet=quiet, unit="rows") as progress:
             progress.skip(sum(dataset.parts[i].rows for i in done))
             todo = [i for i in range(len(dataset.parts)) if i not in done]
-            for outcome in threads.run(make, todo, threads=_THREADS):
+            for outcome in threads.run(make, todo, workers=_THREADS):
                 assert outcome.result is not None
                 done[outcome.shard] = outcome.result
         return writer.finish([done[i] for i in range(len(dataset.parts))])

@@ -16,8 +16,9 @@ from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
 from aligncurate.io.files import atomic_file, write_json
 from aligncurate.progress import meter
-from aligncurate.sources import SourceOptions, open_source
 from aligncurate.sources.base import Source
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE

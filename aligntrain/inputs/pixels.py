@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aligncurate.images.decode import MAX_PIXELS
+from aligncurate.images.limits import MAX_PIXELS
 
 IMAGE_MODES = ("pad", "crop")
 

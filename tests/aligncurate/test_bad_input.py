@@ -11,7 +11,7 @@ import pytest
 
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import ShardError, UserError
-from aligncurate.sources import open_source
+from aligncurate.sources.detect import open_source
 from tests.support.inputs import jpeg, tar_bytes
 
 

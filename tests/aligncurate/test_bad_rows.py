@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import aligncurate
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, ingested, jpeg, parquet_bytes, statuses
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import aligncurate
-from aligncurate.sources import open_source
+from aligncurate.sources.detect import open_source
 from tests.support.inputs import (
     cli,
     complaint,

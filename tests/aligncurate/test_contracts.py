@@ -14,7 +14,7 @@ import pytest
 import aligncurate
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import jpeg, pairs, write_tar
 
 

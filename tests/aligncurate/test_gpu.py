@@ -10,7 +10,7 @@ from PIL import Image
 import aligncurate
 from aligncurate.errors import UserError
 from aligncurate.images import gpu
-from aligncurate.images.decode import decoders_unheard, open_image
+from aligncurate.images.decode import no_decoder_warnings, open_image
 from aligncurate.verbs import score as scoring
 from tests.aligncurate.images.test_images import make_preprocess, pixels_of, rotated
 from tests.support.inputs import encoded, jpeg, picture, write_tar
@@ -36,13 +36,13 @@ def test_only_whole_upright_jpegs_go_to_the_gpu() -> None:
     ])],
 )  # fmt: skip
 def test_pixels_are_close_to_the_exact_ones(device) -> None:
-    wanted = [make_preprocess(), make_preprocess(size=32, interpolation="bilinear")]
+    preprocesses = [make_preprocess(), make_preprocess(size=32, interpolation="bilinear")]
     files = [encoded(picture(n, *size), quality=95) for n, size in enumerate([(200, 150), (64, 64), (90, 300)])]
     files.append(encoded(picture(4, 120, 90, "L")))
-    with decoders_unheard():
-        found = gpu.decode_jpegs(files, wanted, torch.device(device))
+    with no_decoder_warnings():
+        found = gpu.decode_jpegs(files, preprocesses, torch.device(device))
     for data, pixels in zip(files, found, strict=True):
-        for preprocess, own in zip(wanted, pixels, strict=True):
+        for preprocess, own in zip(preprocesses, pixels, strict=True):
             assert own.dtype == torch.uint8 and own.device.type == device
             difference = (preprocess.normalize(own.cpu()) - pixels_of(data, preprocess)).abs()
             assert difference.mean() < 0.03 and difference.max() < 0.2
@@ -72,7 +72,7 @@ def test_statuses_are_those_of_exact_decoding_and_scores_are_close(tmp_path, mon
         Image.open(io.BytesIO(damaged())).load()
     tar = write_tar(tmp_path / "pairs.tar", samples)
     exact = aligncurate.score(tar, tmp_path / "exact", model="tiny", quiet=True).dataset.scan().collect()
-    monkeypatch.setattr(scoring, "_check_decode", lambda mode, encoder: None)
+    monkeypatch.setattr(scoring, "check_decode", lambda options, encoder: None)
     run = aligncurate.score(tar, tmp_path / "gpu", model="tiny", decode="gpu", quiet=True).dataset
     found = run.scan().collect()
     columns = ["key", "status", "error", "width", "height", "sha256"]

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 import aligncurate
 from aligncurate.cli.app import app
 from aligncurate.dataset.pointers import read_image
-from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 
 
 def picture(seed: int = 0, width: int = 48, height: int = 40, mode: str = "RGB") -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from aligncurate.images.decode import EXTENSIONS, extension
+from aligncurate.images.formats import EXTENSIONS, extension
 from aligncurate.io import storage
 from aligncurate.io.tar import Buffer
 

@@ -17,8 +17,7 @@ from aligncurate.dataset.part import readable
 from aligncurate.dataset.pointers import POINTER_COLUMNS, read_images
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING
-from aligncurate.engines import processes
-from aligncurate.engines import threads as local
+from aligncurate.engines import processes, threads
 from aligncurate.io.files import atomic_file
 from aligncurate.io.tar import Buffer, TarWriter
 from aligncurate.progress import Meter
@@ -46,7 +45,7 @@ def write_webdataset(
     # In memory at once are the rows of one tar per process, without their images.
     write = _Write(dataset, done.path, per_level)
     results = []
-    for outcome in processes.run(write, tars, workers) if workers > 1 else local.run(write, tars):
+    for outcome in (processes if workers > 1 else threads).run(write, tars, workers=max(1, workers)):
         assert outcome.result is not None
         tar, rows, size, failed = outcome.result
         shown.add(tar.rows, rows, len(failed))

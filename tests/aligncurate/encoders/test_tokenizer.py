@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligncurate.encoders.tokenizer import quick
+from aligncurate.encoders.tokenizer import fast_tokenizer
 
 # Where the two could part: case folding outside ASCII, ligatures, HTML, mended encodings, special tokens, apostrophes.
 TRICKY = [
@@ -25,10 +25,10 @@ TRICKY = [
 @pytest.fixture(scope="module", params=["ViT-B-32", "ViT-B-16-SigLIP", "short"])
 def both(request):
     if request.param == "ViT-B-32":
-        return open_clip.get_tokenizer("ViT-B-32"), quick(open_clip.get_tokenizer("ViT-B-32"))
+        return open_clip.get_tokenizer("ViT-B-32"), fast_tokenizer(open_clip.get_tokenizer("ViT-B-32"))
     cleaning = {"ViT-B-16-SigLIP": "canonicalize", "short": "whitespace"}[request.param]
     own, other = (open_clip.SimpleTokenizer(context_length=12, clean=cleaning) for _ in range(2))
-    return own, quick(other)
+    return own, fast_tokenizer(other)
 
 
 def test_the_ids_are_open_clips(both) -> None:
@@ -50,7 +50,7 @@ def test_any_text_gets_open_clips_ids(text) -> None:
     assert torch.equal(ours([text]), own([text]))
 
 
-_OURS = quick(open_clip.get_tokenizer("ViT-B-32"))
+_OURS = fast_tokenizer(open_clip.get_tokenizer("ViT-B-32"))
 
 
 def test_real_captions_get_open_clips_ids(data_root: Path) -> None:
@@ -63,7 +63,7 @@ def test_real_captions_get_open_clips_ids(data_root: Path) -> None:
 def test_memory_does_not_grow_with_the_words() -> None:
     own = open_clip.SimpleTokenizer()
     before = dict(own.cache)
-    quick(own)(["some words that were never seen before"])
+    fast_tokenizer(own)(["some words that were never seen before"])
     assert own.cache == before
 
 
@@ -72,4 +72,4 @@ def test_other_tokenizers_stay_as_they_are() -> None:
         def __call__(self, texts):
             return torch.tensor([[len(text)] for text in texts])
 
-    assert quick(Other())(["ab", "woof" * 5_000]).tolist() == [[2], [5_000]]
+    assert fast_tokenizer(Other())(["ab", "woof" * 5_000]).tolist() == [[2], [5_000]]

@@ -1,12 +1,16 @@
 """The towers against open_clip's own encode_image and encode_text: cut, grouped, compiled, short of memory."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import open_clip
 import pytest
 import torch
 
-from aligncurate.encoders.towers import Towers, batch_that_fits, cuttable
+from aligncurate.encoders.towers import Towers, batch_that_fits, causal_text_tower
 from aligncurate.errors import UserError
 
 CONFIG = {
@@ -58,7 +62,7 @@ def inputs(count: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 def test_embeddings_are_open_clips(name, batch) -> None:
     net, cut = MODELS[name]
-    assert (cuttable(net) is not None) is cut
+    assert (causal_text_tower(net) is not None) is cut
     for found, expected in zip(towers(net, batch=batch).embed(*inputs()), plain(net, *inputs()), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -105,7 +109,7 @@ def test_a_batch_that_does_not_fit_is_done_in_smaller_ones(monkeypatch, capsys) 
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert tried == [7, 3, 3, 1] and small.batch == 3
     room = 0
-    with pytest.raises(UserError, match="no memory for even one pair"):
+    with pytest.raises(UserError, match="not enough memory for even one pair"):
         small.embed(*inputs(7))
 
 
@@ -163,6 +167,40 @@ def test_a_compiled_batch_that_does_not_fit_is_halved_though_it_has_one_pair(mon
     for found, expected in zip(small.embed(*inputs(1)), plain(build(), *inputs(1)), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert small.batch == 4
+
+
+def test_an_upload_is_waited_for_by_the_thread_that_asked(monkeypatch) -> None:
+    calls = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    @contextmanager
+    def stream(stream: Stream) -> Iterator[None]:
+        calls.append("enter stream")
+        yield
+        calls.append("leave stream")
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append("pin")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        calls.append(f"copy to {device.type}, non_blocking={non_blocking}")
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    on_gpu = Towers(build(), lambda p: p, torch.device("cuda"), torch.float32)
+    rows = [torch.full((3, 2, 2), float(i)) for i in range(3)]
+    assert torch.equal(on_gpu.upload(rows), torch.stack(rows))
+    assert calls == ["enter stream", "pin", "copy to cuda, non_blocking=True", "leave stream", "synchronize"]
 
 
 @pytest.mark.gpu

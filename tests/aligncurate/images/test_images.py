@@ -7,19 +7,21 @@ import zlib
 import numpy as np
 import open_clip
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
 from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
-from aligncurate.images import decode as images
-from aligncurate.images.decode import Preprocess, decode, decoders_unheard, load_rgb, open_image, preprocess_of
+from aligncurate.images.decode import decode, load_rgb, no_decoder_warnings, open_image
+from aligncurate.images.formats import extension
+from aligncurate.images.preprocess import Preprocess
 from tests.support.inputs import encoded, picture
 
 
 @pytest.fixture(autouse=True)
 def _as_in_a_run():
-    with decoders_unheard():
+    with no_decoder_warnings():
         yield
 
 
@@ -30,7 +32,7 @@ def preprocess() -> Preprocess:
 
 def make_preprocess(**changes) -> Preprocess:
     config = open_clip.transform.PreprocessCfg(**{"size": 64, **changes})
-    return preprocess_of(open_clip.transform.image_transform_v2(config, is_train=False), vars(config))
+    return Preprocess.of(open_clip.transform.image_transform_v2(config, is_train=False), vars(config))
 
 
 def pixels_of(data: bytes, preprocess: Preprocess, mode: str = "exact") -> torch.Tensor:
@@ -201,7 +203,7 @@ def test_fast_decodes_jpegs_at_reduced_size_but_well_above_the_input(stored, dec
 
 def test_what_the_quick_decoder_refuses_pillow_decodes(preprocess, monkeypatch) -> None:
     refused = []
-    real = images.simplejpeg.decode_jpeg
+    real = simplejpeg.decode_jpeg
 
     def watched(data, *args, **options):
         try:
@@ -210,7 +212,7 @@ def test_what_the_quick_decoder_refuses_pillow_decodes(preprocess, monkeypatch) 
             refused.append(data)
             raise
 
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", watched)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", watched)
     odd = FORMS["jpeg"][:-2] + bytes(9) + FORMS["jpeg"][-2:]  # harmless bytes before the end mark
     assert (pixels_of(odd, preprocess, "fast") - plain(odd, preprocess)).abs().mean() < 0.03
     assert refused == [odd]
@@ -225,7 +227,7 @@ def test_the_middle_is_cut_where_open_clip_cuts_it(size, preprocess) -> None:
 
 
 def claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it has so many pixels."""
+    """A PNG of a few bytes whose header claims this size."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -266,7 +268,7 @@ def test_shapes_too_narrow_to_resize_are_refused(size, preprocess) -> None:
         (encoded(picture(), "PNG")[:20], "not an image"),
     ],
 )
-def test_what_is_no_image_is_named(data, sentence) -> None:
+def test_data_that_is_not_an_image_is_named(data, sentence) -> None:
     with pytest.raises(ImageError, match=sentence) as caught:
         open_image(data)
     assert caught.value.status is Status.DECODE_ERROR
@@ -298,5 +300,5 @@ def test_random_damage_never_escapes_as_another_error(preprocess) -> None:
 
 def test_the_usual_file_ending_is_found() -> None:
     expected = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-    assert {k: images.extension(encoded(picture(), k)) for k in expected} == expected
-    assert images.extension(b"text") is None
+    assert {k: extension(encoded(picture(), k)) for k in expected} == expected
+    assert extension(b"text") is None

@@ -18,7 +18,7 @@ import aligncurate
 from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs import score as scoring
 from tests.support.inputs import cli
 
@@ -202,7 +202,6 @@ def test_retry_errors_does_only_the_failed_rows(tmp_path, dev) -> None:
     good = {key: {"jpg": image, "txt": caption.encode()} for key, image, caption in dev[:6]}
     broken = {k: dict(v) for k, v in good.items()}
     key = list(good)[2]
-    broken[key]["jpg"] = good[key]["jpg"][:-1_000] + bytes(1_000)
     broken[key]["jpg"] = b"<html>not found</html>".ljust(len(good[key]["jpg"]))
     tar = write_tar(tmp_path / "pairs.tar", broken)
     first = aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True).dataset
@@ -247,7 +246,7 @@ def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monke
     }  # fmt: skip
     levelled = aligncurate.bucket(both, tmp_path / "levels", score_column="score_flickr-clip", levels=4, quiet=True)
     assert set(levelled.scan().collect()["level"]) == {1, 2, 3, 4}
-    # Thresholds say whose scores they are for, also after another verb, and a note comes where that is another one.
+    # Thresholds name the encoder of their scores, also after another verb; a note tells when it is another one.
     assert levelled.manifest["encoders"] == both.manifest["encoders"]
     assert levelled.manifest["thresholds"]["encoder"]["model"] == alone.manifest["encoder"]["model"]
     column = {"score_column": "score_flickr-clip", "quiet": False}
@@ -285,7 +284,7 @@ def test_a_retry_keeps_and_completes_all_scores_and_their_counts(tmp_path, dev, 
 
 
 def counted(dataset) -> int:
-    """How many scores the manifest's counts speak of, after comparing them with the scores."""
+    """How many scores the manifest counts; checks the counts against the scores."""
     columns = [n for n in dataset.schema.names if n == "score" or n.startswith("score_")]
     assert list(dataset.manifest["score_counts"]) == columns
     for column in columns:
@@ -301,9 +300,9 @@ def counted(dataset) -> int:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"model": "tiny,tiny,tiny"}, "tiny is there twice"),
+        ({"model": "tiny,tiny,tiny"}, "tiny is named twice"),
         ({"model": "tiny,ViT-B-32", "pretrained": "openai"}, "1 for 2 models"),
-        ({"model": "tiny,ViT-B-32", "pretrained": ","}, "say which weights"),
+        ({"model": "tiny,ViT-B-32", "pretrained": ","}, "choose its weights"),
     ],
 )
 def test_mistakes_with_several_encoders_are_named(tmp_path, data_root, options, sentence) -> None:
@@ -328,9 +327,9 @@ def test_the_summary_says_where_the_time_went(tmp_path, dev) -> None:
 
 def test_an_unfinished_run_keeps_the_batch_size_that_it_chose(tmp_path, dev, monkeypatch) -> None:
     tar = write_tar(tmp_path / "a.tar", {k: {"jpg": i, "txt": c.encode()} for k, i, c in dev[:4]})
-    monkeypatch.setattr(scoring, "_default_batch", lambda encoder: 5)
+    monkeypatch.setattr(scoring, "default_batch", lambda encoder: 5)
     aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True)
-    monkeypatch.setattr(scoring, "_default_batch", lambda encoder: 9)  # as if the GPU had more room now
+    monkeypatch.setattr(scoring, "default_batch", lambda encoder: 9)  # as if the GPU had more room now
     again = aligncurate.score(tar, tmp_path / "out", model="tiny", quiet=True)
     assert again.dataset.manifest["options"]["batch_size"] == 5 and again.resumed == 1
 
@@ -368,7 +367,7 @@ def test_one_shard_that_cannot_be_read_does_not_stop_the_others(tmp_path, dev, m
     ("options", "sentence"),
     [
         ({"model": "ViT-B-33"}, "did you mean ViT-B-32"),
-        ({"model": "ViT-B-32"}, "say which weights with --pretrained"),
+        ({"model": "ViT-B-32"}, "choose its weights with --pretrained"),
         ({"model": "ViT-B-32", "pretrained": "laion9b"}, "no such weights"),
         ({"model": "ViT-B-32", "pretrained": "/nowhere/weights.bin"}, "no such weights file"),
         ({"model_config": "/nowhere/config.json"}, "no such file"),

@@ -9,7 +9,7 @@ import pytest
 import aligncurate
 from aligncurate.dataset.pointers import read_image
 from aligncurate.scoring.shard import ShardScorer
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
 
 

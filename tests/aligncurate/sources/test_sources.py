@@ -16,7 +16,8 @@ import pytest
 import aligncurate
 from aligncurate.dataset.record import COLUMNS, Status
 from aligncurate.errors import UserError
-from aligncurate.sources import SourceOptions, open_source
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import ingested, jpeg, pairs, read_all, tar_bytes, write_tar
 
 

@@ -11,7 +11,7 @@ import pytest
 import aligncurate
 from aligncurate.demo.scenes import draw, make_scene, write_tars
 from aligncurate.errors import UserError
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs import bucket as bucketing
 
 
@@ -226,7 +226,7 @@ def test_rows_that_are_not_ok_and_empty_parts_do_not_count(tmp_path, image) -> N
 
 def test_images_and_embeddings_stay_as_they_were(tmp_path) -> None:
     write_tars(tmp_path / "tars", 50, seed=6, shard_size=30)
-    options = {"embed_images": True, "embeddings": True}
+    options = {"embed_images": True, "embeddings": "fp16"}
     dataset = aligncurate.score(tmp_path / "tars", tmp_path / "in", model="tiny", quiet=True, **options).dataset
     labelled = aligncurate.bucket(dataset, tmp_path / "out", levels=3, quiet=True)
     assert labelled.schema == dataset.schema

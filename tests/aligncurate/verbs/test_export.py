@@ -15,7 +15,7 @@ import webdataset
 import aligncurate
 from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
-from aligncurate.scoring import shard as pipeline
+from aligncurate.scoring import rows as row_groups
 from tests.support.inputs import encoded, jpeg, picture
 
 
@@ -234,7 +234,7 @@ def test_processes_tell_what_cannot_be_read(tmp_path) -> None:
 
 @pytest.mark.parametrize("per_level", [False, True])
 def test_only_row_groups_with_rows_of_the_tar_are_read_whole(tmp_path, monkeypatch, per_level) -> None:
-    monkeypatch.setattr(pipeline, "_ROWS_PER_GROUP_WITH_IMAGES", 10)
+    monkeypatch.setattr(row_groups, "ROWS_PER_GROUP_WITH_IMAGES", 10)
     write_tars(tmp_path / "tars", 60, seed=5, shard_size=60)
     aligncurate.score(tmp_path / "tars", tmp_path / "scored", model="tiny", embed_images=True, quiet=True)
     dataset = aligncurate.bucket(tmp_path / "scored", tmp_path / "levelled", levels=4, quiet=True)

@@ -9,7 +9,7 @@ import pytest
 import aligncurate
 from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
-from aligncurate.sources import SourceOptions
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.filter import parse_levels
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aligncurate.errors import UserError
 from aligncurate.images.decode import load_rgb
-from aligncurate.verbs.score import ingest
+from aligncurate.verbs.ingest import ingest
 from aligntrain import AlignGPTProcessor, StageConfig
 from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index

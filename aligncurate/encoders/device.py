@@ -1,0 +1,39 @@
+"""The device and precision that an encoder runs with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from aligncurate.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `auto`, `cpu`, `cuda` or `cuda:i`. Raises UserError if this machine does not have it."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:0.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has no such GPU ({torch.cuda.device_count()} found).")
+    return device
+
+
+def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What `auto` means on a device: bf16 on a GPU that computes in it natively (Ampere and newer), else fp32."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return "bf16" if native else "fp32"

@@ -1,0 +1,78 @@
+"""The options of `ingest` and `score`, stated once for the command line, the functions and the manifest."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from aligncurate.encoders.device import Precision
+from aligncurate.images.formats import DecodeMode
+from aligncurate.settings import check, setting
+
+ScoreText = Literal["assistant", "user", "all"]
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """Options of `ingest`. Raises UserError for values that cannot be used."""
+
+    workers: int | None = setting(
+        "Threads that read and decode images.", None, at_least=1, shown="one per core, at most 16", recorded=False
+    )
+    embed_images: bool = setting("Copy the image bytes into the dataset.", False)
+    limit: int | None = setting("Process at most N pairs.", None, at_least=1, shown="all")
+    retry_errors: bool = setting("Process the failed rows of an earlier run again.", False, recorded=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def worker_count(self) -> int:
+        """`workers`, or its default on this machine."""
+        return self.workers or min(16, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class ScoreOptions(IngestOptions):
+    """Options of `score`. Raises UserError for values that cannot be used.
+
+    Several models, separated by commas, share one pass over the images: scores of the first are the column `score`,
+    those of each further model `score_<model>`.
+    """
+
+    model: str | None = setting(
+        "open_clip model, hf-hub:organization/name, or tiny; several, separated by commas, share one pass.",
+        None,
+        group="Encoder",
+        shown="ViT-L-14-quickgelu",
+        recorded=False,  # as the other options of the encoder: the manifest records its identity
+    )
+    pretrained: str | None = setting(
+        "open_clip tag or weights file; one per model, separated by commas.", None, shown="openai", recorded=False
+    )
+    model_config: tuple[str, ...] | None = setting(
+        "open_clip JSON config for a model of your own, named like the file. May be repeated.", None, recorded=False
+    )
+    device: str = setting("auto, cpu, cuda or cuda:0.", "auto", recorded=False)
+    precision: Precision = setting("auto is bf16 on GPUs that support it, else fp32.", "auto", recorded=False)
+    compiled: bool = setting(
+        "Use torch.compile and CUDA graphs: a slow start, then faster.", False, flag="--compile", recorded=False
+    )
+    batch_size: int | None = setting(
+        "Pairs encoded at once.", None, at_least=1, shown="what fits into GPU memory, 32 on the CPU"
+    )
+    decode: DecodeMode = setting(
+        "exact: open_clip's own preprocessing; fast: nearly the same, faster; gpu: decode JPEGs on the GPU.",
+        "exact",
+        group="Scoring",
+    )
+    embeddings: Literal["none", "fp16"] = setting(
+        "fp16: keep the first model's image and text embeddings as columns.", "none"
+    )
+    score_text: ScoreText = setting("Whose turns of a conversation to compare with the image.", "assistant")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_config, str) or hasattr(self.model_config, "__fspath__"):
+            object.__setattr__(self, "model_config", (self.model_config,))
+        check(self)

@@ -1,0 +1,29 @@
+"""How to read a source, as the command line and `open_source` take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from aligncurate.settings import check, setting
+
+Format = Literal["webdataset", "parquet", "annotations", "table", "dataset"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source; None is auto-detected. Raises UserError for values that cannot be used."""
+
+    format: Format | None = setting("Input format.", None, group="Source", shown="auto-detected")
+    caption_column: str | None = setting("Column or field with the caption.", None, shown="auto-detected")
+    image_column: str | None = setting("Column or field with the image.", None, shown="auto-detected")
+    image_root: str | None = setting(
+        "Folder that image paths are relative to, or a tar (or a folder of tars) that holds the images.",
+        None,
+        shown="next to the input file",
+    )
+    rows_per_shard: int = setting("Rows of a big file that go into one part.", 10_000, at_least=1)
+
+    def __post_init__(self) -> None:
+        check(self)

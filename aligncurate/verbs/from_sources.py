@@ -1,0 +1,185 @@
+"""From sources to a dataset: the run that `score` and `ingest` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from aligncurate.dataset.part import PartInfo
+from aligncurate.dataset.reader import Dataset, DatasetWriter
+from aligncurate.dataset.record import schema
+from aligncurate.engines import threads
+from aligncurate.errors import ShardError
+from aligncurate.images.decode import no_decoder_warnings
+from aligncurate.io import storage
+from aligncurate.progress import meter, notice
+from aligncurate.scoring.options import ScoreOptions
+from aligncurate.scoring.shard import ShardScorer
+from aligncurate.scoring.timing import STAGES, StageTimes
+from aligncurate.settings import recorded
+from aligncurate.sources.base import Shard, Source, limit_shards
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
+
+if TYPE_CHECKING:
+    from aligncurate.encoders.load import Encoder
+
+_SHARDS = 2  # at once, so that the encoder does not wait between two shards
+_TARS_COUNTED = 64  # for the progress bar's total; counting the pairs of more tars would take too long
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shard that could not be read; a rerun tries it again."""
+
+    shard: str
+    error: str
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What a run of `score` or `ingest` did.
+
+    Attributes:
+        dataset: the finished dataset; None while some shards are missing.
+        rows, seconds: of this run only, without the rows that earlier runs committed.
+        resumed: number of parts that earlier runs committed.
+        failures: shards that could not be read.
+        times: how long each stage of this run took.
+    """
+
+    dataset: Dataset | None
+    rows: int
+    seconds: float
+    resumed: int
+    failures: list[Failure]
+    times: StageTimes
+
+
+def open_sources(sources: str | Path | Sequence[str | Path], options: SourceOptions) -> Source:
+    """`open_source` for one or more paths or URIs."""
+    single = isinstance(sources, (str, Path))
+    return open_source([str(sources)] if single else [str(s) for s in sources], options)  # type: ignore[union-attr]
+
+
+def make_dataset(
+    verb: str,
+    source: Source,
+    out: str | Path,
+    encoders: Mapping[str, Encoder],
+    options: ScoreOptions,
+    recorded_options: Mapping[str, Any],
+    source_options: SourceOptions,
+    *,
+    quiet: bool,
+) -> ScoreResult:
+    """Make the parts of a dataset that an earlier run has not committed, then its manifest.
+
+    Args:
+        verb: for the manifest and the progress bar.
+        source: what to read.
+        out: folder of the dataset.
+        encoders: by the column for their scores; none for `ingest`.
+        options: with `workers` and `batch_size` set.
+        recorded_options: what the manifest records of them.
+        source_options: how `source` is read.
+        quiet: no progress and notices.
+
+    Raises UserError if the folder holds something else.
+    """
+    for text in source.notices:
+        notice(text, quiet=quiet)
+    first = next(iter(encoders.values()), None)
+    head = {
+        "verb": verb,
+        "options": {**recorded_options, **_recorded_source(source_options)},
+        "inputs": source.describe(),
+        "encoder": first.identity if first else None,
+        "thresholds": None,
+        "history": [],
+    }
+    if len(encoders) > 1:
+        head["encoders"] = {column: encoder.identity for column, encoder in encoders.items()}
+    width = _embedding_width(first) if first and options.embeddings != "none" else 0
+    score_columns = {column: pa.float32() for column in list(encoders)[1:]}
+    columns = schema(source.extras | score_columns, embed_images=options.embed_images, embedding=width)
+    writer = DatasetWriter(out, head, columns, mended=options.retry_errors)
+    shards = limit_shards(source, options.limit)
+    with ExitStack() as stack:
+        stack.enter_context(no_decoder_warnings())
+        stack.enter_context(writer.open())
+        parts, todo = _split(writer, shards, options.retry_errors)
+        if todo:
+            writer.reopen()
+        progress = stack.enter_context(meter(verb, _total(source, shards), quiet=quiet))
+        progress.skip(sum(part.rows for part in parts.values()))
+        resumed = len(parts)
+        scorer = ShardScorer(source, writer, encoders, options, progress)
+        stack.callback(scorer.close)
+        failures = []
+        for outcome in threads.run(scorer.part, todo, workers=_SHARDS):
+            if outcome.result is not None:
+                parts[outcome.shard.index] = outcome.result
+            else:
+                failures.append(Failure(str(outcome.shard), str(outcome.error)))
+        dataset = None if failures else writer.finish([parts[shard.index] for shard in shards])
+        times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
+        return ScoreResult(dataset, progress.done, progress.seconds, resumed, failures, times)
+
+
+def _recorded_source(options: SourceOptions) -> dict[str, Any]:
+    record = recorded(options)
+    if options.image_root is not None:  # the same folder, whatever the current folder is
+        record["image_root"] = storage.absolute(options.image_root)
+    return record
+
+
+def _threads(encoding: bool, options: ScoreOptions, shards: int) -> dict[str, int]:
+    """How many threads can be in each stage at once."""
+    own = max(1, min(shards, _SHARDS))
+    workers = options.workers or 1
+    # A shard's own thread finds its pairs, and calls the GPU's decoder; the pool reads and decodes their images.
+    decoding = workers + (own if options.decode == "gpu" else 0)
+    counts = dict.fromkeys(STAGES, own) | {"read": workers + own, "decode": decoding, "encode": 1}
+    return counts if encoding else {stage: counts[stage] for stage in ("read", "decode", "write")}
+
+
+def _split(
+    writer: DatasetWriter, shards: Sequence[Shard], retry_errors: bool
+) -> tuple[dict[int, PartInfo], list[Shard]]:
+    """Parts to keep, and shards to do: those without a part; with `retry_errors` also failed and changed ones."""
+    parts, todo = {}, []
+    for shard in shards:
+        if shard.uri in writer.changed:
+            writer.discard(shard.index)  # its images may be others now, so no row can be kept
+        part = writer.committed(shard.index)
+        if part is None or (retry_errors and part.failed):
+            todo.append(shard)
+        else:
+            parts[shard.index] = part
+    return parts, todo
+
+
+def _total(source: Source, shards: Sequence[Shard]) -> int | None:
+    """Number of pairs, if that is cheap to find out: tars must be walked, so only for a few local ones."""
+    tars = [shard for shard in shards if shard.stop is None]
+    if len(tars) > _TARS_COUNTED or any(storage.is_remote(shard.uri) for shard in tars):
+        return None
+    try:
+        counts = [(shard, source.count(shard)) for shard in shards]
+        return sum(count if shard.limit is None else min(count, shard.limit) for shard, count in counts)
+    except (OSError, ShardError):
+        return None
+
+
+def _embedding_width(encoder: Encoder) -> int:
+    import torch
+
+    size = encoder.preprocess.size or 224
+    images, _ = encoder.embed(torch.zeros(1, 3, size, size), encoder.tokenize([""]))
+    return int(images.shape[-1])
