@@ -23,7 +23,7 @@ from aligntrain.data.reader import BatchReader
 from aligntrain.model.build import build_config, build_model, build_processor
 from aligntrain.model.loss import CHUNK_TOKENS, token_losses
 from aligntrain.tools.memory import Memory, estimate_memory
-from aligntrain.training.distributed import Engine, World
+from aligntrain.training.distributed import ParallelModel, World
 from aligntrain.training.loop import plan_epoch
 from aligntrain.training.optimizer import make_optimizer
 from tests.support.stage_data import make_models, questions
@@ -124,7 +124,7 @@ def test_a_sharded_rank_holds_its_share(models: dict[str, str], tmp_path: Path, 
     config = config_of(models, tmp_path, "finetune", parallel="fsdp")
     model, _ = build_model(config, build_processor(config))
     everything = sum(p.nbytes for p in model.parameters())
-    Engine(model, config, four_ranks)
+    ParallelModel(model, config, four_ranks)
     gradients, moments = step(model, config)
     told = estimate(config, ranks=4)
     masters = sum(local(p).nbytes for p in model.parameters())
