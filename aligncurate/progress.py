@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,10 +18,23 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 
-console = Console(stderr=True, highlight=False)
+PIPED_WIDTH = 100
+"""Characters in a line when the output is not a terminal and COLUMNS is not set."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that prints what it is given: no highlighting, and `:bug:` in a file name stays as it is."""
+    made = Console(stderr=stderr, highlight=False, emoji=False)
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        made.width = PIPED_WIDTH
+    return made
+
+
+console = make_console(stderr=True)
 """Where progress and notices go; results go to standard output."""
 
 
@@ -128,9 +142,9 @@ def meter(verb: str, total: int | None, *, quiet: bool = False, unit: str = "pai
 
 
 def notice(text: str, *, quiet: bool = False) -> None:
-    """Print a note for the user, unless `quiet`."""
+    """Print a note for the user, unless `quiet`. The text is plain: markup in it is printed as it is."""
     if not quiet:
-        console.print(f"[yellow]note:[/] {text}", soft_wrap=True)
+        console.print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

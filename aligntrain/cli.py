@@ -1,21 +1,22 @@
-"""The commands `train`, `generate`, `chat` and `convert`: each parses options, calls one function and prints.
+"""The commands that need a trained model or train one, `demo` too: each parses options, calls one function and prints.
 
 Heavy modules are imported when a command runs.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aligncurate.cli.options import with_settings
+from aligncurate.cli.options import Quiet, with_settings
 from aligncurate.errors import UserError
+from aligncurate.progress import duration, make_console
 from aligncurate.settings import parse
 from aligntrain.stage import StageConfig
 
@@ -35,7 +36,7 @@ train_app = typer.Typer(
 
 app.add_typer(train_app, name="train")
 
-_stdout = Console(highlight=False)
+_stdout = make_console()
 _with_stage_settings = with_settings(StageConfig, leave_out=("stage", "data"))
 
 Data = Annotated[
@@ -161,6 +162,36 @@ def convert(
 
     done = run(source, target, llm=llm, vision=vision)
     _stdout.print(f"converted {escape(done)} in {escape(str(target))}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("demo"),
+    count: Annotated[int, typer.Option(help="Number of pairs to draw.")] = 4_000,
+    train: Annotated[bool, typer.Option("--train/--no-train", help="Also train a small AlignGPT on them.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole workflow offline on drawn scenes with known captions, and show that it works."""
+    from aligncurate.demo.curation import curate
+
+    started = time.monotonic()
+    curate(out, count=count, quiet=quiet)
+    if train:
+        from aligntrain.tools.demo import train_and_ask
+
+        train_and_ask(out, count=count, quiet=quiet)
+    if quiet:
+        return
+    odd = f"aligncurate filter {out / 'levelled'} --out {out / 'odd'}"
+    commands = [
+        f"aligncurate inspect {out / 'levelled'} --examples 3",
+        f"{odd} --where \"correctness = 'one_detail_wrong' and level >= 7\"",
+        *([f"aligncurate chat {out / 'finetuned'} --image {out / 'fresh.png'} --show-alignment"] if train else []),
+        "aligncurate score YOUR_DATA --out scored    # tars, Parquet, JSON, CSV; downloads OpenAI's ViT-L/14",
+    ]
+    _stdout.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. What to look at and try next:")
+    for command in commands:
+        _stdout.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
 
 
 def _config(

@@ -26,7 +26,7 @@ LAYERS = [  # a module imports from its own folder or from a later line
     {"aligncurate.progress"},
     {"aligncurate.errors"},
 ]
-LAZY = "aligncurate/cli/app.py"  # adds the demo's and the trainer's commands when they are called
+LAZY = "aligncurate/cli/app.py"  # adds the commands of aligntrain when they are called
 
 
 def modules() -> list[Path]:

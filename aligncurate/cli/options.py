@@ -1,4 +1,4 @@
-"""Options of commands, made from settings dataclasses, so that each is stated once."""
+"""Options: those that commands share, and those made from settings dataclasses, so that each is stated once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import typing
 from collections.abc import Callable, Collection
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,19 @@ import typer
 from aligncurate.settings import choices, field_types, option_name, parse, without_none
 
 Command = Callable[..., None]
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        help="Tars, Parquet, JSON, JSONL, CSV or TSV files, folders of these, or a dataset; braces and * expand.",
+        show_default=False,
+    ),
+]
+DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; created if missing.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
+ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
 
 
 def with_settings(
@@ -84,12 +98,8 @@ def _annotation(field: dataclasses.Field[Any], kind: Any, group: str | None) -> 
     shown = field.metadata["shown"]
     if shown is None and default is not None and default is not False:
         shown = "on" if default is True else str(default)
-    option = typer.Option(
-        *names,
-        help=field.metadata["help"],
-        show_default=shown or False,
-        rich_help_panel=group,
-    )
+    help = field.metadata["help"] + (rf" [dim]\[default: {shown}][/]" if shown else "")  # Typer would put it in ()
+    option = typer.Option(*names, help=help, show_default=False, rich_help_panel=group)
     return Annotated[value | None, option]
 
 

@@ -1,45 +1,29 @@
-"""Everything the command line draws: tables and the histogram of scores. Nothing is measured here."""
+"""What the commands print: summaries, tables, next steps. Nothing is measured here."""
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.columns import Columns
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.style import Style
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from aligncurate.levels import assign_levels
+from aligncurate.cli.histogram import HistogramDrawing, format_score, level_style
+from aligncurate.progress import count, duration
 from aligncurate.verbs.inspect import Inspection
 
-PIPED_WIDTH = 100
-"""Characters in a line when the output is not a terminal and COLUMNS is not set."""
+if TYPE_CHECKING:
+    from aligncurate.dataset.reader import Dataset
+    from aligncurate.scoring.timing import StageTimes
+    from aligncurate.verbs.export.result import Exported
+    from aligncurate.verbs.from_sources import ScoreResult
 
-_HEIGHT, _MISMATCHED_HEIGHT = 8, 4  # lines of the two panels of the histogram
-_WIDEST_BIN = 4  # characters
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
-_RAMP = np.array([(214, 76, 84), (235, 160, 62), (104, 171, 117), (46, 134, 193)])  # from the worst level to the best
 _STATUS_STYLES = {"ok": "green", "text_only": "cyan"}  # all others are failures, in red
-
-
-def console(*, stderr: bool = False) -> Console:
-    """The console for everything that is printed: no highlighting, and `:bug:` in a file name stays as it is."""
-    made = Console(stderr=stderr, highlight=False, emoji=False)
-    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
-        made.width = PIPED_WIDTH
-    return made
-
-
-def count(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def render(inspection: Inspection) -> RenderableType:
@@ -50,7 +34,7 @@ def render(inspection: Inspection) -> RenderableType:
     if inspection.errors:
         pieces[-1] = Group(pieces[-1], _failed_command(inspection))
     if inspection.histogram is not None:
-        pieces += [_score_summary(inspection), _Drawing(inspection)]
+        pieces += [_score_summary(inspection), HistogramDrawing(inspection)]
     if inspection.cuts:
         pieces.append(_cut_table(inspection))
     if inspection.levels:
@@ -122,7 +106,7 @@ def _score_summary(inspection: Inspection) -> Group:
     names = {"0": "min", "0.05": "5%", "0.25": "25%", "0.5": "median", "0.75": "75%", "0.95": "95%", "1": "max"}
     column = "" if inspection.score_column == "score" else f" ({inspection.score_column})"
     values = {"mean": inspection.mean} | {name: inspection.quantiles[q] for q, name in names.items()}
-    cells = [Text.assemble((f"{name} ", "dim"), _number(value)) for name, value in values.items()]
+    cells = [Text.assemble((f"{name} ", "dim"), format_score(value)) for name, value in values.items()]
     heading = Text(f"Scores{column} of {count(inspection.scored, 'row')}", style="bold")
     return Group(heading, Columns(cells, padding=(0, 3)))
 
@@ -135,7 +119,7 @@ def _cut_table(inspection: Inspection) -> Table:
     for cut in reversed(inspection.cuts):
         levels = f"{cut.level}-{best}" if cut.level < best else f"{best}"
         others = [f"{cut.mismatched:.1%}"] if cut.mismatched is not None else []
-        table.add_row(levels, _number(cut.score), f"{cut.count:,}", f"{cut.share:.1%}", *others)
+        table.add_row(levels, format_score(cut.score), f"{cut.count:,}", f"{cut.share:.1%}", *others)
     return table
 
 
@@ -145,9 +129,9 @@ def _level_table(inspection: Inspection) -> Table:
     total = sum(level.level is not None for level in inspection.levels)
     for level in reversed([level for level in inspection.levels if level.level is not None]):
         assert level.level is not None
-        scores = f"{_number(level.minimum)} … {_number(level.maximum)}" if level.minimum is not None else "–"
-        name = Text(f"{level.level}", style=_colour(level.level, total))
-        table.add_row(name, f"{level.count:,}", f"{level.share:.1%}", scores, _number(level.mean))
+        scores = f"{format_score(level.minimum)} … {format_score(level.maximum)}" if level.minimum is not None else "–"
+        name = Text(f"{level.level}", style=level_style(level.level, total))
+        table.add_row(name, f"{level.count:,}", f"{level.share:.1%}", scores, format_score(level.mean))
     for level in inspection.levels:
         if level.level is None:
             table.add_row("none", f"{level.count:,}", f"{level.share:.1%}", "not scored", "–", style="dim")
@@ -159,154 +143,84 @@ def _example_table(inspection: Inspection) -> Table:
     for level in reversed(inspection.levels):
         for number, example in enumerate(level.examples):
             name = str(level.level) if number == 0 else ""
-            table.add_row(name, _number(example["score"]), Text(" ".join(example["text"].split())))
+            table.add_row(name, format_score(example["score"]), Text(" ".join(example["text"].split())))
     return table
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if abs(value) < 1_000 else f"{value:.4g}"
+def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
+    """How a run of `score` or `ingest` ended; `done` is `scored` or `ingested`."""
+    rate = f" ({result.rows / result.seconds:,.0f}/s)" if result.rows and result.seconds else ""
+    lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {out}")]
+    if result.resumed:
+        lines.append(Text(f"{count(result.resumed, 'part')} kept from an earlier run"))
+    if result.rows:
+        lines.append(_stage_times(result.times))
+    if result.dataset is not None:
+        lines += _outcome(result.dataset)
+    return Group(*lines)
 
 
-def _colour(level: int, levels: int) -> Style:
-    """The colour of a level, on a ramp from red over amber and green to blue."""
-    place = (level - 1) / max(1, levels - 1) * (len(_RAMP) - 1)
-    red, green, blue = (int(np.interp(place, range(len(_RAMP)), _RAMP[:, channel])) for channel in range(3))
-    return Style(color=f"#{red:02x}{green:02x}{blue:02x}")
+def _stage_times(times: StageTimes) -> Text:
+    """Seconds of work per stage, and how busy the slowest stage was."""
+    seconds = ", ".join(f"{stage} {taken:.1f} s" for stage, taken in times.seconds.items())
+    slowest = times.bottleneck
+    threads = f" of its {times.threads[slowest]} threads" if times.threads[slowest] > 1 else ""
+    return Text(f"time: {seconds}; bottleneck: {slowest}, {min(times.busy[slowest], 1.0):.0%}{threads} busy")
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """The scores along the width of the drawing.
-
-    Attributes:
-        low, high: scores at the left and the right end.
-        width: characters.
-    """
-
-    low: float
-    high: float
-    width: int
-
-    @classmethod
-    def of(cls, edges: Sequence[float], width: int) -> _Axis:
-        """For the edges of all bins; the end bins are drawn as wide as the others, however far out they reach."""
-        if len(edges) < 4:
-            return cls(edges[0], edges[-1], width)
-        step = (edges[-2] - edges[1]) / (len(edges) - 3)
-        return cls(edges[1] - step, edges[-2] + step, width)
-
-    @property
-    def scores(self) -> NDArray[np.float64]:
-        """The score at the middle of each character."""
-        return self.low + (np.arange(self.width) + 0.5) * (self.high - self.low) / self.width
-
-    def place(self, score: float) -> int:
-        """The character in which a score lies."""
-        share = (score - self.low) / (self.high - self.low) if self.high > self.low else 0.0
-        return min(max(int(share * self.width), 0), self.width - 1)
+def _outcome(dataset: Dataset) -> list[Text]:
+    """Rows by status, how far fast decoding strays, and where to see why rows failed."""
+    if not dataset.rows:
+        return [Text("the source has no pairs", style="yellow")]
+    statuses = [(f"{status} {rows:,}", _STATUS_STYLES.get(status, "red")) for status, rows in dataset.statuses.items()]
+    lines = [Text("  ").join([Text(text, style=style) for text, style in statuses])]
+    if changed := dataset.parts[0].facts.get("fast_against_exact"):
+        lines.append(
+            Text(
+                f"fast decoding changed the scores of {changed['pairs']} pairs by {changed['mean']:.4f} on average and "
+                f"{changed['max']:.4f} at most, compared to exact decoding"
+            )
+        )
+    if any(part.failed for part in dataset.parts):
+        lines.append(Text(f"why rows failed: aligncurate inspect {shlex.quote(str(dataset.path))}", style="dim"))
+    if all(part.failed == part.rows for part in dataset.parts):
+        lines.append(Text("no row can be used", style="red"))
+    return lines
 
 
-class _Drawing:
-    """The histogram: scores coloured by level, below them those of mismatched pairs, thresholds and levels under both.
-
-    A bin is one to four characters wide; on a terminal too narrow for that, neighbouring bins are drawn as one. Each
-    panel has its own scale. A character has the colour of the level at its middle, and a threshold is marked in the
-    character where it lies.
-    """
-
-    def __init__(self, inspection: Inspection) -> None:
-        assert inspection.histogram is not None
-        self._inspection, self._histogram = inspection, inspection.histogram
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        histogram, mismatched = self._histogram, self._inspection.mismatched
-        labels = [_short(max(_merged(counts, 1))) for counts in (histogram.counts, histogram.mismatched) if counts]
-        margin = max(len(label) for label in labels)
-        room = max(8, options.max_width - margin - 3)
-        merge = -(-len(histogram.counts) // room)
-        bins = _merged(histogram.counts, merge)
-        per_bin = min(_WIDEST_BIN, room // len(bins))
-        axis = _Axis.of(histogram.edges, per_bin * len(bins))
-        levels = self._levels_at(axis)
-        total = len(self._inspection.cuts) + 1
-        styles = [_colour(level, total) for level in levels] or [Style(color="cyan")] * axis.width
-
-        yield Text("rows per bin, coloured by level" if levels else "rows per bin", style="dim")
-        yield from _panel(np.repeat(bins, per_bin), _HEIGHT, styles, margin)
-        if mismatched is not None:
-            pairs = count(mismatched.pairs, "mismatched pair")
-            yield Text(f"{pairs}: each image with another row's caption", style="dim")
-            others = np.repeat(_merged(histogram.mismatched, merge), per_bin)
-            yield from _panel(others, _MISMATCHED_HEIGHT, [Style(color="bright_black")] * axis.width, margin)
-        yield from self._scale(axis, levels, styles, margin)
-
-    def _levels_at(self, axis: _Axis) -> list[int]:
-        """The level at the middle of each character; empty without thresholds."""
-        values = np.array([cut.score for cut in self._inspection.cuts], np.float32)
-        return assign_levels(axis.scores.astype(np.float32), values).tolist() if len(values) else []
-
-    def _scale(self, axis: _Axis, levels: list[int], styles: Sequence[Style], margin: int) -> RenderResult:
-        """A line of levels with the thresholds marked, and the axis with round numbers."""
-        pad = " " * (margin + 3)
-        if levels:
-            line = ["━"] * axis.width
-            starts = [axis.place(cut.score) for cut in self._inspection.cuts]
-            for start in starts:
-                line[start] = "┷"
-            for number, (start, end) in enumerate(zip([-1, *starts], [*starts, axis.width], strict=True), 1):
-                name = str(number)
-                if end - start > len(name):
-                    first = start + 1 + (end - start - 1 - len(name)) // 2
-                    line[first : first + len(name)] = name
-            yield Text.assemble(pad, *zip(line, styles, strict=True))
-        ticks, names = ["─"] * axis.width, [" "] * (axis.width + 12)
-        for score, name in _ticks(axis):
-            place = axis.place(score)
-            ticks[place] = "┬"
-            names[place : place + len(name)] = name
-        yield Text(f"{pad}{''.join(ticks)}", style="dim")
-        yield Text(f"{pad}{''.join(names).rstrip()}", style="dim")
-        edges = self._histogram.edges
-        outside = [f"down to {_number(edges[0])}"] if edges[0] < axis.low else []
-        outside += [f"up to {_number(edges[-1])}"] if edges[-1] > axis.high else []
-        if outside:
-            yield Text(f"{pad}the end bins reach {' and '.join(outside)}", style="dim")
+def render_kept(kept: int, total: int, out: Path) -> Text:
+    """What `filter` kept."""
+    share = f" ({kept / total:.1%})" if total else ""
+    text = Text(f"kept {kept:,} of {count(total, 'row')}{share} in {out}")
+    return text if kept else text.append("\nno rows match", style="yellow")
 
 
-def _merged(counts: Sequence[int], merge: int) -> NDArray[np.int64]:
-    """Counts of bins, of which `merge` neighbours become one."""
-    return np.add.reduceat(np.asarray(counts, np.int64), np.arange(0, len(counts), merge))
+def render_export(exported: Exported, failures: str) -> Text:
+    """What `export` wrote; `failures` is the name of the file that lists images that could not be read."""
+    names = exported.files
+    files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
+    size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
+    text = Text(f"exported {count(exported.rows, 'row')}{size} to {exported.path}: {files}")
+    if exported.skipped:
+        text.append(f"\nskipped {count(exported.skipped, 'row')} whose status is neither ok nor text_only", "yellow")
+    if exported.failed:
+        listed = exported.path / failures
+        text.append(f"\n{count(len(exported.failed), 'image')} could not be read any more; see {listed}", "red")
+    return text
 
 
-def _panel(heights: NDArray[np.int64], lines: int, styles: Sequence[Style], margin: int) -> RenderResult:
-    """Columns of the given heights, in eighths of a line; whatever is not zero shows."""
-    largest = int(heights.max())
-    eighths = np.ceil(heights * (8 * lines / largest)).astype(int) if largest else heights
-    for line in reversed(range(lines)):
-        label = _short(largest) if line == lines - 1 else ("0" if line == 0 else "")
-        blocks = [_EIGHTHS[min(8, max(0, tall - 8 * line))] for tall in eighths]
-        yield Text.assemble((f"{label:>{margin}} {'┤' if label else '│'} ", "dim"), *zip(blocks, styles, strict=True))
+def render_models(entries: Sequence[dict[str, object]], default: str) -> Table:
+    """The encoders that `--model` accepts."""
+    table = Table("model", "pixels", "width", "--pretrained", box=box.SIMPLE_HEAD)
+    for entry in entries:
+        name = Text(str(entry["model"]))
+        if entry["model"] == default:
+            name.append(" (default)", style="cyan")
+        weights = ", ".join(entry["weights"])  # type: ignore[arg-type]
+        table.add_row(name, str(entry["image_size"]), str(entry["width"]), weights)
+    return table
 
 
-def _ticks(axis: _Axis) -> list[tuple[float, str]]:
-    """Round numbers along the axis, at least eight characters apart."""
-    if not axis.high > axis.low:
-        return [(axis.low, _number(axis.low))]
-    rough = (axis.high - axis.low) * 8 / axis.width
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    digits = max(0, -int(np.floor(np.log10(step))))
-    numbers = np.arange(np.ceil(axis.low / step), np.floor(axis.high / step) + 1) * step
-    return [(float(n), f"{n + 0.0:.{digits}f}" if abs(n) < 1e6 else f"{n:.3g}") for n in numbers]
-
-
-def _short(number: int) -> str:
-    """A count in at most six characters: 999,999 or 1.2M."""
-    number = int(number)
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            scale = 1e3 if unit == "k" else size
-            return f"{number / scale:.0f}{unit}" if number >= 100 * scale else f"{number / scale:.1f}{unit}"
-    return f"{number:,}"
+def render_next(command: str) -> Text:
+    """The command that usually follows."""
+    return Text(f"next: {command}", style="dim")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import polars as pl
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import aligncurate
@@ -18,7 +17,7 @@ from aligncurate.cli.render import render
 from aligncurate.dataset.reader import Dataset
 from aligncurate.demo import scenes
 from aligncurate.errors import UserError
-from aligncurate.progress import duration
+from aligncurate.progress import duration, make_console
 
 SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
 NAMES = {
@@ -29,7 +28,7 @@ NAMES = {
 }
 _MARK = "made-by-aligncurate-demo"
 
-console = Console(highlight=False)
+console = make_console()
 
 
 def curate(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:

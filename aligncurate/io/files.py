@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from aligncurate.errors import UserError
 from aligncurate.progress import notice
 
@@ -86,7 +84,7 @@ def lock(folder: Path) -> Iterator[None]:
 def _warn_no_locks(folder: Path) -> None:
     global warned_no_locks
     if not warned_no_locks:
-        notice(f"{escape(str(folder))}: this file system has no locks; do not start a second run that writes here.")
+        notice(f"{folder}: this file system has no locks; do not start a second run that writes here.")
     warned_no_locks = True
 
 

@@ -71,7 +71,7 @@ def test_score_ends_with_a_summary(folder) -> None:
     assert "ok 59" in result.stdout and "decode_error 1" in result.stdout
     again = run("score", folder / "tars", "--out", folder / "again", "--model", "tiny")
     assert again.exit_code == 0
-    assert "scored 0 rows" in again.stdout and "2 of its parts were there" in again.stdout
+    assert "scored 0 rows" in again.stdout and "2 parts kept from an earlier run" in again.stdout
 
 
 def test_quiet_prints_nothing(folder) -> None:
@@ -144,7 +144,7 @@ def test_a_shard_that_cannot_be_read_is_a_fault(folder, monkeypatch) -> None:
     result = run("ingest", folder / "tars", "--out", folder / "mixed-out")
     assert result.exit_code == 1
     assert "00000.tar: cannot be read: Input/output error" in " ".join(result.stderr.split())
-    assert "the same command tries them again" in " ".join(result.stderr.split())
+    assert "rerun to resume" in " ".join(result.stderr.split())
     assert (folder / "mixed-out/part-00001.parquet").is_file()
 
 
@@ -176,4 +176,4 @@ def test_a_run_without_a_good_row_says_so_and_sends_nobody_on(tmp_path) -> None:
     assert told.exit_code == 0
     assert "no row can be used" in told.stdout
     assert "next:" not in told.stdout
-    assert "give --image-root" in cli("inspect", tmp_path / "out", "--json").stdout
+    assert "set --image-root" in cli("inspect", tmp_path / "out", "--json").stdout

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 import aligncurate
-from aligncurate.cli.render import console, render
+from aligncurate.cli.render import render
 from aligncurate.demo.scenes import write_tars
+from aligncurate.progress import make_console as console
 from aligncurate.verbs.inspect import QUANTILES, Inspection
 from tests.support.inputs import cli, complaint, pairs, write_tar
 

@@ -1,0 +1,190 @@
+"""The commands of curation, from `score` to `export`: each parses its options, calls one function and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from aligncurate.cli.options import DatasetFolder, Out, Quiet, ScoreColumn, Sources, with_settings
+from aligncurate.errors import ShardError
+from aligncurate.progress import make_console
+from aligncurate.scoring.options import IngestOptions, ScoreOptions
+from aligncurate.settings import field_types
+from aligncurate.sources.options import SourceOptions
+
+app = typer.Typer()
+
+
+@app.command()
+@with_settings(ScoreOptions, SourceOptions)
+def score(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
+    """Score every image-text pair of the sources; writes a new dataset.
+
+    Rerun the same command to resume an interrupted run.
+    """
+    from aligncurate.verbs.score import score as run
+
+    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    _end_of_run("scored", result, out, f"aligncurate bucket {out} --out LEVELLED", quiet)
+
+
+@app.command()
+@with_settings(IngestOptions, SourceOptions)
+def ingest(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
+    """Make a dataset without scoring; loads no model. Scores and levels of the source are kept."""
+    from aligncurate.verbs.ingest import ingest as run
+
+    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    _end_of_run("ingested", result, out, f"aligncurate score {out} --out SCORED", quiet)
+
+
+@app.command()
+def bucket(
+    dataset: DatasetFolder,
+    out: Out,
+    levels: Annotated[int | None, typer.Option(help="Number of levels N.", show_default="8")] = None,
+    method: Annotated[
+        Literal["quantile", "uniform"] | None,
+        typer.Option(help="quantile: levels of equal size; uniform: of equal width.", show_default="quantile"),
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="Apply this thresholds.json instead of computing thresholds.")
+    ] = None,
+    score_column: ScoreColumn = "score",
+    quiet: Quiet = False,
+) -> None:
+    """Give every scored pair its alignment level, 1 to N, N best."""
+    from aligncurate.verbs.bucket import bucket as run
+
+    levelled = run(
+        dataset, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet
+    )
+    if not quiet:
+        from aligncurate.cli.render import next_command, render, render_next
+        from aligncurate.verbs.inspect import inspect as measure
+
+        inspection = measure(levelled, score_column=score_column)
+        make_console().print(render(inspection))
+        make_console().print(render_next(f"{next_command(inspection)}, or aligncurate export {out} --out SHARDS"))
+
+
+@app.command()
+def inspect(
+    dataset: DatasetFolder,
+    examples: Annotated[int, typer.Option(metavar="K", help="Show K captions of each level.")] = 0,
+    mismatched: Annotated[
+        bool,
+        typer.Option(
+            "--mismatched",
+            help="Also score 2,000 images with other rows' captions, with the dataset's encoder. Datasets scored with "
+            "--embeddings show this anyway.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
+    score_column: ScoreColumn = "score",
+) -> None:
+    """Show a dataset: rows by status, the histogram of scores, what each threshold keeps, and the levels."""
+    from aligncurate.cli.render import next_command, render, render_next
+    from aligncurate.verbs.inspect import inspect as measure
+
+    inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
+    if as_json:
+        print(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
+        return
+    make_console().print(render(inspection))
+    if command := next_command(inspection):
+        make_console().print(render_next(command), soft_wrap=True)
+
+
+@app.command()
+def filter(
+    dataset: DatasetFolder,
+    out: Out,
+    where: Annotated[
+        str | None, typer.Option(metavar="SQL", help="Keep rows for which this SQL expression is true.")
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="Levels to keep: 5-8 or 1,3,7-8.")] = None,
+    top_fraction: Annotated[
+        float | None, typer.Option(help="Keep exactly this fraction of the scored rows, the best ones.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(metavar="N", help="Keep N random rows.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for --sample.")] = 0,
+    score_column: ScoreColumn = "score",
+    quiet: Quiet = False,
+) -> None:
+    """Keep some rows: by SQL, then by level, then the top fraction, then a random sample."""
+    from aligncurate.cli.render import render_kept
+    from aligncurate.dataset.reader import Dataset
+    from aligncurate.verbs.filter import filter as run
+
+    before = Dataset(dataset)
+    kept = run(
+        before,
+        out,
+        where=where,
+        levels=levels,
+        top_fraction=top_fraction,
+        sample=sample,
+        seed=seed,
+        score_column=score_column,
+        quiet=quiet,
+    )
+    if not quiet:
+        make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
+
+
+@app.command()
+def export(
+    dataset: DatasetFolder,
+    out: Out,
+    format: Annotated[
+        Literal["webdataset", "llava-json", "datacomp-uids"], typer.Option(help="Output format.")
+    ] = "webdataset",
+    shard_size: Annotated[int, typer.Option(help="Pairs per tar.")] = 10_000,
+    per_level: Annotated[bool, typer.Option("--per-level", help="Write a folder of tars for each level.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that write tars.", show_default="one per core")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Export the usable rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
+    from aligncurate.cli.render import render_export
+    from aligncurate.verbs.export.export import FAILURES
+    from aligncurate.verbs.export.export import export as run
+
+    done = run(dataset, out, format=format, shard_size=shard_size, per_level=per_level, workers=workers, quiet=quiet)
+    if not quiet:
+        make_console().print(render_export(done, FAILURES), soft_wrap=True)
+
+
+@app.command()
+def models() -> None:
+    """List the encoders that --model accepts, with input size, embedding width and weights."""
+    from aligncurate.cli.render import render_models
+    from aligncurate.encoders.catalogue import known_models
+    from aligncurate.encoders.names import DEFAULT_MODEL
+
+    console = make_console()
+    console.print(render_models(known_models(), DEFAULT_MODEL))
+    console.print("Also hf-hub:organization/name, or --model-config FILE --pretrained FILE for your own weights.")
+
+
+def _source_options(options: dict[str, Any]) -> SourceOptions:
+    """Take the source's options out of those of a command."""
+    return SourceOptions(**{name: options.pop(name) for name in field_types(SourceOptions) if name in options})
+
+
+def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) -> None:
+    """Print how a run of `score` or `ingest` ended. Raises ShardError if shards could not be read."""
+    from aligncurate.cli.render import render_next, render_run
+
+    console = make_console()
+    if not quiet:
+        console.print(render_run(done, result, out), soft_wrap=True)
+        if result.dataset is not None and any(part.failed < part.rows for part in result.dataset.parts):
+            console.print(render_next(following), soft_wrap=True)
+    if result.failures:
+        errors = [failure.error for failure in result.failures]
+        several = f"{len(errors):,} shards could not be read:\n  " if len(errors) > 1 else ""
+        raise ShardError(several + "\n  ".join(errors))
