@@ -68,7 +68,8 @@ def bucket(
 
         inspection = measure(levelled, score_column=score_column)
         make_console().print(render(inspection))
-        make_console().print(render_next(f"{next_command(inspection)}, or aligncurate export {out} --out SHARDS"))
+        following = f"{next_command(inspection)}, or aligncurate export {out} --out SHARDS"
+        make_console().print(render_next(following), soft_wrap=True)
 
 
 @app.command()

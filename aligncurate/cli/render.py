@@ -149,10 +149,13 @@ def _example_table(inspection: Inspection) -> Table:
 
 def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     """How a run of `score` or `ingest` ended; `done` is `scored` or `ingested`."""
-    rate = f" ({result.rows / result.seconds:,.0f}/s)" if result.rows and result.seconds else ""
-    lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {out}")]
-    if result.resumed:
-        lines.append(Text(f"{count(result.resumed, 'part')} kept from an earlier run"))
+    if result.resumed and not result.rows and not result.failures:
+        lines = [Text(f"nothing to do: {count(result.resumed, 'part')} in {out} from an earlier run")]
+    else:
+        rate = f" ({result.rows / result.seconds:,.0f}/s)" if result.rows and result.seconds else ""
+        lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {out}")]
+        if result.resumed:
+            lines.append(Text(f"{count(result.resumed, 'part')} kept from an earlier run"))
     if result.rows:
         lines.append(_stage_times(result.times))
     if result.dataset is not None:
