@@ -17,6 +17,7 @@ from aligncurate.cli.render import render
 from aligncurate.dataset.reader import Dataset
 from aligncurate.demo import scenes
 from aligncurate.errors import UserError
+from aligncurate.io.files import LOCK, claim
 from aligncurate.progress import duration, make_console
 
 SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
@@ -38,8 +39,13 @@ def curate(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
     """
     if count < 100:
         raise UserError(f"--count {count}: use a number of at least 100, so that every level has some pairs.")
-    _start_over(out)
     console.quiet = quiet
+    with claim(out, [_MARK]):
+        _delete_earlier(out)
+        _curate(out, count, quiet)
+
+
+def _curate(out: Path, count: int, quiet: bool) -> None:
     announce(1, f"Draw {count:,} small scenes with captions known to be right or wrong")
     scenes.write_tars(out / "scenes", count, SEED)
     announce(2, "Score every pair with the built-in encoder (aligncurate score … --model tiny)")
@@ -82,12 +88,11 @@ def correctness_table(levelled: Dataset) -> Table:
     return table
 
 
-def _start_over(out: Path) -> None:
-    """Empty the folder if an earlier demo made it. Raises UserError for any other folder that is not empty."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: --out must be a folder, but this is a file.")
-    if out.is_dir() and any(out.iterdir()) and not (out / _MARK).is_file():
-        raise UserError(f"{out}: the folder is not empty; choose another with --out.")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+def _delete_earlier(out: Path) -> None:
+    """Delete what an earlier demo left in the claimed folder."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
     (out / _MARK).touch()

@@ -100,7 +100,9 @@ class Preprocess:
 
 def _ends_in_normalize(steps: Sequence[Any]) -> bool:
     """Whether a transform ends in ToTensor and Normalize, which `Preprocess.normalize` does for a whole batch."""
-    return [type(s).__name__.removeprefix("Maybe") for s in steps[-2:]] == ["ToTensor", "Normalize"]
+    from torchvision.transforms import Normalize, ToTensor
+
+    return len(steps) >= 2 and isinstance(steps[-2], ToTensor) and isinstance(steps[-1], Normalize)
 
 
 def resize_and_crop(image: Tensor, original: tuple[int, int], size: int, interpolation: str) -> Tensor:
