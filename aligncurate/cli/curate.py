@@ -164,7 +164,7 @@ def models() -> None:
     """List the encoders that --model accepts, with input size, embedding width and weights."""
     from aligncurate.cli.render import render_models
     from aligncurate.encoders.catalogue import known_models
-    from aligncurate.encoders.names import DEFAULT_MODEL
+    from aligncurate.encoders.model_choice import DEFAULT_MODEL
 
     console = make_console()
     console.print(render_models(known_models(), DEFAULT_MODEL))

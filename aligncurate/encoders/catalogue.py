@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from aligncurate.encoders.names import TINY, TINY_FOLDER
+from aligncurate.encoders.model_choice import TINY, TINY_FOLDER
 
 TABLE = Path(__file__).parent / "builtin" / "open_clip_models.json"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 
 from aligncurate.encoders.device import Precision, choose_precision, find_device
-from aligncurate.encoders.names import HUB, check_model, check_weights, resolve_names
+from aligncurate.encoders.model_choice import HUB, check_model, check_weights, resolve_names
 from aligncurate.encoders.tokenizer import Tokenize, fast_tokenizer
 from aligncurate.encoders.towers import Towers
 from aligncurate.errors import UserError

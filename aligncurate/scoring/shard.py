@@ -17,13 +17,13 @@ from aligncurate.dataset.reader import DatasetWriter
 from aligncurate.dataset.record import FINE, Pair, Status
 from aligncurate.errors import ShardError
 from aligncurate.progress import Meter
-from aligncurate.scoring import comparison
+from aligncurate.scoring import fast_against_exact
+from aligncurate.scoring.encode import Embeddings, Window, WindowEncoder
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.scoring.prepare import PreparedPair, Preparer
 from aligncurate.scoring.retry import earlier_rows
 from aligncurate.scoring.rows import RowWriter
 from aligncurate.scoring.timing import StageClock
-from aligncurate.scoring.window import Embeddings, Window, WindowEncoder
 from aligncurate.sources.base import Shard, Source
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class ShardScorer:
     ) -> Iterator[PreparedPair]:
         """Pairs of `shard` in order, prepared by the pool a little ahead of their use."""
         waiting: deque[Future[PreparedPair]] = deque()
-        compared = comparison.PAIRS if shard.index == 0 and not self._options.retry_errors else 0
+        compared = fast_against_exact.PAIRS if shard.index == 0 and not self._options.retry_errors else 0
         try:
             for number, pair in enumerate(self._read(shard)):
                 check()

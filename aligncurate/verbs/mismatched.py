@@ -49,7 +49,7 @@ def from_encoder(dataset: Dataset, column: str) -> Floats:
     gives the same scores.
     """
     from aligncurate.encoders.load import load
-    from aligncurate.encoders.names import TINY
+    from aligncurate.encoders.model_choice import TINY
 
     named = dataset.encoder_of(column)
     if named is None:

@@ -12,7 +12,7 @@ import pytest
 from open_clip.pretrained import list_pretrained_tags_by_model
 
 from aligncurate.encoders.catalogue import TABLE, known_models
-from aligncurate.encoders.names import TINY
+from aligncurate.encoders.model_choice import TINY
 
 
 @pytest.mark.parametrize("table", ["shipped", "of another version"])

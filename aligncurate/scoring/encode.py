@@ -13,7 +13,7 @@ from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
 from aligncurate.images import gpu
 from aligncurate.images.decode import decode, open_image
-from aligncurate.scoring.comparison import add_comparison
+from aligncurate.scoring.fast_against_exact import add_comparison
 from aligncurate.scoring.prepare import PreparedPair
 from aligncurate.scoring.timing import StageClock
 
