@@ -213,7 +213,10 @@ class Thresholds:
 
 def assign_levels(scores: Floats, values: Floats) -> NDArray[np.int8]:
     """1 + the number of `values` (ascending) that each score reaches."""
-    return (np.searchsorted(values, scores, side="right") + 1).astype(np.int8)
+    levels = np.ones(len(scores), np.int8)
+    for value in values:  # for the usual 8 levels ten times as fast as a binary search per score
+        levels += scores >= value
+    return levels
 
 
 def quantile_ranks(count: int, levels: int) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +17,8 @@ from aligncurate.engines import threads
 from aligncurate.errors import UserError
 from aligncurate.progress import Meter, meter
 
-_THREADS = os.cpu_count() or 1
+_CORES = os.cpu_count() or 1
+_THREADS = _CORES + (_CORES + 1) // 2  # while some wait for the disk to sync their part, others compute
 
 
 def rewrite(
@@ -41,10 +44,12 @@ def rewrite(
     if os.path.abspath(out) == os.path.abspath(dataset.path):
         raise UserError(f"{out}: --out is the dataset itself; nothing is changed in place, choose a new folder.")
     writer = DatasetWriter(out, head, dataset.schema)
+    computing = Semaphore(_CORES)  # also limits how many row groups are in memory
 
     def make(index: int, check: Callable[[], None]) -> PartInfo:
-        with writer.part(index) as part:
-            for table in change(index, _checked(dataset.groups(index), check, progress)):
+        with writer.part(index) as part, computing:
+            tables = change(index, _checked(dataset.groups(index), check, progress))
+            for table in tables if len(todo) >= _CORES else _ahead(tables):
                 if table.num_rows:
                     part.write(table)
         assert part.info is not None
@@ -66,3 +71,13 @@ def _checked(tables: Iterable[pa.Table], check: Callable[[], None], progress: Me
         check()
         yield table
         progress.add(table.num_rows, table.num_rows, 0)
+
+
+def _ahead(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, each computed while the one before is written: two cores for a part, where parts are few."""
+    upcoming = iter(tables)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        waiting = pool.submit(next, upcoming, None)
+        while (table := waiting.result()) is not None:
+            waiting = pool.submit(next, upcoming, None)
+            yield table
