@@ -1,7 +1,8 @@
 """Small inputs for tests: pictures as bytes, tars, and a run of the command line."""
 
+from __future__ import annotations
+
 import io
-import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 import aligncurate
 from aligncurate.cli.app import app
 from aligncurate.dataset.pointers import read_image
+from aligncurate.io.tar import TarWriter
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 
@@ -43,11 +45,10 @@ def jpeg(seed: int = 0, **size: int) -> bytes:
 def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
     """A tar of (name, content) in the given order; the same name may come twice."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    tar = TarWriter(buffer)
+    for name, data in members:
+        tar.add(name, data)
+    tar.end()
     return buffer.getvalue()
 
 
