@@ -53,17 +53,23 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 @contextmanager
 def _faults(uri: str) -> Iterator[None]:
-    """Errors of the block become OSError: every network library has its own, and callers cannot know them all."""
+    """Errors of the block become OSError: every network library has its own, and callers cannot know them all.
+
+    Each has an errno, which tells it from pyarrow's OSErrors about damaged files.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         text = " ".join(str(error).split()).rstrip(".")
-        if isinstance(error, OSError) and (text or not isinstance(error, TimeoutError)):  # fsspec's have no text
+        if isinstance(error, OSError) and (text or not isinstance(error, TimeoutError)):  # fsspec's has no text
+            error.errno = error.errno or errno.EIO
             raise
         cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        raise OSError(f"{uri}: its file system failed ({cause})") from error
+        fault = OSError(f"{uri}: its file system failed ({cause})")
+        fault.errno = errno.EIO
+        raise fault from error
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Faults of what lies beneath: remote file systems, file systems without locks, worker processes."""
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import io
+import sys
 from typing import Any
 
 import fsspec
@@ -14,15 +17,20 @@ from fsspec.spec import AbstractFileSystem
 import aligncurate
 from aligncurate.errors import UserError, WorkerError
 from aligncurate.io import files, storage
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.export import export as exporting
 from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
 
 
 class _Breaking(io.BytesIO):
-    """A file that breaks when what comes after its first bytes is read."""
+    """A file that breaks when a byte of `lost` is read."""
+
+    lost = range(600, sys.maxsize)
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or size < 0 or self.tell() + size > 600:
+        end = sys.maxsize if size is None or size < 0 else self.tell() + size
+        if self.tell() < self.lost.stop and end > self.lost.start:
             raise RuntimeError("connection\nlost.")
         return super().read(size)
 
@@ -115,6 +123,23 @@ def test_remote_faults_are_sentences_of_the_command_line(faulty, tmp_path, monke
     monkeypatch.setattr(_Faulty, "content", buffer.getvalue())
     found = complaint(cli("ingest", "faulty://open.parquet", "--format", "parquet", "--out", tmp_path / "out"), 1)
     assert "faulty://open.parquet: its file system failed" in found  # also when Arrow does the reading
+
+
+def test_a_network_fault_in_a_parquet_file_is_not_taken_for_damage(faulty, tmp_path, monkeypatch) -> None:
+    """Damaged rows are kept as failed; after a network fault a rerun must read the rows again."""
+    buffer = io.BytesIO()
+    pictures = [jpeg(seed, width=300, height=300) for seed in range(20)]
+    pq.write_table(pa.table({"image": pictures, "caption": ["a"] * 20}), buffer)
+    assert len(buffer.getvalue()) > 2**17  # the footer is read with the 64 KiB before it
+    monkeypatch.setattr(_Faulty, "content", buffer.getvalue())
+    monkeypatch.setattr(_Breaking, "lost", range(0))
+    source = open_source("faulty://open.parquet", SourceOptions(format="parquet"))
+    for lost in (range(600, 700), range(600, sys.maxsize)):  # among the rows, and also in the footer
+        monkeypatch.setattr(_Breaking, "lost", lost)
+        with pytest.raises(OSError, match=r"its file system failed \(RuntimeError: connection lost\)$"):
+            list(source.read(source.shards[0]))
+    monkeypatch.setattr(_Breaking, "lost", range(0))
+    assert [pair.status for pair in source.read(source.shards[0])] == ["ok"] * 20
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
