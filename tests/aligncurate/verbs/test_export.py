@@ -175,7 +175,7 @@ def test_embedded_images_need_no_source(tmp_path, embed) -> None:
     [
         ({"format": "zip"}, "--format zip"),
         ({"shard_size": 0}, "--shard-size 0"),
-        ({"format": "llava-json", "per_level": True}, "--per-level goes with"),
+        ({"format": "llava-json", "per_level": True}, "--per-level works only with"),
     ],
 )
 def test_mistakes_are_named(tmp_path, levelled, options, sentence) -> None:
@@ -325,9 +325,9 @@ def test_a_damaged_record_is_named(tmp_path, levelled, damaged) -> None:
         aligncurate.export(levelled, tmp_path / "out", quiet=True)
 
 
-def test_llava_entries_without_levels_are_told(tmp_path, capsys) -> None:
+def test_llava_export_without_levels_prints_a_notice(tmp_path, capsys) -> None:
     write_tars(tmp_path / "tars", 5, seed=9)
     dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
     aligncurate.export(dataset, tmp_path / "out", format="llava-json")
-    assert "the entries get no `similarity`" in " ".join(capsys.readouterr().err.split())
+    assert "the annotations get no `similarity`" in " ".join(capsys.readouterr().err.split())
     assert all("similarity" not in entry for entry in json.loads((tmp_path / "out/annotations.json").read_text()))
