@@ -1,4 +1,4 @@
-"""Parquet files at any address, and how to tell a damaged file from a disk or network that failed."""
+"""Opening Parquet files, local or remote, and telling a damaged file from a failed disk or network."""
 
 from __future__ import annotations
 
