@@ -129,12 +129,25 @@ def test_threshold_files_that_cannot_be_used(tmp_path, image) -> None:
     file = aligncurate.bucket(dataset, tmp_path / "four", levels=4, quiet=True).path / "thresholds.json"
     with pytest.raises(UserError, match="4 levels, not 8"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=file, levels=8, quiet=True)
+    with pytest.raises(UserError, match="--method uniform: the --thresholds file has its own method"):
+        aligncurate.bucket(dataset, tmp_path / "out", thresholds=file, method="uniform", quiet=True)
     (tmp_path / "no.json").write_text("{")
     with pytest.raises(UserError, match="not a JSON file"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=tmp_path / "no.json", quiet=True)
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="not thresholds"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=tmp_path / "other.json", quiet=True)
+
+
+def test_thresholds_of_another_encoder_give_a_notice(tmp_path, scored, capsys) -> None:
+    aligncurate.bucket(scored, tmp_path / "a", quiet=True)
+    thresholds = json.loads((tmp_path / "a/thresholds.json").read_text())
+    aligncurate.bucket(scored, tmp_path / "b", thresholds=tmp_path / "a")
+    assert "expect levels of different sizes" not in capsys.readouterr().err
+    thresholds["encoder"].update(model="ViT-B-32", pretrained="openai")
+    (tmp_path / "other.json").write_text(json.dumps(thresholds))
+    aligncurate.bucket(scored, tmp_path / "c", thresholds=tmp_path / "other.json")
+    assert "scores of ViT-B-32 (openai), but these are from tiny (" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_scores_there_is_nothing_to_bucket(tmp_path, image) -> None:

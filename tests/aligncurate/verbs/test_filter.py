@@ -126,6 +126,7 @@ def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
         ({"top_fraction": 30.0}, "--top-fraction 30"),
         ({"sample": 0}, "--sample 0"),
         ({"sample": 5, "seed": -1}, "--seed -1"),
+        ({"top_fraction": 0.5, "where": "status <> 'ok'"}, "no row that matches the other options has a score"),
         ({"top_fraction": 0.5, "score_column": "caption"}, "no score column caption"),
     ],
 )
