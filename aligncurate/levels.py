@@ -1,10 +1,11 @@
-"""Exact thresholds from mergeable counts, and from a score to its alignment level.
+"""Computes exact level thresholds from counts that can be added up, and assigns levels to scores.
 
 A float32 score maps to a uint32 key that sorts the same way. One pass counts the keys' high halves in 65,536 bins;
-that tells in which bin each wanted rank lies. A second pass counts the low halves inside those few bins, and gives
-the exact scores of those ranks. Counts are added up over any number of parts, in any order, so memory does not
-grow with the data.
+they show in which bin each rank lies. A second pass counts the low halves inside those few bins, which gives the exact
+scores at those ranks. Counts of any number of parts are added up in any order, so memory does not grow with the data.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from aligncurate.errors import UserError
 
 Floats = NDArray[np.float32]
 Scan = Callable[[], Iterable[Floats]]
-"""Gives all scores, in any number of arrays and in any order; called once per pass. What is not finite is no score."""
+"""Returns all scores as arrays, in any order; called once per pass. NaN and infinite values are ignored."""
 
 Method = Literal["quantile", "uniform"]
 
@@ -27,36 +28,36 @@ MAX_LEVELS = 127
 
 _HALF = 1 << 16
 _SIGN = np.uint32(1 << 31)
-_BLOCK = 1 << 14  # scores counted at once: what is computed of them stays in the processor's cache
+_BLOCK = 1 << 14  # scores counted at a time; temporary arrays of this size stay in the processor's cache
 
-# A key's high half depends on the high half of the score's bits alone, so the passes look at the bits as they are.
+# The high half of a key depends only on the high half of the score's bits, so the passes need no keys for most scores.
 _HALVES = np.arange(_HALF, dtype=np.uint32)
 _KEY_HALVES = np.where(_HALVES & 0x8000, _HALVES ^ 0xFFFF, _HALVES | 0x8000)
 _NOT_FINITE = (_HALVES & 0x7F80) == 0x7F80
-_ZERO = 0x8000  # high half of the key of 0.0; also that of the bits of -0.0, which has the same key
+_ZERO = 0x8000  # high half of the key of 0.0, and of the bits of -0.0, which has the same key
 
 
 def score_keys(scores: Floats) -> NDArray[np.uint32]:
-    """Keys that order as the scores do. -0.0 and 0.0 have one key, since they are equal."""
+    """uint32 keys that sort like the scores. -0.0 and 0.0 are equal, so they have the same key."""
     bits = (np.asarray(scores, np.float32) + np.float32(0)).view(np.uint32)
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
 def key_scores(keys: NDArray[np.uint32]) -> Floats:
-    """The scores of keys; undoes `score_keys`."""
+    """The scores of keys: the inverse of `score_keys`."""
     keys = np.asarray(keys, np.uint32)
     return np.where(keys & _SIGN, keys & ~_SIGN, ~keys).astype(np.uint32).view(np.float32)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many scores have each high half of their key: int64 [65536]. Adding two gives those of both data."""
+    """Number of scores for each high half of a key, int64 [65536]. Adding two gives the counts of both together."""
 
     bins: NDArray[np.int64]
 
     @classmethod
     def of(cls, scans: Iterable[Floats]) -> Self:
-        """Counts of all finite scores in some arrays."""
+        """Count the finite scores in all arrays."""
         halves = np.zeros(_HALF, np.int64)
         negative_zeros = 0
         for block in _blocks(scans):
@@ -69,25 +70,29 @@ class Counts:
         bins[_ZERO] += negative_zeros
         return cls(bins)
 
-    def __add__(self, other: "Counts") -> "Counts":
+    def __add__(self, other: Counts) -> Counts:
         return Counts(self.bins + other.bins)
 
     def to_json(self) -> dict[str, list[int]]:
-        """The bins that are not empty, ascending, and their counts: `{"bins": [...], "counts": [...]}`."""
+        """The bins that are not empty, in ascending order, and their counts: `{"bins": [...], "counts": [...]}`."""
         bins = np.flatnonzero(self.bins)
         return {"bins": bins.tolist(), "counts": self.bins[bins].tolist()}
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Counts as `to_json` gives them. Raises ValueError for anything else."""
+        """Read what `to_json` returns.
+
+        Raises:
+            ValueError: `data` is something else.
+        """
         try:
             bins, counts = (np.asarray(data[name], np.int64) for name in ("bins", "counts"))
         except (TypeError, KeyError, ValueError, OverflowError) as error:
-            raise ValueError(f"not counts of scores ({error!r})") from None
+            raise ValueError(f"invalid score counts ({error!r})") from None
         if bins.ndim != 1 or bins.shape != counts.shape or (np.diff(bins, prepend=-1, append=_HALF) < 1).any():
-            raise ValueError("not counts of scores (bins must ascend from 0 to 65535, each with its count)")
+            raise ValueError("invalid score counts (bins must ascend from 0 to 65535 and have one count each)")
         if (counts < 1).any():
-            raise ValueError("not counts of scores (each count must be at least 1)")
+            raise ValueError("invalid score counts (each count must be at least 1)")
         full = np.zeros(_HALF, np.int64)
         full[bins] = counts
         return cls(full)
@@ -98,48 +103,50 @@ class Counts:
 
 
 class WrongCounts(ValueError):
-    """The given counts are not those of the given scores."""
+    """The given counts do not match the scores."""
 
 
 def order_statistics(scan: Scan, ranks: Sequence[int], counts: Counts | None = None) -> Floats:
-    """The scores of given ranks (0-based, ascending), exactly as `numpy.sort(scores)[ranks]` gives them.
+    """The scores at some ranks (0-based, ascending), equal to `numpy.sort(scores)[ranks]`.
 
     Args:
         scan: the scores.
-        ranks: each from 0 to their number less one.
-        counts: of the same scores, where they are known already; saves the first pass.
+        ranks: each from 0 to the number of scores - 1.
+        counts: the counts of these scores, if they are known already, which saves the first pass.
 
-    Raises WrongCounts when `counts` differ from what the second pass finds in the bins it looks into.
+    Raises:
+        WrongCounts: the second pass counts other numbers of scores in the bins of these ranks.
+        ValueError: a rank is out of range.
     """
     if not ranks:
         return np.empty(0, np.float32)
     counts = counts or Counts.of(scan())
     ends = np.cumsum(counts.bins)
-    wanted = np.asarray(ranks, np.int64)
-    if wanted.min() < 0 or wanted.max() >= ends[-1]:
-        raise ValueError(f"ranks {min(ranks)}..{max(ranks)} of {int(ends[-1])} scores")
-    highs = np.searchsorted(ends, wanted, side="right")
-    inside = wanted - (ends[highs] - counts.bins[highs])
+    rank_array = np.asarray(ranks, np.int64)
+    if rank_array.min() < 0 or rank_array.max() >= ends[-1]:
+        raise ValueError(f"ranks {min(ranks)} to {max(ranks)} are out of range for {int(ends[-1])} scores")
+    highs = np.searchsorted(ends, rank_array, side="right")
+    inside = rank_array - (ends[highs] - counts.bins[highs])
 
     chosen = np.unique(highs)
     lows = _count_lows(scan(), chosen)
     if (lows.sum(axis=1) != counts.bins[chosen]).any():
-        raise WrongCounts("the counts are not those of these scores")
+        raise WrongCounts("the counts do not match the scores")
     ends_low = np.cumsum(lows, axis=1)
     slots = np.searchsorted(chosen, highs)
-    found = [np.searchsorted(ends_low[slot], rank, side="right") for slot, rank in zip(slots, inside, strict=True)]
-    return key_scores((highs.astype(np.uint32) << np.uint32(16)) | np.asarray(found, np.uint32))
+    low_halves = [np.searchsorted(ends_low[slot], rank, side="right") for slot, rank in zip(slots, inside, strict=True)]
+    return key_scores((highs.astype(np.uint32) << np.uint32(16)) | np.asarray(low_halves, np.uint32))
 
 
 def _count_lows(scans: Iterable[Floats], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many scores have each low half of their key, in some bins (ascending): int64 [len(chosen), 65536]."""
+    """Number of scores for each low half of a key, in the chosen bins (ascending): int64 [len(chosen), 65536]."""
     slot = np.full(_HALF, -1, np.int64)
     slot[chosen] = np.arange(len(chosen))
-    looked_at = (slot >= 0)[_KEY_HALVES]
-    looked_at[0x8000] |= slot[_ZERO] >= 0  # -0.0, beside negative numbers next to it
+    may_match = (slot >= 0)[_KEY_HALVES]
+    may_match[0x8000] |= slot[_ZERO] >= 0  # the bits of -0.0 lie with the negative numbers
     lows = np.zeros(len(chosen) * _HALF, np.int64)
     for block in _blocks(scans):
-        keys = score_keys(block[looked_at[block >> 16]].view(np.float32))
+        keys = score_keys(block[may_match[block >> 16]].view(np.float32))
         slots = slot[keys >> 16]
         places = slots * _HALF + (keys & np.uint32(_HALF - 1))
         np.add.at(lows, places[slots >= 0], 1)
@@ -147,7 +154,7 @@ def _count_lows(scans: Iterable[Floats], chosen: NDArray[np.int64]) -> NDArray[n
 
 
 def _blocks(scans: Iterable[Floats]) -> Iterator[NDArray[np.uint32]]:
-    """The bits of all scores, a few thousand at a time."""
+    """The bits of all scores, at most _BLOCK at a time."""
     for scores in scans:
         bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
         for start in range(0, len(bits), _BLOCK):
@@ -156,13 +163,13 @@ def _blocks(scans: Iterable[Floats]) -> Iterator[NDArray[np.uint32]]:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where levels begin: level = 1 + #{k : score >= values[k]}.
+    """The scores at which levels begin: level = 1 + #{k : score >= values[k]}.
 
     Attributes:
-        method: how they were found.
+        method: how they were computed.
         values: N - 1 ascending scores, float32.
-        score_column: the column they are for.
-        count, minimum, maximum: of the scores they were found on.
+        score_column: the column they apply to.
+        count, minimum, maximum: of the scores they were computed from.
         encoder: name and weights of the encoder that made those scores.
     """
 
@@ -179,7 +186,7 @@ class Thresholds:
         return len(self.values) + 1
 
     def assign(self, scores: Floats) -> NDArray[np.int8]:
-        """Level of each score, 1..N. NaN is not a score and must not come here."""
+        """Level of each score, 1..N. The scores must not be NaN."""
         return assign_levels(scores, np.asarray(self.values, np.float32))
 
     def to_json(self) -> dict[str, Any]:
@@ -196,23 +203,27 @@ class Thresholds:
 
     @classmethod
     def from_json(cls, data: Any, where: str) -> Self:
-        """Thresholds as `to_json` gives them. Raises UserError that names `where` for anything else."""
+        """Read what `to_json` returns.
+
+        Raises:
+            UserError: `data` is something else; the message begins with `where`.
+        """
         try:
             if data["method"] not in get_args(Method) or not isinstance(data["encoder"], (dict, NoneType)):
-                raise ValueError("method or encoder")
+                raise ValueError("unknown method or encoder")
             fields = {k: data[k] for k in ("method", "score_column", "count", "minimum", "maximum", "encoder")}
             values = tuple(float(v) for v in data["values"])
         except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{where}: not thresholds that `aligncurate bucket` saved ({error!r}).") from None
+            raise UserError(f"{where}: not thresholds saved by `aligncurate bucket` ({error!r}).") from None
         if len(values) >= MAX_LEVELS:
-            raise UserError(f"{where}: {len(values)} thresholds; levels go up to {MAX_LEVELS}.")
+            raise UserError(f"{where}: {len(values)} thresholds are too many; use at most {MAX_LEVELS - 1}.")
         if not values or list(values) != sorted(values) or not np.isfinite(values).all():
-            raise UserError(f"{where}: the threshold values must be ascending finite numbers, at least one.")
+            raise UserError(f"{where}: the thresholds must be finite numbers in ascending order, at least one.")
         return cls(values=values, **fields)
 
 
 def assign_levels(scores: Floats, values: Floats) -> NDArray[np.int8]:
-    """1 + the number of `values` (ascending) that each score reaches."""
+    """1 + the number of `values` (ascending) that are at most the score, for each score."""
     levels = np.ones(len(scores), np.int8)
     for value in values:  # for the usual 8 levels ten times as fast as a binary search per score
         levels += scores >= value
@@ -220,16 +231,16 @@ def assign_levels(scores: Floats, values: Floats) -> NDArray[np.int8]:
 
 
 def quantile_ranks(count: int, levels: int) -> list[int]:
-    """Ranks ceil(k*n/N), k = 1..N-1, of n scores; with fewer scores than levels the last rank stands in."""
+    """Ranks ceil(k*n/N) of n scores, for k = 1..N-1; ranks beyond the last score become the last."""
     return [min(-(-k * count // levels), count - 1) for k in range(1, levels)]
 
 
 def uniform_thresholds(minimum: float, maximum: float, levels: int) -> Floats:
     """Thresholds between levels of equal width from `minimum` to `maximum`.
 
-    This is what the AlignGPT paper's text says (section 3.2, "equally spaced intervals"). The edges are computed
-    in double precision and rounded up to float32, so that comparing a float32 score with them decides as the
-    double edge would.
+    This is what the AlignGPT paper says (section 3.2, "equally spaced intervals"). The edges are computed in double
+    precision and rounded up to float32, so that a float32 score is on the same side of the rounded edge as of the
+    exact one.
     """
     edges = np.linspace(float(minimum), float(maximum), levels + 1)[1:-1]
     rounded = edges.astype(np.float32)
@@ -239,10 +250,10 @@ def uniform_thresholds(minimum: float, maximum: float, levels: int) -> Floats:
 def find_thresholds(
     scan: Scan, levels: int, method: Method, counts: Counts | None = None
 ) -> tuple[Floats, int, float, float]:
-    """Threshold values by either method, with number, minimum and maximum of the scores (at least one).
+    """Thresholds by either method, then the number, minimum and maximum of the scores; there must be a score.
 
-    `quantile` makes levels of equal size (but for ties), exactly as sorting all scores would. `counts` of the same
-    scores save the first pass.
+    `quantile` gives levels of equal size except for ties, exactly as sorting all scores would. `counts` of these scores
+    save the first pass.
     """
     counts = counts or Counts.of(scan())
     count = counts.total

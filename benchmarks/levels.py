@@ -35,7 +35,7 @@ from aligncurate.dataset.part import PartInfo
 from aligncurate.dataset.reader import MANIFEST, Dataset, DatasetWriter
 from aligncurate.dataset.record import Status, schema
 from aligncurate.levels import Counts, quantile_ranks
-from aligncurate.verbs.bucket import bucket, fit, iter_scores
+from aligncurate.verbs.bucket import bucket, fit_thresholds, iter_scores
 from benchmarks.common import Spread, peak_mib, publish, undisturbed
 
 LEVELS = 8
@@ -111,7 +111,7 @@ def labels(count: int, per_part: int, options: argparse.Namespace, folder: Path)
     source, target = folder / "full", folder / "out"
     dataset = write_full(source, count, per_part)
     frozen = folder / "thresholds.json"
-    frozen.write_text(json.dumps(fit(dataset, LEVELS, "quantile").to_json()))
+    frozen.write_text(json.dumps(fit_thresholds(dataset, LEVELS, "quantile").to_json()))
 
     def timed(work: Callable[[], Any]) -> dict[str, Any]:
         started, worked = time.perf_counter(), time.process_time()
@@ -202,7 +202,7 @@ def _in_this_process(task: str, folder: str) -> dict[str, Any]:
 def _ours(dataset: Dataset, *, counted: bool) -> tuple[float, ...]:
     if not counted:
         del dataset.manifest["score_counts"]
-    return fit(dataset, LEVELS, "quantile").values
+    return fit_thresholds(dataset, LEVELS, "quantile").values
 
 
 def _polars(dataset: Dataset) -> Any:

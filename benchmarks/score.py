@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import statistics
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 import aligncurate
 from aligncurate.encoders import load as encoders
 from aligncurate.images.formats import EXTENSIONS
+from aligncurate.io.tar import TarWriter
 from benchmarks.common import Spread, publish, undisturbed
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/coco"
@@ -120,12 +120,12 @@ def repeated(folder: Path, count: int) -> list[tuple[bytes, str]]:
 
 
 def write_tar(path: Path, pairs: list[tuple[bytes, str]]) -> Path:
-    with tarfile.open(path, "w") as tar:
+    with path.open("wb") as file:
+        tar = TarWriter(file)
         for number, (data, caption) in enumerate(pairs):
-            for ending, content in (("jpg", data), ("txt", caption.encode())):
-                info = tarfile.TarInfo(f"{number:08d}.{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            tar.add(f"{number:08d}.jpg", data)
+            tar.add(f"{number:08d}.txt", caption.encode())
+        tar.end()
     return path
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import random
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from PIL import Image, ImageDraw
+
+from aligncurate.io.tar import TarWriter
 
 Kind = Literal["right", "one_detail_wrong", "one_object_wrong", "unrelated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -546,11 +547,11 @@ def _write(folder: Path, samples: Iterable[dict[str, bytes]], shard_size: int) -
     everything = iter(samples)
     while some := list(islice(everything, shard_size)):
         path = folder / f"{len(shards):05d}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with path.open("wb") as file:
+            tar = TarWriter(file)
             for sample in some:
                 for name, data in sample.items():
-                    member = tarfile.TarInfo(name)  # its time, owner and mode are constants, so the bytes are too
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                    tar.add(name, data)
+            tar.end()
         shards.append(path)
     return shards

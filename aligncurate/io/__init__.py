@@ -1,1 +1,1 @@
-"""Files: local and remote storage, atomic writes and claimed folders, tars."""
+"""Files: local and remote storage, atomic writes, locked output folders, tars and Parquet."""

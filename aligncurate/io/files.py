@@ -1,4 +1,4 @@
-"""Atomic files and claimed output folders: what an interrupted run leaves is complete or deleted by the next run."""
+"""Atomic file writes, and output folders held by one run at a time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ warned_no_locks = False  # one notice per process is enough
 
 @contextmanager
 def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
-    """Make `folder` if needed and hold it as the output of this run; delete the temporary files of a killed run.
+    """Create `folder` if needed and lock it for this run; delete the temporary files of a killed run.
 
     Args:
         folder: the output folder.
-        own: names of the record files by which a verb knows its own folder, such as `manifest.json`.
+        own: record files such as `manifest.json`; a folder that holds one of them may be written to again.
 
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
@@ -51,9 +51,9 @@ def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; the kernel releases the lock however the run ends.
+    """Lock `folder` for one run; the kernel releases the lock even if the run is killed.
 
-    On a file system without locks a notice asks the user to start only one run.
+    On a file system without locks, a notice asks the user to start only one run.
 
     Raises:
         UserError: another run holds the folder.
@@ -71,7 +71,7 @@ def lock(folder: Path) -> Iterator[None]:
                     raise
                 locked = False
                 _warn_no_locks(folder)
-            # Another run may have ended and removed the file after we opened it and before we locked it.
+            # Between our opening and locking it, another run may have ended and deleted the file.
             if locked and (not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino):
                 continue
             try:
@@ -84,7 +84,7 @@ def lock(folder: Path) -> Iterator[None]:
 def _warn_no_locks(folder: Path) -> None:
     global warned_no_locks
     if not warned_no_locks:
-        notice(f"{folder}: this file system has no locks; do not start a second run that writes here.")
+        notice(f"{folder}: this file system has no locks; do not run twice with the same output folder.")
     warned_no_locks = True
 
 

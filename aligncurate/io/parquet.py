@@ -1,4 +1,6 @@
-"""Parquet files at any address, opened for reading."""
+"""Opening Parquet files, local or remote, and telling a damaged file from a failed disk or network."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +11,32 @@ import pyarrow.parquet as pq
 from aligncurate.errors import UserError
 from aligncurate.io import storage
 
+PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What pyarrow raises for a damaged file; `is_damage` tells its OSErrors from those of the disk or network."""
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether one of PARQUET_ERRORS is about the file's bytes: an OSError of pyarrow's own has no errno."""
+    return not isinstance(error, OSError) or error.errno is None
+
+
+def first_line(error: Exception) -> str:
+    """What pyarrow says is wrong, without its details."""
+    return str(error).partition("\n")[0]
+
 
 @contextmanager
 def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet file at `uri`. Raises UserError when it is none, OSError when it cannot be read."""
+    """Open the Parquet file at `uri` for reading.
+
+    Raises:
+        UserError: the file is damaged or not Parquet, whether opening it or reading it inside the block shows that.
+        OSError: the file is not there, or its disk or network failed.
+    """
     with storage.open_file(uri) as file:
         try:
-            parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{uri}: this is not a Parquet file ({str(error).splitlines()[0]}).") from None
-        yield parquet
+            yield pq.ParquetFile(file)
+        except PARQUET_ERRORS as error:
+            if not is_damage(error):
+                raise
+            raise UserError(f"{uri}: damaged, or not a Parquet file ({first_line(error)}).") from None

@@ -1,4 +1,6 @@
-"""Where bytes live: local files and any fsspec URI, read whole or by range."""
+"""Access to local files and any fsspec URI: list, open, read whole or by range."""
+
+from __future__ import annotations
 
 import errno
 import os
@@ -19,18 +21,18 @@ _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def is_remote(uri: str) -> bool:
-    """Whether `uri` needs fsspec (s3://, gs://, memory://, …) rather than the local file system."""
+    """Whether `uri` is read through fsspec (s3://, gs://, memory://, …) and not the local file system."""
     return bool(_SCHEME.match(uri))
 
 
 def absolute(uri: str) -> str:
-    """`uri` in the one form in which it is stored: local paths absolute and without `file://`."""
+    """`uri` in the form that datasets store: local paths are absolute and have no `file://`."""
     uri = uri.removeprefix("file://")
     return uri if is_remote(uri) else os.path.abspath(Path(uri).expanduser())
 
 
 def join(folder: str, name: str) -> str:
-    """`name` below `folder`, for local and remote folders alike."""
+    """The file `name` in `folder`, local or remote."""
     return f"{folder.rstrip('/')}/{name}"
 
 
@@ -53,40 +55,46 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 @contextmanager
 def _faults(uri: str) -> Iterator[None]:
-    """Errors of the block become OSError: every network library has its own, and callers cannot know them all."""
+    """Turn errors of the block into OSError, so that callers need not know the exceptions of every network library.
+
+    All get an errno, because pyarrow raises OSError without one for damaged files.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         text = " ".join(str(error).split()).rstrip(".")
-        if isinstance(error, OSError) and (text or not isinstance(error, TimeoutError)):  # fsspec's have no text
+        if isinstance(error, OSError) and (text or not isinstance(error, TimeoutError)):  # that of fsspec has no text
+            error.errno = error.errno or errno.EIO
             raise
         cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        raise OSError(f"{uri}: its file system failed ({cause})") from error
+        fault = OSError(f"{uri}: its file system failed ({cause})")
+        fault.errno = errno.EIO
+        raise fault from error
 
 
 @contextmanager
 def _remote(uri: str) -> Iterator[tuple[Any, str]]:
-    """The file system of `uri` and the path in it. Raises OSError for whatever fails in the block."""
+    """The file system of `uri` and the path in it. Any error in the block becomes OSError."""
     with _faults(uri):
         yield _filesystem(uri)
 
 
 class _RemoteFile:
-    """A file of a remote file system that raises nothing but OSError."""
+    """A remote file whose errors are all OSErrors."""
 
     def __init__(self, file: Any, uri: str) -> None:
         self._file, self._uri = file, uri
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._file, name)
-        if not callable(found):
-            return found
+        attribute = getattr(self._file, name)
+        if not callable(attribute):
+            return attribute
 
         def guarded(*args: Any, **options: Any) -> Any:
             with _faults(self._uri):
-                return found(*args, **options)
+                return attribute(*args, **options)
 
         return guarded
 
@@ -102,7 +110,7 @@ class _RemoteFile:
 
 
 def open_file(uri: str) -> BinaryIO:
-    """`uri` opened for reading bytes. Raises OSError, also while it is read."""
+    """Open `uri` for reading bytes. Opening and reading raise OSError."""
     if not is_remote(uri):
         return Path(uri).open("rb")
     with _remote(uri) as (filesystem, path):
@@ -110,7 +118,7 @@ def open_file(uri: str) -> BinaryIO:
 
 
 def size(uri: str) -> int:
-    """Bytes in `uri`. Raises OSError."""
+    """Size of `uri` in bytes. Raises OSError."""
     if not is_remote(uri):
         return Path(uri).stat().st_size
     with _remote(uri) as (filesystem, path):
@@ -118,7 +126,7 @@ def size(uri: str) -> int:
 
 
 def version(uri: str) -> object:
-    """Something that changes when a local file is replaced; None for remote files. Raises OSError."""
+    """A value that changes when a local file is replaced; None for remote files. Raises OSError."""
     if is_remote(uri):
         return None
     stat = os.stat(uri)
@@ -126,7 +134,7 @@ def version(uri: str) -> object:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder. Raises OSError."""
+    """Whether `uri` is a file or folder. Raises OSError."""
     if not is_remote(uri):
         try:
             return Path(uri).exists()
@@ -145,19 +153,19 @@ def read(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
-    """`length` bytes of `uri` from `offset`. Raises OSError, also when the file ends before."""
+    """`length` bytes of `uri` from `offset`. Raises OSError, also if the file is too short."""
     if is_remote(uri):
         with _remote(uri) as (filesystem, path):
             data = cast("bytes", filesystem.cat_file(path, start=offset, end=offset + length))
     else:
-        descriptor = _descriptor(uri)  # held by name: the cache may let go of it while it is read from
+        descriptor = _descriptor(uri)  # the variable keeps it open, even if the cache drops it meanwhile
         data = os.pread(descriptor.number, length, offset)
     _check_length(uri, offset, len(data), length)
     return data
 
 
 def read_into(uri: str, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` with bytes of `uri` from `offset`. Raises OSError, also when the file ends before."""
+    """Fill `buffer` with bytes of `uri` from `offset`. Raises OSError, also if the file is too short."""
     if is_remote(uri):
         buffer[:] = read_range(uri, offset, len(buffer))
         return
@@ -165,13 +173,13 @@ def read_into(uri: str, offset: int, buffer: memoryview) -> None:
     _check_length(uri, offset, os.preadv(descriptor.number, [buffer], offset), len(buffer))
 
 
-def _check_length(uri: str, offset: int, found: int, length: int) -> None:
-    if found != length:
-        raise OSError(f"{uri} ends after {found} of the {length} bytes at offset {offset}")
+def _check_length(uri: str, offset: int, read: int, length: int) -> None:
+    if read != length:
+        raise OSError(f"{uri} ends after {read} of the {length} bytes at offset {offset}")
 
 
 class _Descriptor:
-    """A file descriptor that closes itself when the cache lets go of it."""
+    """A file descriptor that is closed once the cache and all readers have dropped it."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -190,13 +198,14 @@ def _cached_descriptor(path: str, mark: object) -> _Descriptor:
 
 
 def _descriptor(path: str) -> _Descriptor:
-    # Keyed by version, so that a file that was replaced is not read through its old descriptor.
+    # The version is part of the key, so that a replaced file is not read through its old descriptor.
     mark = version(path)
     with _lock:
         return _cached_descriptor(path, mark)
 
 
 def is_folder(uri: str) -> bool:
+    """Whether `uri` is a folder. Raises OSError."""
     if not is_remote(uri):
         return Path(uri).is_dir()
     with _remote(uri) as (filesystem, path):
@@ -204,12 +213,12 @@ def is_folder(uri: str) -> bool:
 
 
 def has_folders(folder: str) -> bool:
-    """Whether a local folder holds folders."""
+    """Whether a local folder contains folders."""
     return not is_remote(folder) and any(p.is_dir() for p in Path(folder).iterdir())
 
 
 def list_files(folder: str) -> list[str]:
-    """The files directly in `folder`, sorted by name; hidden ones are left out."""
+    """The files in `folder` itself, sorted by name, without those that begin with a dot or underscore."""
     if not is_remote(folder):
         names = sorted(p.name for p in Path(folder).iterdir() if p.is_file())
     else:
@@ -220,36 +229,38 @@ def list_files(folder: str) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The files or the one folder that `pattern` names.
+    """The files that match `pattern`, or the one folder.
 
-    Braces (`{00000..00099}.tar`) expand in order, `*` and `?` to sorted names. Raises UserError for what
-    is not there.
+    Braces (`{00000..00099}.tar`) expand in order, `*` and `?` to sorted names.
+
+    Raises:
+        UserError: nothing matches, or an expanded name does not exist.
     """
     pattern = absolute(pattern)
     if exists(pattern):
         return [pattern]
-    found: list[str] = []
+    files: list[str] = []
     try:
         uris = list(braceexpand(pattern))
-    except ValueError:  # unbalanced braces are part of the name
+    except ValueError:  # unbalanced braces are taken literally
         uris = [pattern]
     for uri in uris:
         if "*" in uri or "?" in uri:
             with _remote(uri) as (filesystem, path):
                 matches = sorted(filesystem.glob(path))
             if not matches:
-                raise UserError(f"{uri}: no file matches this pattern.")
+                raise UserError(f"{uri}: no file matches.")
             remote = is_remote(uri)
-            found += [filesystem.unstrip_protocol(m) if remote else m for m in matches]
+            files += [filesystem.unstrip_protocol(m) if remote else m for m in matches]
         elif exists(uri):
-            found.append(uri)
+            files.append(uri)
         else:
             raise UserError(f"{uri}: there is no such file or folder{_nearby(uri)}.")
-    return found
+    return files
 
 
 def _nearby(uri: str) -> str:
-    """A hint at the file that was probably meant."""
+    """A suggestion of a similar name in the same folder, as the end of a message."""
     from difflib import get_close_matches
 
     if is_remote(uri) or not Path(parent(uri)).is_dir():

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aligncurate.dataset.record import Pair
+from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
-from aligncurate.io.parquet import open_parquet
+from aligncurate.io.parquet import PARQUET_ERRORS, first_line, is_damage, open_parquet
 from aligncurate.sources.image_root import ImageRoot, find_root
 from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 
@@ -36,16 +37,21 @@ class ParquetRows(RowFile):
         base = storage.parent(self.uri)
         if self.fields.image is None or self.rows == 0 or _has_bytes(file.schema_arrow, self.fields.image):
             return base
-        first = next(file.iter_batches(batch_size=8, columns=[self.fields.image])).to_pylist()
+        first = [row for _, row in rows(file, 0, 8, [self.fields.image]) if isinstance(row, dict)]
         return find_root(base, image_names(first, self.fields))
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
-        with open_parquet(self.uri) as file:
-            for number, row in rows(file, start, stop):
-                yield reader.pair(row, number) if isinstance(row, dict) else reader.unreadable(number, row)
+        try:
+            with open_parquet(self.uri) as file:
+                for number, row in rows(file, start, stop):
+                    yield reader.pair(row, number) if isinstance(row, dict) else reader.unreadable(number, row)
+        except UserError as error:  # damaged since it was opened; other shards go on
+            raise ShardError(str(error).rstrip(".")) from None
 
 
-def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def rows(
+    file: pq.ParquetFile, start: int, stop: int, columns: list[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(row number, row) of rows start..stop-1; each row of a damaged row group is an error message instead.
 
     Only the row groups with these rows are read.
@@ -56,17 +62,17 @@ def rows(file: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, dic
         number = first
         if first < stop and end > start:
             try:
-                for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group]):
+                for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=columns):
                     low, high = max(start - number, 0), min(stop - number, batch.num_rows)
                     if low < high:
                         for i, row in enumerate(_pylist(batch.slice(low, high - low)), low):
                             yield number + i, row
                     number += batch.num_rows
-            except (pa.ArrowException, OSError) as error:
-                if getattr(error, "errno", None) is not None:  # the disk or the network, not the file
+            except PARQUET_ERRORS as error:
+                if not is_damage(error):
                     raise
                 for i in range(max(number, start), min(end, stop)):
-                    yield i, f"the Parquet file is damaged here ({str(error).splitlines()[0]})"
+                    yield i, f"the Parquet file is damaged here ({first_line(error)})"
         first = end
 
 

@@ -1,4 +1,6 @@
-"""webdataset and img2dataset tars: one tar is a shard, its samples are pairs."""
+"""Tars of webdataset and img2dataset: a tar is a shard, each of its samples a pair."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -23,7 +25,7 @@ from aligncurate.sources.captions import CAPTIONS, set_caption
 from aligncurate.sources.conversations import parse_conversation, set_conversation
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule: key, then all extensions
-_METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that are no samples
+_METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that belong to no sample
 _TEXTS = ("txt", "caption", "text")
 _PEEK = 200  # samples that decide the types of the extra columns
 _OWN = frozenset(COLUMNS) | {"messages", *OWN_EMBEDDINGS}
@@ -31,7 +33,7 @@ _OWN = frozenset(COLUMNS) | {"messages", *OWN_EMBEDDINGS}
 
 @dataclass
 class _Sample:
-    """The members of one key."""
+    """The members with one key."""
 
     key: str
     image: tarfile.TarInfo | None = None
@@ -42,11 +44,11 @@ class _Sample:
 
 
 class WebDatasetSource(Source):
-    """Samples of tars, in the order in which they lie.
+    """The samples of tars, in the order of the tars and of their members.
 
     Args:
-        uris: the tars.
-        caption_field: take the caption from this field of the `.json` member, or this extension.
+        uris: the tars; compressed ones raise UserError.
+        caption_field: take the caption from the member with this extension, or from this field of the `.json` member.
     """
 
     kind = "webdataset"
@@ -54,7 +56,7 @@ class WebDatasetSource(Source):
     def __init__(self, uris: list[str], caption_field: str | None = None) -> None:
         for uri in uris:
             if uri.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-                raise UserError(f"{uri}: compressed tars cannot be pointed into; unpack it first (gunzip).")
+                raise UserError(f"{uri}: compressed tars are not supported; decompress it first (gunzip).")
         self._caption = caption_field
         self.shards = [Shard(i, uri) for i, uri in enumerate(uris)]
         self.extras = self._peek()
@@ -67,12 +69,12 @@ class WebDatasetSource(Source):
         rows = []
         try:
             for number, sample in enumerate(self._samples(first, contents="json")):
-                with suppress(ValueError):  # its row says so
+                with suppress(ValueError):  # reported in the status of its row
                     rows.append(_json(sample))
                 if number + 1 == _PEEK:
                     break
         except (OSError, ShardError):
-            pass  # the run itself reports the shard; its extras go to the `extra` column
+            pass  # reported when the shard is read; its extra columns go to the `extra` column
         columns = infer_extras({k: v for k, v in row.items() if k not in _OWN} for row in rows)
         beside = _sidecar(first)
         if beside is not None:
@@ -100,7 +102,7 @@ class WebDatasetSource(Source):
         if sample.key in seen:
             pair.fail(
                 Status.DUPLICATE_KEY,
-                f"the key {sample.key} came before in this tar; a sample's files must lie next to each other",
+                f"duplicate key {sample.key} in this tar; the files of a sample must be next to each other",
             )
         seen.add(sample.key)
         if sample.image is not None:
@@ -124,12 +126,12 @@ class WebDatasetSource(Source):
         return pair
 
     def _fill(self, pair: Pair, sample: _Sample, rows: dict[str, dict[str, Any]]) -> None:
-        """Texts, scores and extras."""
+        """Set the texts, scores and extra columns of `pair`."""
         try:
             meta = _json(sample)
         except ValueError as error:
             meta = {}
-            pair.fail(Status.INVALID_ROW, f"the .json member is not JSON: {error}")
+            pair.fail(Status.INVALID_ROW, f"the .json member cannot be used: {error}")
         meta = rows.get(sample.key, {}) | meta
         key = meta.get("key")
         if isinstance(key, str) and key:
@@ -154,8 +156,8 @@ class WebDatasetSource(Source):
         return next((meta[name] for name in CAPTIONS if name in meta), None)
 
     def _samples(self, uri: str, contents: str) -> Iterator[_Sample]:
-        """Members grouped by key, with the texts asked for: `all`, `json` or `none`."""
-        inline = contents == "all" and storage.is_remote(uri)  # a second request for each image would be slow
+        """Group members by key; `contents` says which text members are read: `all`, `json` or `none`."""
+        inline = contents == "all" and storage.is_remote(uri)  # later, each image would take a request
         sample: _Sample | None = None
         with storage.open_file(uri) as file:
             end = storage.size(uri)
@@ -193,7 +195,7 @@ class WebDatasetSource(Source):
 
 
 def _repeats(sample: _Sample, extension: str) -> bool:
-    """Whether a member of this extension begins another sample of the same key."""
+    """Whether a member with this extension begins another sample with the same key."""
     if extension in EXTENSIONS:
         return sample.image is not None and sample.image.name.lower().endswith(f".{extension}")
     return extension in sample.texts
@@ -209,16 +211,16 @@ def _json(sample: _Sample) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError("it holds no object")
-    return found
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}, not an object")
+    return value
 
 
 def _sidecar(uri: str) -> pa.Table | None:
-    """img2dataset's Parquet beside a tar, when it is there and can be read."""
+    """The Parquet file that img2dataset writes beside a tar; None if there is none or it cannot be read."""
     beside = uri.removesuffix(".tar") + ".parquet"
     try:
         if not storage.exists(beside):
@@ -237,7 +239,7 @@ def _by_key(table: pa.Table) -> dict[str, dict[str, Any]]:
 
 
 def _example(kind: pa.DataType) -> Any:
-    """A value of an Arrow type, as JSON would give it."""
+    """A value of the Python type that JSON has for an Arrow type."""
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return ""
     if pa.types.is_boolean(kind):

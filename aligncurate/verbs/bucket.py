@@ -1,4 +1,6 @@
-"""The verb `bucket`: find thresholds for a dataset's scores, or take frozen ones, and label every pair."""
+"""The verb `bucket`: computes thresholds from a dataset's scores, or reads them from a file, and sets every level."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -32,51 +34,53 @@ def bucket(
     score_column: str = "score",
     quiet: bool = False,
 ) -> Dataset:
-    """Give every scored pair its alignment level, 1..N, N best.
+    """Give every scored pair its alignment level, from 1 to N (best).
 
     Args:
-        dataset: what to label.
-        out: folder of the new dataset; `thresholds.json` in it can be applied to other data.
-        levels: N, by default 8 as in the AlignGPT paper.
-        method: `quantile` (default) for levels of equal size, `uniform` for levels of equal width.
-        thresholds: a `thresholds.json`; then `levels` and `method` are its own.
-        score_column: `score`, or that of a further encoder.
+        dataset: the dataset whose pairs get levels.
+        out: folder of the new dataset; its `thresholds.json` can be applied to other data.
+        levels: N; the default is 8, as in the AlignGPT paper.
+        method: `quantile` (default) for levels with equal numbers of pairs, `uniform` for intervals of equal width.
+        thresholds: a `thresholds.json` to apply; it determines `levels` and `method`.
+        score_column: `score`, or the column of another encoder or signal.
+        quiet: show no progress and no notices.
 
-    Raises UserError when there are no scores, or the options do not fit together.
+    Raises:
+        UserError: there are no scores, or the options contradict each other.
     """
     opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     check_score_column(opened, score_column)
     if thresholds is not None and method is not None:
-        raise UserError(f"--method {method}: --thresholds brings thresholds that are found already; leave one out.")
+        raise UserError(f"--method {method}: the --thresholds file has its own method; drop one of the two options.")
     if thresholds is not None:
-        found = _frozen(Path(thresholds), opened, score_column, levels, quiet=quiet)
+        applied = _read_thresholds(Path(thresholds), opened, score_column, levels, quiet=quiet)
     else:
-        found = fit(opened, 8 if levels is None else levels, method or "quantile", score_column)
-    options = {"levels": found.levels, "method": found.method, "score_column": score_column}
+        applied = fit_thresholds(opened, 8 if levels is None else levels, method or "quantile", score_column)
+    options = {"levels": applied.levels, "method": applied.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
-    head = opened.derived("bucket", options, thresholds=found.to_json())
+    head = opened.derived("bucket", options, thresholds=applied.to_json())
 
     def label(_: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
-            yield table.set_column(table.schema.get_field_index("level"), "level", _levels(table, found))
+            yield table.set_column(table.schema.get_field_index("level"), "level", _levels(table, applied))
 
     return rewrite(opened, out, head, label, quiet=quiet)
 
 
 def check_score_column(dataset: Dataset, name: str) -> None:
-    """Raises UserError unless `name` is a column of scores."""
+    """Raise UserError unless `name` is a column that can hold scores."""
     names = [f.name for f in dataset.schema if pa.types.is_floating(f.type)]
     if name not in names:
-        raise UserError(f"{dataset.path}: no column {name} with scores; it has {', '.join(names) or 'none'}.")
+        raise UserError(f"{dataset.path}: there is no score column {name}; the dataset has {', '.join(names)}.")
 
 
 def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
-    """All usable scores of a column, an array per part, in order; a few parts are read ahead."""
+    """The usable scores of a column, one array per part, in order; a few parts are read ahead."""
 
     def read(index: int) -> Floats:
         table = dataset.read(index, ["status", column], encoded=["status"])
         status = table["status"].unify_dictionaries().combine_chunks()
-        # The strings themselves are never made: a code says which of them a row has.
+        # Statuses are compared as dictionary codes, which is faster than as strings.
         ok = pc.equal(status.indices, status.dictionary.index(Status.OK.value))
         values = table[column].filter(pc.and_(ok, pc.is_valid(table[column])))
         scores: Floats = values.cast(pa.float32()).to_numpy()
@@ -93,10 +97,11 @@ def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
             yield waiting.popleft().result()
 
 
-def fit(dataset: Dataset, levels: int, method: Method, score_column: str = "score") -> Thresholds:
-    """Thresholds of a dataset's usable scores: exact, in two passes over them, or one where `score` left counts.
+def fit_thresholds(dataset: Dataset, levels: int, method: Method, score_column: str = "score") -> Thresholds:
+    """Compute exact thresholds of a dataset's usable scores in two passes, or in one if `score` saved their counts.
 
-    Raises UserError when there are no scores, or `levels` and `method` are none.
+    Raises:
+        UserError: there are no scores, or `levels` or `method` is invalid.
     """
     if not 2 <= levels <= MAX_LEVELS:
         raise UserError(f"--levels {levels}: use a number from 2 to {MAX_LEVELS}.")
@@ -110,17 +115,17 @@ def fit(dataset: Dataset, levels: int, method: Method, score_column: str = "scor
     if not counts.total:
         raise UserError(
             f"{dataset.path}: no pair has a {score_column}, so there is nothing to bucket; run `aligncurate score` "
-            "on it, or see with `aligncurate inspect` why its rows failed."
+            "first, or see with `aligncurate inspect` why rows failed."
         )
     try:
         values, count, low, high = find_thresholds(scan, levels, method, counts)
-    except WrongCounts:  # parts that something else has rewritten since
+    except WrongCounts:  # a part was changed after `score` counted
         values, count, low, high = find_thresholds(scan, levels, method)
     numbers = tuple(float(v) for v in values)
     return Thresholds(method, numbers, score_column, count, low, high, _encoder(dataset, score_column))
 
 
-def _frozen(file: Path, dataset: Dataset, score_column: str, levels: int | None, *, quiet: bool) -> Thresholds:
+def _read_thresholds(file: Path, dataset: Dataset, score_column: str, levels: int | None, *, quiet: bool) -> Thresholds:
     if file.is_dir():
         file = file / THRESHOLDS
     try:
@@ -129,19 +134,19 @@ def _frozen(file: Path, dataset: Dataset, score_column: str, levels: int | None,
         raise UserError(f"--thresholds {file}: there is no such file.") from None
     except ValueError as error:
         raise UserError(f"--thresholds {file}: not a JSON file ({error}).") from None
-    found = Thresholds.from_json(data, f"--thresholds {file}")
-    if levels is not None and levels != found.levels:
-        raise UserError(f"--thresholds {file}: they make {found.levels} levels, not {levels}; leave --levels out.")
-    if found.score_column != score_column:
-        raise UserError(f"--thresholds {file}: they are for column {found.score_column}, not {score_column}.")
-    mine, theirs = _encoder(dataset, score_column), found.encoder
+    thresholds = Thresholds.from_json(data, f"--thresholds {file}")
+    if levels is not None and levels != thresholds.levels:
+        raise UserError(f"--thresholds {file}: it makes {thresholds.levels} levels, not {levels}; drop --levels.")
+    if thresholds.score_column != score_column:
+        raise UserError(f"--thresholds {file}: it is for column {thresholds.score_column}, not {score_column}.")
+    mine, theirs = _encoder(dataset, score_column), thresholds.encoder
     if mine is not None and theirs is not None and mine != theirs:
         notice(
-            f"the thresholds come from scores of encoder {theirs.get('model')}, these from {mine.get('model')}: "
-            "their scales differ, and so will the levels' sizes.",
+            f"the thresholds are for scores of {theirs.get('model')} ({theirs.get('pretrained')}), but these are from "
+            f"{mine.get('model')} ({mine.get('pretrained')}); expect levels of different sizes.",
             quiet=quiet,
         )
-    return found
+    return thresholds
 
 
 def _encoder(dataset: Dataset, score_column: str) -> dict[str, Any] | None:
@@ -150,7 +155,7 @@ def _encoder(dataset: Dataset, score_column: str) -> dict[str, Any] | None:
 
 
 def _levels(table: pa.Table, thresholds: Thresholds) -> pa.Array:
-    """Levels of a table's rows, null where there is no usable score."""
+    """The level of each row of a table, null without a usable score."""
     scores = usable_scores(table, thresholds.score_column)
     missing = np.isnan(scores)
     return pa.array(thresholds.assign(np.where(missing, np.float32(0), scores)), COLUMNS["level"], mask=missing)

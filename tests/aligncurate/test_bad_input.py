@@ -7,12 +7,14 @@ import json
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import ShardError, UserError
 from aligncurate.sources.detect import open_source
-from tests.support.inputs import jpeg, tar_bytes
+from tests.support.inputs import jpeg, parquet_bytes, tar_bytes
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "json", "jsonl", "csv", "tsv", "sidecar"])
@@ -43,7 +45,6 @@ def test_random_damage_gives_only_plain_errors(tmp_path, kind) -> None:
     if kind == "sidecar":
         source.write_bytes(tar)
     rng = np.random.default_rng(0)
-    plain = (UserError, ShardError, OSError) if kind == "parquet" else (UserError, ShardError)  # Arrow's own OSError
     read = 0  # damaged files from which at least one pair was read
     for _ in range(120):
         data = np.frombuffer(good, np.uint8).copy()
@@ -57,8 +58,30 @@ def test_random_damage_gives_only_plain_errors(tmp_path, kind) -> None:
                     assert pair.key and pair.source
                     assert (pair.status in FINE) == (pair.error is None)
                     pairs_read += 1
-        except plain:
+        except (UserError, ShardError):
             pass
         read += pairs_read > 0
     least = {"tar": 100, "parquet": 4, "json": 1, "jsonl": 60, "csv": 30, "tsv": 30, "sidecar": 100}
     assert read >= least[kind]
+
+
+def test_a_parquet_file_that_is_damaged_after_it_was_opened_fails_as_a_shard(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_bytes(image=[jpeg()], caption=["a"]))
+    source = open_source(str(path))
+    path.write_bytes(b"PAR1 no footer PAR1")
+    with pytest.raises(ShardError, match=r"a\.parquet: damaged, or not a Parquet file \("):
+        list(source.read(source.shards[0]))
+
+
+def test_a_damaged_first_row_group_fails_only_its_rows(tmp_path) -> None:
+    """Also where opening looks at the first image names, to find the images' folder."""
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": [f"{n}.jpg" for n in range(4)], "caption": ["a"] * 4})
+    pq.write_table(table, path, row_group_size=2, use_dictionary=False)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(20) + data[24:])
+    source = open_source(str(path))
+    assert [p.status for p in source.read(source.shards[0])] == ["read_error"] * 2 + ["ok"] * 2

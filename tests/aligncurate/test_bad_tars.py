@@ -160,7 +160,7 @@ def test_garbage_named_tar_is_a_row_and_does_not_stop_the_others(tmp_path) -> No
         (tmp_path / name).write_bytes(data)
     frame = ingested(tmp_path, tmp_path / "out")
     assert statuses(frame) == ["ok", "ok", "read_error", "read_error", "read_error"]
-    assert all("no tar" in error for error in frame["error"][2:])
+    assert all("not a tar" in error for error in frame["error"][2:])
     assert frame["key"].to_list()[2:] == ["2.tar", "3.tar", "4.tar"]
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_tar_in_the_image_root(tmp_path) -> None:
     (tmp_path / "root/a.tar").write_bytes(b"garbage" * 300)
     (tmp_path / "a.csv").write_text("image,caption\n0.jpg,x\n")
     result = cli("ingest", tmp_path / "a.csv", "--out", tmp_path / "out", "--image-root", tmp_path / "root")
-    assert "a.tar: the file is no tar; copy it again" in complaint(result)
+    assert "a.tar: the file is not a tar; copy it again" in complaint(result)
 
 
 def test_sidecars_that_cannot_be_used_are_left_alone(tmp_path) -> None:

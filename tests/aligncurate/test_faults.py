@@ -1,8 +1,11 @@
-"""Faults of what lies beneath: remote file systems, file systems without locks, worker processes."""
+"""Failing remote file systems, file systems without locks, and dying worker processes."""
+
+from __future__ import annotations
 
 import errno
 import fcntl
 import io
+import sys
 from typing import Any
 
 import fsspec
@@ -14,15 +17,20 @@ from fsspec.spec import AbstractFileSystem
 import aligncurate
 from aligncurate.errors import UserError, WorkerError
 from aligncurate.io import files, storage
+from aligncurate.sources.detect import open_source
+from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.export import export as exporting
 from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
 
 
 class _Breaking(io.BytesIO):
-    """A file that breaks when what comes after its first bytes is read."""
+    """A file that raises an error when a byte in `lost` is read."""
+
+    lost = range(600, sys.maxsize)
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or size < 0 or self.tell() + size > 600:
+        end = sys.maxsize if size is None or size < 0 else self.tell() + size
+        if self.tell() < self.lost.stop and end > self.lost.start:
             raise RuntimeError("connection\nlost.")
         return super().read(size)
 
@@ -33,7 +41,7 @@ class _Breaking(io.BytesIO):
 
 
 class _Faulty(AbstractFileSystem):
-    """Raises what is no OSError: for `open…` files while they are read, for others at once."""
+    """Raises errors that are not OSErrors: for `open…` when the file is read, for other names at once."""
 
     protocol = "faulty"
     content = b""
@@ -98,7 +106,7 @@ def test_faults_while_a_remote_file_is_read_are_os_errors(faulty, call) -> None:
     assert file.closed
 
 
-def test_errors_that_are_clear_already_stay(faulty) -> None:
+def test_clear_errors_are_not_changed(faulty) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         storage.read("faulty://gone")
     with pytest.raises(OSError, match=r"faulty://timeout: its file system failed \(TimeoutError\)"):
@@ -107,7 +115,7 @@ def test_errors_that_are_clear_already_stay(faulty) -> None:
         storage.read("nosuch://a")
 
 
-def test_remote_faults_are_sentences_of_the_command_line(faulty, tmp_path, monkeypatch) -> None:
+def test_remote_faults_end_a_command_with_one_sentence(faulty, tmp_path, monkeypatch) -> None:
     found = complaint(cli("ingest", "faulty://a.tar", "--out", tmp_path / "out"), 1)
     assert found == "faulty://a.tar: its file system failed (RuntimeError: connection lost)."
     buffer = io.BytesIO()
@@ -117,8 +125,25 @@ def test_remote_faults_are_sentences_of_the_command_line(faulty, tmp_path, monke
     assert "faulty://open.parquet: its file system failed" in found  # also when Arrow does the reading
 
 
+def test_a_network_fault_in_a_parquet_file_is_not_taken_for_damage(faulty, tmp_path, monkeypatch) -> None:
+    """Damaged rows are kept as failed; after a network fault a rerun must read the rows again."""
+    buffer = io.BytesIO()
+    pictures = [jpeg(seed, width=300, height=300) for seed in range(20)]
+    pq.write_table(pa.table({"image": pictures, "caption": ["a"] * 20}), buffer)
+    assert len(buffer.getvalue()) > 2**17  # the footer is read with the 64 KiB before it
+    monkeypatch.setattr(_Faulty, "content", buffer.getvalue())
+    monkeypatch.setattr(_Breaking, "lost", range(0))
+    source = open_source("faulty://open.parquet", SourceOptions(format="parquet"))
+    for lost in (range(600, 700), range(600, sys.maxsize)):  # among the rows, and also in the footer
+        monkeypatch.setattr(_Breaking, "lost", lost)
+        with pytest.raises(OSError, match=r"its file system failed \(RuntimeError: connection lost\)$"):
+            list(source.read(source.shards[0]))
+    monkeypatch.setattr(_Breaking, "lost", range(0))
+    assert [pair.status for pair in source.read(source.shards[0])] == ["ok"] * 20
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, capsys, number) -> None:
+def test_a_file_system_without_locks_gives_one_notice(tmp_path, monkeypatch, capsys, number) -> None:
     def refuse(*_: object) -> None:
         raise OSError(number, "no locks here")
 
@@ -142,7 +167,7 @@ def test_other_errors_of_locking_are_errors(tmp_path, monkeypatch) -> None:
         pass
 
 
-def test_a_dead_worker_process_is_a_sentence(tmp_path, monkeypatch) -> None:
+def test_a_dead_worker_process_ends_a_command_with_one_sentence(tmp_path, monkeypatch) -> None:
     write_tar(tmp_path / "a.tar", pairs(2))
     cli("ingest", tmp_path / "a.tar", "--out", tmp_path / "in", "--quiet")
 

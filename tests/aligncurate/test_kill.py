@@ -1,5 +1,7 @@
 """`kill -9` at random moments, then a rerun: the same bytes as an uninterrupted run."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import random
@@ -32,7 +34,7 @@ PROGRAM = textwrap.dedent(
         return sum(name.startswith("part-") for name in os.listdir(out)) if os.path.isdir(out) else 0
 
     def attempt(kill_after):
-        # Kills the run a random moment after it has so many parts, or lets it end.
+        # Kills the run a random moment after it has `kill_after` parts, or lets it finish.
         child = os.fork()
         if child == 0:
             work()
@@ -84,7 +86,7 @@ def scored(tars) -> Path:
 
 
 def kill_and_rerun(verb: str, source: Path, out: Path, seconds: float) -> tuple[int, int, int]:
-    """Kill ten times, then let it end. Returns kills, kills amid a part, and parts before the last run."""
+    """Kill a run ten times, then let it finish. Returns kills, kills amid a part, and parts before the last run."""
     seed = random.randrange(10**6)
     command = [sys.executable, "-c", PROGRAM, verb, str(source), str(out), str(seconds), str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)

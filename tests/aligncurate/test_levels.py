@@ -1,4 +1,6 @@
-"""Thresholds and levels against numpy, torch and scikit-learn."""
+"""Thresholds and levels compared with numpy, torch and scikit-learn."""
+
+from __future__ import annotations
 
 import json
 
@@ -34,7 +36,7 @@ def split(scores: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
 
 
 @given(SCORES)
-def test_keys_sort_as_scores_and_come_back(scores: np.ndarray) -> None:
+def test_keys_sort_like_scores_and_convert_back(scores: np.ndarray) -> None:
     order = np.argsort(score_keys(scores), kind="stable")
     np.testing.assert_array_equal(scores[order], np.sort(scores))
     np.testing.assert_array_equal(key_scores(score_keys(scores)), scores)
@@ -60,7 +62,7 @@ def test_counts_merge_by_addition(scores, cuts) -> None:
 
 @settings(deadline=None)
 @given(arrays(np.float32, st.integers(1, 400), elements=st.floats(width=32)), st.integers(2, 20))
-def test_what_is_not_finite_is_no_score(scores, levels) -> None:
+def test_values_that_are_not_finite_are_ignored(scores, levels) -> None:
     finite = scores[np.isfinite(scores)]
     np.testing.assert_array_equal(Counts.of([scores]).bins, Counts.of([finite]).bins)
     if len(finite):
@@ -84,14 +86,14 @@ def test_given_counts_save_the_first_pass(scores) -> None:
     assert len(scans) == 1
 
 
-def test_counts_of_other_scores_are_noticed() -> None:
+def test_counts_of_other_scores_raise_an_error() -> None:
     scores = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     with pytest.raises(WrongCounts):
         find_thresholds(lambda: [scores], 8, "quantile", Counts.of([scores + 1]))
 
 
 @given(SCORES | TIED)
-def test_counts_survive_json_without_their_empty_bins(scores) -> None:
+def test_counts_round_trip_through_json_without_empty_bins(scores) -> None:
     counts = Counts.of([scores])
     saved = json.loads(json.dumps(counts.to_json()))
     keys = np.sort(score_keys(scores)) >> 16
@@ -117,7 +119,7 @@ def test_counts_survive_json_without_their_empty_bins(scores) -> None:
     ],
 )
 def test_bad_counts_are_refused(data) -> None:
-    with pytest.raises(ValueError, match="not counts of scores"):
+    with pytest.raises(ValueError, match="invalid score counts"):
         Counts.from_json(data)
 
 
@@ -165,8 +167,8 @@ def test_uniform_equals_scikit_learn(levels) -> None:
     assert assign_levels(scores, values).tolist() == expected.tolist()
 
 
-def test_order_statistics_refuse_ranks_that_are_not_there() -> None:
-    with pytest.raises(ValueError, match=r"of 3 scores"):
+def test_ranks_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="out of range for 3 scores"):
         order_statistics(lambda: [np.zeros(3, np.float32)], [3])
 
 
@@ -175,7 +177,7 @@ def test_fewer_scores_than_levels() -> None:
     assert quantile_ranks(3, 8) == [1, 1, 2, 2, 2, 2, 2]
 
 
-def test_thresholds_survive_json() -> None:
+def test_thresholds_round_trip_through_json() -> None:
     saved = Thresholds("quantile", (0.1, 0.25), "score", 10, -0.5, 0.5, {"model": "tiny"})
     assert Thresholds.from_json(saved.to_json(), "here") == saved
 

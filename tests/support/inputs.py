@@ -1,7 +1,8 @@
 """Small inputs for tests: pictures as bytes, tars, and a run of the command line."""
 
+from __future__ import annotations
+
 import io
-import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 import aligncurate
 from aligncurate.cli.app import app
 from aligncurate.dataset.pointers import read_image
+from aligncurate.io.tar import TarWriter
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 
@@ -41,13 +43,12 @@ def jpeg(seed: int = 0, **size: int) -> bytes:
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """A tar of (name, content) in the given order; the same name may come twice."""
+    """A tar of (name, content) members in the given order; names may repeat."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    tar = TarWriter(buffer)
+    for name, data in members:
+        tar.add(name, data)
+    tar.end()
     return buffer.getvalue()
 
 
@@ -63,24 +64,24 @@ def pairs(count: int, first: int = 0) -> dict[str, dict[str, bytes]]:
 
 
 def read_all(source: Any, **options: Any) -> list[Any]:
-    """All pairs of a source, its counts checked against what it yields."""
+    """All pairs of a source; checks that `count` agrees."""
     opened = open_source(source if isinstance(source, list) else str(source), SourceOptions(**options))
-    found = []
+    all_rows = []
     for shard in opened.shards:
         rows = list(opened.read(shard))
         assert opened.count(shard) == len(rows)
-        found += rows
-    return found
+        all_rows += rows
+    return all_rows
 
 
 def ingested(source: Any, out: Path, **options: Any) -> pl.DataFrame:
-    """The rows of `aligncurate.ingest`, after checking that every ok row still leads to its image's bytes."""
+    """The rows of `aligncurate.ingest`; checks that the image of every ok row can be read back."""
     run = aligncurate.ingest(source, out, source=SourceOptions(**options), quiet=True)
     assert run.dataset is not None, run.failures
     frame = run.dataset.scan().collect()
     for row in frame.iter_rows(named=True):
         if row["status"] == "ok":
-            read_image(row)  # raises when the sha256 is another
+            read_image(row)  # raises if the sha256 differs
     return frame
 
 
@@ -95,7 +96,7 @@ def parquet_bytes(**columns: Any) -> bytes:
 
 
 def cli(*arguments: object) -> Result:
-    """Run the command line; anything but a clean exit is an error of the test."""
+    """Run a command; an exception other than SystemExit fails the test."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"a traceback instead of a sentence: {result.exception!r}") from result.exception
@@ -103,7 +104,7 @@ def cli(*arguments: object) -> Result:
 
 
 def complaint(result: Result, code: int = 2) -> str:
-    """The one sentence of a run that ended with `code`."""
+    """The error message of a run that ended with exit code `code`; it must be one line."""
     assert result.exit_code == code, (result.exit_code, result.output)
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr

@@ -1,5 +1,7 @@
 """The worker of test_ranks.py: runs several stages on two ranks, one after the other; some of them fail."""
 
+from __future__ import annotations
+
 import json
 import sys
 import warnings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPImageProcessor, CLIPVisionModel, PreTrainedTokenizerFast
 
 from aligntrain import StageConfig
+from tests.support import inputs
 from tests.support.train_models import CLIP, LLAMA
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -68,14 +68,11 @@ def picture(number: int) -> bytes:
 
 def write_tar(path: Path, samples: dict[str, tuple[bytes | None, dict[str, Any]]]) -> str:
     """A tar as `aligncurate export` writes it: key -> image and content of its .json."""
-    with tarfile.open(path, "w") as tar:
-        for key, (image, meta) in samples.items():
-            members = [("json", json.dumps(meta).encode())] + ([("png", image)] if image is not None else [])
-            for extension, data in members:
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return str(path)
+    members = {
+        key: {"json": json.dumps(meta).encode(), **({} if image is None else {"png": image})}
+        for key, (image, meta) in samples.items()
+    }
+    return str(inputs.write_tar(path, members))
 
 
 def captions(path: Path, count: int = 24, levels: int | None = 8) -> str:

@@ -1,4 +1,6 @@
-"""The verb `export`: webdataset shards, LLaVA JSON with the official AlignGPT field, DataComp uid lists."""
+"""The verb `export`: checks its options, claims the output folder and calls the writer of a format."""
+
+from __future__ import annotations
 
 import json
 import os
@@ -12,8 +14,8 @@ from aligncurate.io.files import atomic_file, claim, read_json, write_json
 from aligncurate.progress import meter, notice
 from aligncurate.verbs.export.datacomp import write_datacomp
 from aligncurate.verbs.export.llava import write_llava
+from aligncurate.verbs.export.plan import count_exportable
 from aligncurate.verbs.export.result import Exported
-from aligncurate.verbs.export.rows import count_exportable
 from aligncurate.verbs.export.webdataset import write_webdataset
 
 Format = Literal["webdataset", "llava-json", "datacomp-uids"]
@@ -32,20 +34,21 @@ def export(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Exported:
-    """Write a dataset's good rows (`ok` and `text_only`) in a form that other tools read.
+    """Export a dataset's `ok` and `text_only` rows in a format that other tools read.
 
     Args:
         dataset: what to export.
-        out: a new folder; an interrupted export is finished.
+        out: a new folder, or that of an interrupted export, which is then completed.
         format: `webdataset` writes tars with the images' original bytes, `.txt` and `.json`, and an
-            img2dataset-style Parquet beside each; `llava-json` writes images and `annotations.json` with
+            Parquet file like img2dataset's beside each; `llava-json` writes images and `annotations.json` with
             `conversations` and AlignGPT's `similarity` (level - 1); `datacomp-uids` writes `uids.npy`.
         shard_size: pairs per tar.
-        per_level: a folder of tars for each level.
-        workers: processes that write tars; by default one per core, and for few pairs none but this one.
+        per_level: write the tars of each level into a folder of its own.
+        workers: number of processes that write tars; by default one per CPU core, or only this one for a small dataset.
         quiet: show no progress.
 
-    Raises UserError when the folder holds something else, or the options do not fit together.
+    Raises:
+        UserError: the options contradict each other, or the folder holds other files or a different export.
     """
     opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     if format not in get_args(Format):
@@ -55,12 +58,12 @@ def export(
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: use a number of at least 1.")
     if per_level and format != "webdataset":
-        raise UserError(f"--per-level goes with --format webdataset, not {format}.")
+        raise UserError(f"--per-level works only with --format webdataset, not {format}.")
     if per_level and not opened.levels:
         raise UserError(f"{opened.path}: --per-level needs levels; run `aligncurate bucket` first.")
     if format == "llava-json" and not opened.levels:
         notice(
-            "the dataset has no levels, so the entries get no `similarity`; `aligncurate bucket` makes them.",
+            "the dataset has no levels, so the annotations get no `similarity`; run `aligncurate bucket` first.",
             quiet=quiet,
         )
     done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - count_exportable(opened))
@@ -68,20 +71,20 @@ def export(
     with ExitStack() as stack:
         stack.enter_context(claim(done.path, [RECORD]))
         _check_record(done.path, record)
-        shown = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
+        progress = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
         if format == "webdataset":
-            write_webdataset(opened, done, shard_size, per_level, workers, shown)
+            write_webdataset(opened, done, shard_size, per_level, workers, progress)
         elif format == "llava-json":
-            write_llava(opened, done, shown)
+            write_llava(opened, done, progress)
         else:
-            write_datacomp(opened, done, shown)
-        _note_failures(done)
+            write_datacomp(opened, done, progress)
+        _write_failures(done)
         write_json(done.path / RECORD, {**record, "complete": True, "rows": done.rows, "failed": len(done.failed)})
     return done
 
 
-def _note_failures(done: Exported) -> None:
-    """List the rows whose image is gone, or clear the list of an earlier try."""
+def _write_failures(done: Exported) -> None:
+    """Write the list of failed rows; if there are none, delete that of an earlier run."""
     file = done.path / FAILURES
     if not done.failed:
         file.unlink(missing_ok=True)
@@ -91,7 +94,7 @@ def _note_failures(done: Exported) -> None:
 
 
 def _check_record(folder: Path, record: dict[str, Any]) -> None:
-    """Check that `folder` is new or holds this very export; note the export in it."""
+    """Record the export in `folder`. Raises UserError if the folder holds a different one."""
     file = folder / RECORD
     if not file.is_file():
         write_json(file, {**record, "complete": False})

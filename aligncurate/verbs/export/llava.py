@@ -1,4 +1,4 @@
-"""Export as LLaVA annotations, with the images beside them and AlignGPT's `similarity`."""
+"""Export as LLaVA: `annotations.json` with AlignGPT's `similarity`, and a folder of images."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from aligncurate.dataset.pointers import has_image, read_image
 from aligncurate.dataset.reader import Dataset
 from aligncurate.io.files import atomic_file
 from aligncurate.progress import Meter
-from aligncurate.verbs.export.names import free_name, image_ending, safe_name
+from aligncurate.verbs.export.plan import exportable_rows
 from aligncurate.verbs.export.result import Exported
-from aligncurate.verbs.export.rows import exportable_rows
+from aligncurate.verbs.export.sample import free_name, image_ending, safe_name
 
 _PER_FOLDER = 10_000  # images in one folder
-_NAME_BYTES = 180  # most file systems end names at 255
+_NAME_BYTES = 180  # of the key; most file systems allow names of 255 bytes
 
 
-def write_llava(dataset: Dataset, done: Exported, shown: Meter) -> None:
+def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
+    """Write the images and `annotations.json`; rows whose image cannot be read go to `done.failed`."""
     names: set[str] = set()
-    images: dict[bytes, str] = {}  # an image that several rows share is written once
+    images: dict[bytes, str] = {}  # sha256 -> path; an image that several rows share is written once
     with atomic_file(done.path / "annotations.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
         for row in exportable_rows(dataset):
@@ -28,27 +29,27 @@ def write_llava(dataset: Dataset, done: Exported, shown: Meter) -> None:
                 data = read_image(row) if new else None
             except OSError as error:
                 done.failed.append({"key": row["key"], "error": str(error)})
-                shown.add(1, 0, 1)
+                progress.add(1, 0, 1)
                 continue
             if data is not None:
-                images[row["sha256"]] = _llava_image(row, data, done, names, len(images))
+                images[row["sha256"]] = _write_image(row, data, done, names, len(images))
             name = images[row["sha256"]] if has_image(row) else None
             file.write(",\n" if done.rows else "\n")
-            file.write(json.dumps(_llava_row(row, name), ensure_ascii=False))
+            file.write(json.dumps(_annotation(row, name), ensure_ascii=False))
             done.rows += 1
-            shown.add(1, 1, 0)
+            progress.add(1, 1, 0)
         file.write("\n]\n")
     done.files.append("annotations.json")
 
 
-def _llava_image(row: dict[str, Any], data: bytes, done: Exported, names: set[str], number: int) -> str:
-    """Write an image; its path relative to the export's folder."""
+def _write_image(row: dict[str, Any], data: bytes, done: Exported, names: set[str], number: int) -> str:
+    """Write image `number`; return its path relative to the export's folder."""
     folder = f"images/{number // _PER_FOLDER:05d}"
     stem = safe_name(row["key"]).replace("/", "_").encode()[:_NAME_BYTES].decode(errors="ignore")
     name = f"{free_name(f'{folder}/{stem}', names)}.{image_ending(row, data)}"
     path = done.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An earlier try may have given this name to another image, if one before it could not be read then.
+    # An interrupted run may have given this name to another image, if one that it could not read came before.
     if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
@@ -56,8 +57,8 @@ def _llava_image(row: dict[str, Any], data: bytes, done: Exported, names: set[st
     return name
 
 
-def _llava_row(row: dict[str, Any], image: str | None) -> dict[str, Any]:
-    """An entry of the official AlignGPT annotation file. Its `similarity` counts levels from 0."""
+def _annotation(row: dict[str, Any], image: str | None) -> dict[str, Any]:
+    """An entry of the official AlignGPT annotation file, in which `similarity` counts levels from 0."""
     entry: dict[str, Any] = {"id": row["key"]}
     if image is not None:
         entry["image"] = image

@@ -1,18 +1,46 @@
-"""Which rows go into which tar, decided from the dataset and the options alone."""
+"""Which rows of a dataset are exported, and into which tar each one goes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from aligncurate.dataset.reader import Dataset
-from aligncurate.verbs.export.rows import is_exportable
+from aligncurate.dataset.record import FINE
+
+
+def count_exportable(dataset: Dataset) -> int:
+    """Number of rows with status `ok` or `text_only`; all others are left out of an export."""
+    return sum(part.statuses.get(status, 0) for part in dataset.parts for status in FINE)
+
+
+def is_exportable(table: pa.Table) -> pa.ChunkedArray:
+    """Which rows of a table are exported: bool [rows]."""
+    return pc.is_in(table["status"], pa.array(sorted(FINE)))
+
+
+def exportable_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The exported rows of the whole dataset, in order."""
+    for index in range(len(dataset.parts)):
+        for table in dataset.groups(index, columns):
+            for batch in table.filter(is_exportable(table)).to_batches(500):
+                yield from batch.to_pylist()
 
 
 @dataclass
 class Tar:
-    """One tar to write: pieces of parts, as (part, first good row of it, how many)."""
+    """One tar to write.
+
+    Attributes:
+        name: relative to the export's folder, without `.tar`.
+        level: the level of all its rows, None where there is none or levels are mixed.
+        pieces: its rows, as (part, how many exportable rows of that part and level come before, how many to take).
+        rows: number of rows in all pieces.
+    """
 
     name: str
     level: int | None
@@ -21,7 +49,7 @@ class Tar:
 
 
 def plan_tars(dataset: Dataset, shard_size: int, per_level: bool) -> list[Tar]:
-    """Which rows go into which tar; depends on the dataset and options alone."""
+    """Assign rows to tars. The same dataset and options always give the same tars, so an export can be resumed."""
     filling: dict[int | None, Tar] = {}
     numbers: dict[int | None, int] = {}
     tars: list[Tar] = []

@@ -1,4 +1,4 @@
-"""What an export reports."""
+"""What `export` returns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ class Exported:
     """What an export wrote.
 
     Attributes:
-        path: the folder.
-        rows: pairs written.
-        skipped: rows of the dataset that could not be scored, which are not exported.
-        failed: rows whose image could not be read any more; listed in `failed.jsonl`.
-        files: what was written, relative to `path`.
+        path: the output folder.
+        rows: number of pairs written.
+        skipped: rows that were left out, because their status is neither `ok` nor `text_only`.
+        failed: key and error of the rows whose image could not be read; `failed.jsonl` lists them too.
+        files: the files written, relative to `path`.
+        bytes: size of the exported images.
     """
 
     path: Path

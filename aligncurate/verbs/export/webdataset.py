@@ -1,4 +1,4 @@
-"""Export as webdataset tars with the original image bytes, and an img2dataset-style Parquet beside each."""
+"""Export as webdataset: tars with the original image bytes, and beside each a Parquet file as img2dataset writes it."""
 
 from __future__ import annotations
 
@@ -22,34 +22,33 @@ from aligncurate.engines import processes, threads
 from aligncurate.io.files import atomic_file
 from aligncurate.io.tar import Buffer, TarWriter
 from aligncurate.progress import Meter
-from aligncurate.verbs.export.names import free_name, image_ending, safe_name
-from aligncurate.verbs.export.plan import Tar, plan_tars
+from aligncurate.verbs.export.plan import Tar, is_exportable, plan_tars
 from aligncurate.verbs.export.result import Exported
-from aligncurate.verbs.export.rows import is_exportable
-from aligncurate.verbs.export.strict_json import strict_json
+from aligncurate.verbs.export.sample import free_name, image_ending, safe_name, strict_json
 
-_BUFFER = 1 << 20  # bytes of a tar that are written at once
-_HIDDEN = {*POINTER_COLUMNS, "image", "error", IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}  # not in the JSON
-_WORTH_PROCESSES = 10_000  # pairs; fewer are written before processes have started
+_BUFFER = 1 << 20  # a tar is written this many bytes at a time
+_NOT_IN_JSON = {*POINTER_COLUMNS, "image", "error", IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}
+_MANY_ROWS = 10_000  # fewer are exported before worker processes have started
 
 
 def write_webdataset(
-    dataset: Dataset, done: Exported, shard_size: int, per_level: bool, workers: int | None, shown: Meter
+    dataset: Dataset, done: Exported, shard_size: int, per_level: bool, workers: int | None, progress: Meter
 ) -> None:
+    """Write the tars, a few at a time; those that an interrupted run completed are kept."""
     tars = plan_tars(dataset, shard_size, per_level)
     if workers is None:
-        workers = os.cpu_count() or 1 if dataset.rows >= _WORTH_PROCESSES else 1
+        workers = os.cpu_count() or 1 if dataset.rows >= _MANY_ROWS else 1
     workers = min(workers, len(tars))
     for tar in tars:
         (done.path / tar.name).parent.mkdir(parents=True, exist_ok=True)
 
-    # In memory at once are the rows of one tar per process, without their images.
-    write = _Write(dataset, done.path, per_level)
+    # Each worker holds the rows of one tar in memory, without their images.
+    write = _TarJob(dataset, done.path, per_level)
     results = []
     for outcome in (processes if workers > 1 else threads).run(write, tars, workers=max(1, workers)):
         assert outcome.result is not None
         tar, rows, size, failed = outcome.result
-        shown.add(tar.rows, rows, len(failed))
+        progress.add(tar.rows, rows, len(failed))
         results.append(outcome.result)
     for tar, rows, size, failed in sorted(results, key=lambda r: r[0].name):
         done.rows += rows
@@ -59,8 +58,8 @@ def write_webdataset(
 
 
 @dataclass(frozen=True)
-class _Write:
-    """Writes one tar of an export, unless it is there."""
+class _TarJob:
+    """Writes one tar of an export, unless an earlier run has; picklable, as worker processes need it."""
 
     dataset: Dataset
     target: Path
@@ -68,46 +67,47 @@ class _Write:
 
     def __call__(self, tar: Tar, check: Callable[[], None] = lambda: None) -> _Written:
         beside = self.target / f"{tar.name}.parquet"
-        there = beside.is_file() and (self.target / f"{tar.name}.tar").is_file()
-        # The Parquet is written last, so it is the mark that the tar is whole; what failed is tried again.
-        if not there or _note(beside)["failed"]:
+        complete = beside.is_file() and (self.target / f"{tar.name}.tar").is_file()
+        # The Parquet file is written last, so a tar that has one is complete. Rows that failed are tried again.
+        if not complete or _note(beside)["failed"]:
             _write_tar(self.dataset, tar, self.per_level, self.target, check)
         note = _note(beside)
         return tar, note["rows"], note["bytes"], note["failed"]
 
 
 _Written = tuple[Tar, int, int, list[dict[str, str]]]
-"""A tar, how many rows and bytes of images it holds, and what could not be read."""
+"""A tar, its number of rows, the bytes of its images, and the rows whose image could not be read."""
 
 
 def _note(beside: Path) -> dict[str, Any]:
-    """What the Parquet beside a tar says of it: its rows, bytes of images, and images that could not be read."""
+    """Rows, image bytes and failed rows of a tar, from the Parquet file beside it."""
     metadata = pq.read_metadata(beside)
     return {"rows": metadata.num_rows, **json.loads(metadata.metadata[b"aligncurate.export"])}
 
 
 def _tar_batches(dataset: Dataset, tar: Tar, per_level: bool) -> Iterator[pa.RecordBatch]:
+    """The rows of a tar, a few hundred at a time."""
     for part, skip, left in tar.pieces:
         with readable(dataset.files[part]) as file:
             for group in range(file.num_row_groups):
-                # Other columns, embedded images among them, are read only where the group has rows for this tar.
+                # All other columns, which may be embedded images, are read only if the group has rows for this tar.
                 mask = _matching(file.read_row_group(group, ["status", "level"], use_threads=False), tar, per_level)
-                found = pc.sum(mask, min_count=0).as_py()
-                take = min(max(found - skip, 0), left)
+                matches = pc.sum(mask, min_count=0).as_py()
+                take = min(max(matches - skip, 0), left)
                 if take:
                     rows = file.read_row_group(group, use_threads=False).filter(mask)
                     yield from rows.slice(skip, take).to_batches(500)
-                skip, left = max(skip - found, 0), left - take
+                skip, left = max(skip - matches, 0), left - take
                 if not left:
                     break
 
 
 def _matching(table: pa.Table, tar: Tar, per_level: bool) -> pa.ChunkedArray:
-    """Which rows are good and, with `per_level`, of the tar's level."""
-    good, level = is_exportable(table), table["level"]
+    """Which rows are exported and, with `per_level`, have the tar's level: bool [rows]."""
+    exported, level = is_exportable(table), table["level"]
     if not per_level:
-        return good
-    return pc.and_(good, pc.is_null(level) if tar.level is None else pc.equal(level, tar.level))
+        return exported
+    return pc.and_(exported, pc.is_null(level) if tar.level is None else pc.equal(level, tar.level))
 
 
 def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check: Callable[[], None]) -> None:
@@ -121,10 +121,10 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
         flushed = 0
         for batch in _tar_batches(dataset, tar, per_level):
             check()
-            there = []
+            readable_image = []
             rows = batch.to_pylist()
             for row, data in zip(rows, read_images(rows), strict=True):
-                there.append(not isinstance(data, OSError))
+                readable_image.append(not isinstance(data, OSError))
                 if isinstance(data, OSError):
                     failed.append({"key": row["key"], "error": str(data)})
                     continue
@@ -132,7 +132,7 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
                 key = free_name(safe_name(row["key"]), names)
                 for ending, content in sorted(_sample(row, data).items()):
                     members.add(f"{key}.{ending}", content)
-            written.append(batch.select(schema.names).filter(pa.array(there)))
+            written.append(batch.select(schema.names).filter(pa.array(readable_image)))
             flushed = _start_flush(file, flushed)
         members.end()
     note = json.dumps({"failed": failed, "bytes": size}).encode()
@@ -154,13 +154,13 @@ def _start_flush(file: BufferedWriter, start: int) -> int:
 
 
 def _sample(row: dict[str, Any], data: Buffer | None) -> dict[str, Buffer]:
-    """A webdataset sample's files by their endings: the image, `txt` for captions, everything else in `json`."""
+    """The files of a webdataset sample by extension: the image, `txt` (the caption), `json` (all other columns)."""
     sample: dict[str, Buffer] = {}
     if data is not None:
         sample[image_ending(row, data)] = data
     if row["caption"] is not None:
         sample["txt"] = row["caption"].encode()
-    kept = {k: v for k, v in row.items() if v is not None and k not in _HIDDEN}
+    kept = {k: v for k, v in row.items() if v is not None and k not in _NOT_IN_JSON}
     kept["sha256"] = row["sha256"].hex() if row["sha256"] else None
     sample["json"] = strict_json(kept).encode()
     return sample

@@ -1,4 +1,6 @@
-"""Our tar writer against `tarfile`: the same bytes for every kind of name."""
+"""Our tar writer gives the same bytes as `tarfile`, for every kind of name."""
+
+from __future__ import annotations
 
 import io
 import tarfile

@@ -20,7 +20,7 @@ from aligncurate.errors import UserError
 from aligncurate.io import storage
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs import score as scoring
-from tests.support.inputs import cli
+from tests.support.inputs import cli, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -186,16 +186,6 @@ def test_long_captions_are_cut_at_the_context_as_open_clip_cuts_them(plain, flic
     for text in (long, endless, "", "  \n "):
         open_clip_ids = open_clip.get_tokenizer("flickr-clip")([text])
         assert torch.equal(encoder.tokenize([text]), open_clip_ids)
-
-
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for ending, data in files.items():
-                info = tarfile.TarInfo(f"{key}.{ending}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def test_retry_errors_does_only_the_failed_rows(tmp_path, dev) -> None:

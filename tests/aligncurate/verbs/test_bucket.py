@@ -1,4 +1,6 @@
-"""The verb `bucket` on datasets: labels, frozen thresholds, resuming, mistakes."""
+"""The verb `bucket`: levels, thresholds from a file, resuming, errors."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -23,7 +25,7 @@ def image(tmp_path_factory) -> bytes:
 
 
 def dataset_of(folder, image: bytes, scores: list[float | None], per_part: int = 100) -> aligncurate.Dataset:
-    """A dataset whose scores are given; rows without one failed."""
+    """A dataset with the given scores; rows without one have a broken image."""
     pl.DataFrame(
         {
             "image": [image if s is not None else b"" for s in scores],
@@ -96,7 +98,7 @@ def test_a_rerun_keeps_what_is_committed_and_refuses_other_options(tmp_path, ima
         aligncurate.bucket(dataset, out, levels=4, quiet=True)
 
 
-def test_a_changed_input_is_noticed(tmp_path, image) -> None:
+def test_a_changed_input_is_refused(tmp_path, image) -> None:
     (tmp_path / "b").mkdir()
     first = dataset_of(tmp_path, image, [0.1, 0.2])
     aligncurate.bucket(first, tmp_path / "out", quiet=True)
@@ -111,7 +113,7 @@ def test_a_changed_input_is_noticed(tmp_path, image) -> None:
         ({"levels": 1}, "--levels 1"),
         ({"levels": 128}, "--levels 128"),
         ({"method": "equal"}, "--method equal"),
-        ({"score_column": "caption"}, "no column caption with scores; it has score"),
+        ({"score_column": "caption"}, "there is no score column caption; the dataset has score"),
         ({"thresholds": "nowhere.json"}, "no such file"),
     ],
 )
@@ -122,17 +124,30 @@ def test_mistakes_are_named(tmp_path, image, options, sentence) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_threshold_files_that_do_not_fit(tmp_path, image) -> None:
+def test_threshold_files_that_cannot_be_used(tmp_path, image) -> None:
     dataset = dataset_of(tmp_path, image, [0.1, 0.2, 0.3, 0.4])
     file = aligncurate.bucket(dataset, tmp_path / "four", levels=4, quiet=True).path / "thresholds.json"
     with pytest.raises(UserError, match="4 levels, not 8"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=file, levels=8, quiet=True)
+    with pytest.raises(UserError, match="--method uniform: the --thresholds file has its own method"):
+        aligncurate.bucket(dataset, tmp_path / "out", thresholds=file, method="uniform", quiet=True)
     (tmp_path / "no.json").write_text("{")
     with pytest.raises(UserError, match="not a JSON file"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=tmp_path / "no.json", quiet=True)
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="not thresholds"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=tmp_path / "other.json", quiet=True)
+
+
+def test_thresholds_of_another_encoder_give_a_notice(tmp_path, scored, capsys) -> None:
+    aligncurate.bucket(scored, tmp_path / "a", quiet=True)
+    thresholds = json.loads((tmp_path / "a/thresholds.json").read_text())
+    aligncurate.bucket(scored, tmp_path / "b", thresholds=tmp_path / "a")
+    assert "expect levels of different sizes" not in capsys.readouterr().err
+    thresholds["encoder"].update(model="ViT-B-32", pretrained="openai")
+    (tmp_path / "other.json").write_text(json.dumps(thresholds))
+    aligncurate.bucket(scored, tmp_path / "c", thresholds=tmp_path / "other.json")
+    assert "scores of ViT-B-32 (openai), but these are from tiny (" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_scores_there_is_nothing_to_bucket(tmp_path, image) -> None:
@@ -147,7 +162,7 @@ def test_never_in_place(tmp_path, image) -> None:
         aligncurate.bucket(dataset, dataset.path, quiet=True)
 
 
-# Counts that `score` leaves
+# Score counts that `score` saves
 
 
 @pytest.fixture(scope="module")
@@ -160,10 +175,10 @@ def scored(tmp_path_factory) -> aligncurate.Dataset:
 @pytest.fixture
 def passes(monkeypatch) -> list[str]:
     """One entry for each pass over a dataset's scores."""
-    found: list[str] = []
+    columns: list[str] = []
     before = bucketing.iter_scores
-    monkeypatch.setattr(bucketing, "iter_scores", lambda d, column: found.append(column) or before(d, column))
-    return found
+    monkeypatch.setattr(bucketing, "iter_scores", lambda d, column: columns.append(column) or before(d, column))
+    return columns
 
 
 def edges(scores, count: int) -> list[float]:
@@ -171,7 +186,7 @@ def edges(scores, count: int) -> list[float]:
     return [float(ordered[-(-k * len(ordered) // count)]) for k in range(1, count)]
 
 
-def test_counts_left_by_score_save_the_first_pass(tmp_path, scored, passes) -> None:
+def test_counts_saved_by_score_save_the_first_pass(tmp_path, scored, passes) -> None:
     labelled = aligncurate.bucket(scored, tmp_path / "out", levels=5, quiet=True)
     assert passes == ["score"]
     assert labelled.manifest["thresholds"]["values"] == edges(scored.scan().collect()["score"], 5)
@@ -203,7 +218,7 @@ def test_fewer_rows_never_use_the_counts_of_all(tmp_path, scored, passes) -> Non
 
 
 @pytest.mark.parametrize("wrong", ["total", "shifted", "broken"])
-def test_counts_that_do_not_fit_are_not_believed(tmp_path, scored, passes, wrong) -> None:
+def test_wrong_counts_are_not_used(tmp_path, scored, passes, wrong) -> None:
     dataset = aligncurate.Dataset(scored.path)
     noted = dataset.manifest["score_counts"]["score"]
     if wrong == "total":
@@ -236,7 +251,7 @@ def test_images_and_embeddings_stay_as_they_were(tmp_path) -> None:
         assert pq.read_metadata(before).num_row_groups == pq.read_metadata(after).num_row_groups
 
 
-def test_a_part_that_is_damaged_is_named(tmp_path, scored) -> None:
+def test_a_damaged_part_is_named_in_the_error(tmp_path, scored) -> None:
     dataset = aligncurate.filter(scored, tmp_path / "copy", top_fraction=1.0, quiet=True)
     dataset.files[1].write_bytes(dataset.files[1].read_bytes()[:-100])
     frozen = aligncurate.bucket(scored, tmp_path / "first", quiet=True).path

@@ -1,4 +1,6 @@
-"""Exports are read back: by ourselves, by webdataset, by numpy, as the official annotation file."""
+"""Exports read back by ourselves, by webdataset, by numpy, and as the official annotation format."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -138,7 +140,7 @@ def test_datacomp_uids_are_sorted_halves(tmp_path, levelled) -> None:
     assert [f"{int(a):016x}{int(b):016x}" for a, b in found] == expected
 
 
-def test_an_own_uid_is_used(tmp_path, levelled) -> None:
+def test_a_uid_column_is_used(tmp_path, levelled) -> None:
     from aligncurate.verbs.export.datacomp import datacomp_uid
 
     own = "0123456789abcdef0123456789ABCDEF"
@@ -175,7 +177,7 @@ def test_embedded_images_need_no_source(tmp_path, embed) -> None:
     [
         ({"format": "zip"}, "--format zip"),
         ({"shard_size": 0}, "--shard-size 0"),
-        ({"format": "llava-json", "per_level": True}, "--per-level goes with"),
+        ({"format": "llava-json", "per_level": True}, "--per-level works only with"),
     ],
 )
 def test_mistakes_are_named(tmp_path, levelled, options, sentence) -> None:
@@ -218,7 +220,7 @@ def test_processes_write_the_same_bytes(tmp_path, levelled) -> None:
     assert tar.stat().st_ino != before
 
 
-def test_processes_tell_what_cannot_be_read(tmp_path) -> None:
+def test_worker_processes_report_rows_that_cannot_be_read(tmp_path) -> None:
     write_tars(tmp_path / "tars", 40, seed=8, shard_size=20)
     dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
     victim = dataset.scan().collect().row(25, named=True)
@@ -239,30 +241,30 @@ def test_only_row_groups_with_rows_of_the_tar_are_read_whole(tmp_path, monkeypat
     aligncurate.score(tmp_path / "tars", tmp_path / "scored", model="tiny", embed_images=True, quiet=True)
     dataset = aligncurate.bucket(tmp_path / "scored", tmp_path / "levelled", levels=4, quiet=True)
     levels = [row["level"] for row in dataset.read(0, ["level"]).to_pylist()]
-    wanted = []  # rows of each tar
+    tar_rows = []  # rows of each tar
     for level in sorted(set(levels)) if per_level else [None]:
-        rows = [i for i, found in enumerate(levels) if level in (None, found)]
-        wanted += [rows[i : i + 4] for i in range(0, len(rows), 4)]
-    whole, looked = [], []
+        rows = [i for i, row_level in enumerate(levels) if level in (None, row_level)]
+        tar_rows += [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    all_columns, two_columns = [], []  # row groups that are read
     read = pq.ParquetFile.read_row_group
 
     def spy(self, group, columns=None, **options):
-        (whole if columns is None or "image" in columns else looked).append(group)
+        (all_columns if columns is None or "image" in columns else two_columns).append(group)
         return read(self, group, columns, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
     options = {"shard_size": 4, "per_level": per_level, "workers": 1, "quiet": True}
     done = aligncurate.export(dataset, tmp_path / "out", **options)
-    assert whole == [group for rows in wanted for group in sorted({i // 10 for i in rows})]
-    # Planning looks at each group once, a tar at those up to its last row.
-    assert len(looked) <= 6 + sum(max(rows) // 10 + 1 for rows in wanted)
+    assert all_columns == [group for rows in tar_rows for group in sorted({i // 10 for i in rows})]
+    # Planning reads status and level of each group once, a tar those of the groups up to its last row.
+    assert len(two_columns) <= 6 + sum(max(rows) // 10 + 1 for rows in tar_rows)
     keys = dataset.scan().collect()["key"].to_list()
-    for name, rows in zip(done.files, wanted, strict=True):
+    for name, rows in zip(done.files, tar_rows, strict=True):
         beside = pq.read_table((tmp_path / "out" / name).with_suffix(".parquet"))
         assert beside["key"].to_pylist() == [keys[i] for i in rows]
 
 
-def test_a_name_that_another_image_had_gets_its_own_image(tmp_path) -> None:
+def test_an_image_file_of_an_earlier_run_is_replaced_if_it_is_another_image(tmp_path) -> None:
     for number in range(2):  # of one key, each unique in its file, and as bitmaps of one size
         (tmp_path / f"{number}.bmp").write_bytes(encoded(picture(number), "BMP"))
         row = {"id": "same", "image": f"{number}.bmp", "caption": f"caption {number}"}
@@ -285,7 +287,7 @@ def test_a_tar_that_was_deleted_is_made_again(tmp_path, levelled) -> None:
     assert files_of(tmp_path / "out") == before
 
 
-def test_the_json_is_strict_where_floats_are_not_finite(tmp_path) -> None:
+def test_values_that_are_not_finite_become_null(tmp_path) -> None:
     nan, inf = float("nan"), float("inf")
     columns = {
         "image": [jpeg(0), jpeg(1)],
@@ -299,7 +301,7 @@ def test_the_json_is_strict_where_floats_are_not_finite(tmp_path) -> None:
     aligncurate.export(dataset, tmp_path / "out", quiet=True)
 
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not strict JSON")
 
     texts = [data for name, data in members(tmp_path / "out/00000.tar").items() if name.endswith(".json")]
     bad, good = (json.loads(text, parse_constant=refuse) for text in texts)
@@ -308,7 +310,7 @@ def test_the_json_is_strict_where_floats_are_not_finite(tmp_path) -> None:
     assert [good[name] for name in extras] == [columns[name][1] for name in extras]
 
 
-def test_a_column_that_is_called_like_an_ending_names_no_file(tmp_path) -> None:
+def test_a_column_named_png_is_not_taken_for_a_file_name(tmp_path) -> None:
     pq.write_table(pa.table({"png": [jpeg(0)], "caption": ["a"]}), tmp_path / "a.parquet")
     dataset = aligncurate.ingest(tmp_path / "a.parquet", tmp_path / "in", quiet=True).dataset
     assert dataset.read(0)["image_path"].to_pylist() == ["png"]
@@ -318,16 +320,16 @@ def test_a_column_that_is_called_like_an_ending_names_no_file(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"\xff\xfe"])
-def test_a_damaged_record_is_named(tmp_path, levelled, damaged) -> None:
+def test_a_damaged_record_is_named_in_the_error(tmp_path, levelled, damaged) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/export.json").write_bytes(damaged)
     with pytest.raises(UserError, match=r"export\.json: damaged, not a JSON"):
         aligncurate.export(levelled, tmp_path / "out", quiet=True)
 
 
-def test_llava_entries_without_levels_are_told(tmp_path, capsys) -> None:
+def test_llava_export_without_levels_prints_a_notice(tmp_path, capsys) -> None:
     write_tars(tmp_path / "tars", 5, seed=9)
     dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
     aligncurate.export(dataset, tmp_path / "out", format="llava-json")
-    assert "the entries get no `similarity`" in " ".join(capsys.readouterr().err.split())
+    assert "the annotations get no `similarity`" in " ".join(capsys.readouterr().err.split())
     assert all("similarity" not in entry for entry in json.loads((tmp_path / "out/annotations.json").read_text()))

@@ -1,4 +1,6 @@
-"""Filtering against polars and numpy on the whole dataset at once."""
+"""Filtering compared with polars and numpy on the whole dataset."""
+
+from __future__ import annotations
 
 import tarfile
 
@@ -83,7 +85,7 @@ def test_options_combine_in_order(tmp_path, levelled) -> None:
     assert set(kept["key"]) <= top
 
 
-def test_samples_are_random_but_repeat(tmp_path, levelled) -> None:
+def test_a_seed_gives_the_same_sample_and_another_seed_another(tmp_path, levelled) -> None:
     one, same, other = (
         rows(aligncurate.filter(levelled, tmp_path / name, sample=100, seed=seed, quiet=True))["key"].to_list()
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -112,9 +114,9 @@ def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
         ({"where": "scor > 0.3"}, "did you mean score"),
         ({"where": "score >"}, "--where score >"),
         ({"where": "score"}, "not true or false"),
-        ({"where": "score > AVG(score)"}, "each row must be decided by itself"),
-        ({"where": "AVG(score) > 0"}, "each row must be decided by itself"),
-        ({"where": "RANK() OVER (ORDER BY score) < 5"}, "each row must be decided by itself"),
+        ({"where": "score > AVG(score)"}, "conditions work on one row at a time"),
+        ({"where": "AVG(score) > 0"}, "conditions work on one row at a time"),
+        ({"where": "RANK() OVER (ORDER BY score) < 5"}, "conditions work on one row at a time"),
         ({"where": "caption > 3"}, "--where caption > 3"),
         ({"levels": "5-"}, "--levels 5-"),
         ({"levels": "8-5"}, "--levels 8-5"),
@@ -124,7 +126,8 @@ def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
         ({"top_fraction": 30.0}, "--top-fraction 30"),
         ({"sample": 0}, "--sample 0"),
         ({"sample": 5, "seed": -1}, "--seed -1"),
-        ({"top_fraction": 0.5, "score_column": "caption"}, "no column caption with scores"),
+        ({"top_fraction": 0.5, "where": "status <> 'ok'"}, "no row that matches the other options has a score"),
+        ({"top_fraction": 0.5, "score_column": "caption"}, "no score column caption"),
     ],
 )
 def test_mistakes_are_named(tmp_path, levelled, options, sentence) -> None:
