@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from aligncurate.dataset.part import PartInfo
-from aligncurate.dataset.reader import Dataset, DatasetWriter
+from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import schema
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings

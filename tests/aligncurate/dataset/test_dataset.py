@@ -11,8 +11,8 @@ import pytest
 
 import aligncurate
 from aligncurate.dataset.part import PartInfo
-from aligncurate.dataset.reader import DatasetWriter
 from aligncurate.dataset.record import COLUMNS, Pair, Status, schema, to_table
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
 
