@@ -16,14 +16,20 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from aligncurate.dataset.manifest import MANIFEST, THRESHOLDS, changed_files, differences, manifest_head
+from aligncurate.dataset.manifest import (
+    IMAGE_ROOT,
+    MANIFEST,
+    THRESHOLDS,
+    changed_files,
+    differences,
+    manifest_head,
+    with_corrections,
+)
 from aligncurate.dataset.part import SCORE_COUNTS, PartInfo, PartWriter, part_name, read_note, read_part_info
 from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
 from aligncurate.io.files import claim, read_json, sync, write_json
 from aligncurate.levels import Counts
-
-_ROOT = "image_root"  # the one option that a run with --retry-errors may correct
 
 
 class DatasetWriter:
@@ -33,14 +39,14 @@ class DatasetWriter:
         path: the output folder.
         head: the manifest without its parts: verb, options, inputs, encoder, …
         schema: of every part.
-        mended: input files and the image root may have changed since the parts were made; `changed` then names
-            the files, and `image_root_changed` is set.
-
-    Raises UserError when the folder holds something else, or parts that other options made.
+        retry_errors: accept that input files and the image root have changed since the parts were made; opening
+            the writer then sets `changed` to those files, and `image_root_changed`.
     """
 
-    def __init__(self, path: str | Path, head: Mapping[str, Any], schema: pa.Schema, *, mended: bool = False) -> None:
-        self._mended = mended
+    def __init__(
+        self, path: str | Path, head: Mapping[str, Any], schema: pa.Schema, *, retry_errors: bool = False
+    ) -> None:
+        self._retry_errors = retry_errors
         self.changed: set[str] = set()
         self.image_root_changed = False
         self.path = Path(os.path.abspath(path))
@@ -52,7 +58,7 @@ class DatasetWriter:
         """Claim the folder for this run and check that the parts in it were made with the same options.
 
         Raises:
-            UserError: the folder is in use, or holds something else.
+            UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
         with claim(self.path, [MANIFEST]):
             if (self.path / MANIFEST).is_file():
@@ -63,23 +69,17 @@ class DatasetWriter:
 
     def _check(self) -> None:
         before = read_json(self.path / MANIFEST)
-        if self._mended:
+        corrected = with_corrections(before, self.head)
+        if self._retry_errors:
             self.changed = changed_files(before.get("inputs", []), self.head["inputs"])
-            now = {f["uri"]: f for line in self.head["inputs"] for f in line.get("files", [])}
-            for line in before.get("inputs", []):
-                if "files" in line:
-                    line["files"] = [now[f["uri"]] if f["uri"] in self.changed else f for f in line["files"]]
-            options = before.get("options", {})
-            image_root = self.head["options"].get(_ROOT)
-            self.image_root_changed = options.get(_ROOT) != image_root
-            if self.image_root_changed:
-                options[_ROOT] = image_root
+            self.image_root_changed = before.get("options", {}).get(IMAGE_ROOT) != self.head["options"].get(IMAGE_ROOT)
+            before = corrected
         differing = differences(before, self.head)
         if differing:
-            advice = "name another --out, or delete the folder to make it again."
-            if all(difference.startswith(f"{_ROOT}:") for difference in differing):
-                advice = "to correct --image-root, add --retry-errors, which redoes only the rows that failed."
-            raise UserError(f"{self.path}: its parts were made with other options ({'; '.join(differing)}); {advice}")
+            advice = "choose another --out, or delete the folder to start over."
+            if not differences(corrected, self.head):
+                advice = "add --retry-errors to redo only what failed or changed, or choose another --out."
+            raise UserError(f"{self.path}: this folder holds a different dataset ({'; '.join(differing)}); {advice}")
 
     def committed(self, index: int) -> PartInfo | None:
         """The part of shard `index`, when an earlier run committed it."""

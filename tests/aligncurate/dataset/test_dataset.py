@@ -88,9 +88,9 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path) -> None:
 
 def test_other_options_are_refused_by_name(tmp_path) -> None:
     write(tmp_path / "out", ["ab"])
-    with pytest.raises(UserError, match="a: 1 before, 2 now"):
+    with pytest.raises(UserError, match=r"\(made with --a 1, now 2\); choose another --out, or delete the folder"):
         write(tmp_path / "out", ["ab"], options={"a": 2})
-    with pytest.raises(UserError, match="verb"):
+    with pytest.raises(UserError, match="made by `aligncurate test`, now `aligncurate other`"):
         write(tmp_path / "out", ["ab"], verb="other")
 
 
@@ -177,3 +177,57 @@ def test_part_info_counts() -> None:
     info = PartInfo("p", 10, 1, "", {"ok": 6, "text_only": 1, "decode_error": 3})
     assert (info.ok, info.failed) == (6, 3)
     assert PartInfo.from_json(info.to_json()) == info
+
+
+ENCODER = {"model": "tiny", "weights_sha256": "ab", "config": {"a": 1}, "precision": "fp32"}
+FILES = [{"kind": "webdataset", "files": [{"uri": f"{name}.tar", "bytes": 1} for name in "ab"]}]
+CUTS = {"values": [0.1, 0.2, 0.3], "count": 4}
+BEFORE = {
+    "verb": "test",
+    "options": {"root": "/x" * 60 + "/one", "seed": 0, "keep": True, "thresholds": "fitted"},
+    "inputs": FILES,
+    "encoder": ENCODER,
+    "encoders": {"score": ENCODER, "score_b": ENCODER},
+    "thresholds": CUTS,
+    "history": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"options": BEFORE["options"] | {"seed": 7}}, "made with --seed 0, now 7"),
+        ({"options": BEFORE["options"] | {"keep": False}}, "made with --keep, now without"),
+        ({"options": BEFORE["options"] | {"thresholds": "frozen"}}, "made without --thresholds, now with frozen"),
+        ({"options": BEFORE["options"] | {"root": "/y" * 60 + "/two"}}, r"made with --root …[/x]+/one, now …[/y]+/two"),
+        ({"inputs": [FILES[0] | {"files": FILES[0]["files"][:1]}]}, "inputs: b.tar has been removed"),
+        ({"inputs": [FILES[0] | {"files": FILES[0]["files"][::-1]}]}, "inputs: read in a different order or format"),
+        ({"encoder": ENCODER | {"weights_sha256": "cd"}}, "the encoder's weights differ"),
+        ({"encoder": ENCODER | {"config": {"a": 2}, "precision": "bf16"}},
+         "the encoder's precision was fp32, now bf16; the encoder's config differs"),
+        ({"encoders": {"score": ENCODER}}, "the score_b encoder has been removed"),
+        ({"thresholds": CUTS | {"values": [0.1, 0.25, 0.35]}}, "2 of 3 thresholds changed because the scores differ"),
+        ({"thresholds": CUTS | {"count": 5}}, "the scores differ"),
+        ({"history": [{"verb": "ingest"}]}, "a different history"),
+    ],
+)  # fmt: skip
+def test_each_difference_is_told_in_words(tmp_path, changes, expected) -> None:
+    write(tmp_path / "out", ["ab"], **BEFORE)
+    if expected is None:
+        write(tmp_path / "out", ["ab"], **BEFORE, **changes)
+    else:
+        with pytest.raises(UserError, match=rf"this folder holds a different dataset \({expected}\); choose another"):
+            write(tmp_path / "out", ["ab"], **BEFORE | changes)
+
+
+def test_other_columns_and_versions_are_named(tmp_path) -> None:
+    write(tmp_path / "out", ["ab"])
+    without_url = DatasetWriter(tmp_path / "out", HEAD, schema({}))
+    with pytest.raises(UserError, match=r"\(column url: string, now absent\)"), without_url.open():
+        pass
+    file = tmp_path / "out/manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"versions": manifest["versions"] | {"numpy": "1.0"}}))
+    with pytest.raises(UserError, match=rf"\(made with numpy 1\.0, now {manifest['versions']['numpy']}\)"):
+        write(tmp_path / "out", ["ab"])
