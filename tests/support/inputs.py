@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import aligncurate
 from aligncurate.cli.app import app
-from aligncurate.dataset.pointers import read_image
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 
@@ -80,7 +80,7 @@ def ingested(source: Any, out: Path, **options: Any) -> pl.DataFrame:
     frame = run.dataset.scan().collect()
     for row in frame.iter_rows(named=True):
         if row["status"] == "ok":
-            read_image(row)  # raises when the sha256 is another
+            Pointer.of(row).read()  # raises if the sha256 differs
     return frame
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import aligncurate
-from aligncurate.dataset.pointers import read_image
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.scoring.shard import ShardScorer
 from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
@@ -72,7 +72,7 @@ def test_good_rows_keep_their_pointers_and_scores(tmp_path, table, mini) -> None
     assert found[:2] == before[:2]
     assert [row["status"] for row in found] == ["ok"] * 4
     assert found[3]["source"] == str(second / "more.tar")
-    assert [read_image(row) for row in found] == [jpeg(n) for n in range(4)]
+    assert [Pointer.of(row).read() for row in found] == [jpeg(n) for n in range(4)]
 
 
 def test_a_changed_text_is_done_again(tmp_path, table) -> None:
