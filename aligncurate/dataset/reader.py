@@ -29,6 +29,10 @@ class Dataset:
     Attributes:
         path: the folder.
         manifest: the parsed `manifest.json`.
+        parts: what the manifest records of each part, in order.
+
+    Raises:
+        UserError: the folder is not a dataset, is not finished, or has another schema version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,15 +44,15 @@ class Dataset:
                     f"{self.path}: this is a file, not a dataset folder; make a dataset from it with "
                     f"`aligncurate score {self.path} --out DIR`."
                 )
-            what = "has no manifest.json" if self.path.is_dir() else "is not there"
+            what = "the folder has no manifest.json" if self.path.is_dir() else "no such folder"
             raise UserError(
-                f"{self.path}: not a dataset: it {what}; give a folder made by `aligncurate score` or `ingest`."
+                f"{self.path}: not a dataset: {what}; give a folder made by `aligncurate score` or `ingest`."
             )
         self.manifest = read_json(file)
-        found = self.manifest.get("schema_version")
-        if found != SCHEMA_VERSION:
+        schema_version = self.manifest.get("schema_version")
+        if schema_version != SCHEMA_VERSION:
             raise UserError(
-                f"{file}: schema version {found}, but this aligncurate reads version {SCHEMA_VERSION}; "
+                f"{file}: schema version {schema_version}, but this aligncurate reads version {SCHEMA_VERSION}; "
                 "make the dataset again, or install the version that made it."
             )
         if not self.manifest["complete"]:
@@ -60,32 +64,34 @@ class Dataset:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Arrow schema, the same for all parts."""
+        """The Arrow schema that all parts share."""
         return pq.read_schema(self.files[0]) if self.files else pa.schema([])
 
     @cached_property
     def files(self) -> list[Path]:
+        """The parts' files, in order."""
         return [self.path / part.name for part in self.parts]
 
     @property
     def rows(self) -> int:
+        """Number of rows in all parts."""
         return sum(part.rows for part in self.parts)
 
     @cached_property
     def levels(self) -> int:
-        """N of its levels; 0 when no row has one. Levels that came with the source count too."""
+        """Number of levels N, also of levels that came with the source; 0 if no row has a level."""
         thresholds = self.manifest.get("thresholds")
         if thresholds:
             return int(thresholds["levels"])
         highest = 0
         for file in self.files:
             metadata = pq.read_metadata(file)
-            # Parquet counts the leaves of nested columns, so the place is not that of the Arrow schema.
+            # Parquet numbers the leaves of nested columns, so the number differs from that in the Arrow schema.
             column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "level")
             for group in range(metadata.num_row_groups):
-                found = metadata.row_group(group).column(column).statistics
-                if found is not None and found.has_min_max:
-                    highest = max(highest, int(found.max))
+                statistics = metadata.row_group(group).column(column).statistics
+                if statistics is not None and statistics.has_min_max:
+                    highest = max(highest, int(statistics.max))
         return highest
 
     @property
@@ -97,12 +103,12 @@ class Dataset:
         return dict(total.most_common())
 
     def encoder_of(self, column: str) -> dict[str, Any] | None:
-        """What the manifest says of the encoder that made a column of scores; None where they came with the data."""
+        """What the manifest records of the encoder of a score column; None if the scores came with the data."""
         encoders: dict[str, Any] = self.manifest.get("encoders") or {"score": self.manifest.get("encoder")}
         return encoders.get(column)
 
     def score_counts(self, column: str) -> Counts | None:
-        """Counts of a column's usable scores that `score` left in the manifest; None where there are none that fit."""
+        """Counts of a column's usable scores that `score` wrote to the manifest; None if missing or not of all rows."""
         try:
             counts = Counts.from_json(self.manifest[SCORE_COUNTS][column])
         except (KeyError, TypeError, ValueError):
@@ -110,24 +116,24 @@ class Dataset:
         return counts if counts.total == sum(part.ok for part in self.parts) else None
 
     def scan(self) -> pl.LazyFrame:
-        """All rows as a polars LazyFrame; nothing is read yet."""
+        """All rows as a polars LazyFrame, which reads nothing yet. Raises UserError if there are no parts."""
         import polars as pl
 
         if not self.files:
             raise UserError(f"{self.path}: the dataset has no parts.")
-        return pl.scan_parquet(self.files, glob=False)  # a folder's name may hold brackets
+        return pl.scan_parquet(self.files, glob=False)  # brackets in the folder's name are not wildcards
 
     def read(self, index: int, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()) -> pa.Table:
-        """Part number `index` as a table; columns in `encoded` as dictionaries. Raises UserError for a damaged file."""
+        """Part `index` as a table; columns in `encoded` as dictionaries. Raises UserError if the file is damaged."""
         with readable(self.files[index], encoded) as part:
             return part.read(columns=columns, use_threads=False)
 
     def groups(self, index: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The row groups of part `index`, one at a time, so that embedded images need not all fit in memory."""
+        """The row groups of part `index`, one at a time. Raises UserError if the file is damaged."""
         return row_groups(self.files[index], columns)
 
     def fingerprint(self) -> dict[str, str]:
-        """Names this very dataset: its folder and the checksum of its manifest."""
+        """The dataset as an input in a manifest: its folder and the checksum of its manifest."""
         data = (self.path / MANIFEST).read_bytes()
         return {
             "kind": "dataset",
@@ -136,7 +142,7 @@ class Dataset:
         }
 
     def derived(self, verb: str, options: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-        """Manifest head of a dataset that `verb` makes from this one: encoder and history ride along."""
+        """The manifest head of a dataset that `verb` makes from this one, with its encoder and history."""
         step = {key: self.manifest[key] for key in ("verb", "options", "inputs")}
         head = {
             "verb": verb,
@@ -151,5 +157,5 @@ class Dataset:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """The dataset in folder `path`. Raises UserError when there is none, or it is unfinished."""
+    """Open the dataset in folder `path`. Raises UserError if it is not a dataset or not finished."""
     return Dataset(path)

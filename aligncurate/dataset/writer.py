@@ -82,22 +82,22 @@ class DatasetWriter:
             raise UserError(f"{self.path}: this folder holds a different dataset ({'; '.join(differing)}); {advice}")
 
     def committed(self, index: int) -> PartInfo | None:
-        """The part of shard `index`, when an earlier run committed it."""
+        """The part of shard `index`, if an earlier run committed it."""
         return read_part_info(self.path / part_name(index), self._lines)
 
     @cached_property
     def _before(self) -> dict[str, Any]:
-        """The manifest as this run found it."""
+        """The manifest as it was when this run started."""
         return read_json(self.path / MANIFEST)
 
     @cached_property
     def _lines(self) -> dict[str, PartInfo]:
-        """Parts that the manifest lists; only a complete one does."""
+        """The parts in the manifest, by name; only a complete manifest lists them."""
         return {line["name"]: PartInfo.from_json(line) for line in self._before["parts"]}
 
     @property
     def _counted(self) -> bool:
-        """Whether the parts that the manifest lists have counts of scores inside."""
+        """Whether the parts in the manifest hold counts of their scores."""
         return SCORE_COUNTS in self._before
 
     def part(self, index: int) -> PartWriter:
@@ -105,39 +105,39 @@ class DatasetWriter:
         return PartWriter(self.path / part_name(index), self.schema)
 
     def discard(self, index: int) -> None:
-        """Delete the part of shard `index`, so that no later run takes it for one of the shard as it is now."""
+        """Delete the part of shard `index`, whose input has changed, so that no later run keeps it."""
         (self.path / part_name(index)).unlink(missing_ok=True)
 
     def reopen(self) -> None:
-        """Say that parts are about to change, before any does: a run that dies now leaves no manifest that lies."""
-        _ = self._lines  # what the finished manifest knew of the parts that stay
-        # With the image root of before: until every part is done, a rerun must know that it has changed.
+        """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
+        _ = self._lines  # read the finished manifest before it is replaced
+        # With the earlier image root: until every part is done, a rerun must see that it has changed.
         self._write_manifest(complete=False, parts=[], options=self._before["options"])
 
     def finish(self, parts: Sequence[PartInfo], **facts: Any) -> Dataset:
         """Write the final manifest with all parts, in order, and open the dataset."""
         names = {part.name for part in parts}
-        for stranger in self.path.glob("part-*.parquet"):
-            if stranger.name not in names:  # of an input that was longer when an earlier run began
-                stranger.unlink()
+        for file in self.path.glob("part-*.parquet"):
+            if file.name not in names:  # the input was longer in an earlier run
+                file.unlink()
         if self.head.get("thresholds"):
             write_json(self.path / THRESHOLDS, self.head["thresholds"])
         if counts := self._score_counts(parts):
             facts[SCORE_COUNTS] = counts
-        sync(self.path)  # the parts' names; until now a power cut could only take whole parts back
+        sync(self.path)  # the parts' names; before this, a power cut can only lose whole parts
         self._write_manifest(complete=True, parts=parts, **facts)
         return Dataset(self.path)
 
     def _score_counts(self, parts: Sequence[PartInfo]) -> dict[str, Any]:
-        """Sums of the counts of scores that all parts have; what does not count each row that is ok is left out."""
+        """Sums of the parts' score counts, for the columns in which every part counted all its ok rows."""
         total: dict[str, Counts] | None = None
         for part in parts:
-            noted = part.facts.get(SCORE_COUNTS)
-            if noted is None and self._counted and part.name in self._lines:
-                noted = read_note(self.path / part.name)["facts"].get(SCORE_COUNTS)
-            found = {column: Counts.from_json(counts) for column, counts in (noted or {}).items()}
-            found = {column: counts for column, counts in found.items() if counts.total == part.ok}
-            total = found if total is None else {c: total[c] + found[c] for c in total if c in found}
+            stored = part.facts.get(SCORE_COUNTS)
+            if stored is None and self._counted and part.name in self._lines:
+                stored = read_note(self.path / part.name)["facts"].get(SCORE_COUNTS)
+            counted = {column: Counts.from_json(counts) for column, counts in (stored or {}).items()}
+            counted = {column: counts for column, counts in counted.items() if counts.total == part.ok}
+            total = counted if total is None else {c: total[c] + counted[c] for c in total if c in counted}
             if not total:
                 return {}
         return {column: counts.to_json() for column, counts in (total or {}).items()}
