@@ -31,9 +31,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from aligncurate.dataset.manifest import MANIFEST
 from aligncurate.dataset.part import PartInfo
-from aligncurate.dataset.reader import MANIFEST, Dataset, DatasetWriter
+from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import Status, schema
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.levels import Counts, quantile_ranks
 from aligncurate.verbs.bucket import bucket, fit_thresholds, iter_scores
 from benchmarks.common import Spread, peak_mib, publish, undisturbed

@@ -1,12 +1,15 @@
-"""From a dataset's row back to its image's original bytes."""
+"""From a dataset's row to the original bytes of its image."""
+
+from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -15,98 +18,133 @@ from aligncurate.io import storage
 from aligncurate.io.parquet import open_parquet
 
 POINTER_COLUMNS = ("source", "image_path", "image_offset", "image_length", "row", "sha256")
-"""What `read_image` needs of a row; with embedded images also `image`."""
+"""The columns that `Pointer.of` needs; with embedded images also `image`."""
 
-_GAP = 1 << 16  # bytes between two images that are read along rather than in two reads
-_RUN = 1 << 20  # bytes read at once
+MAX_GAP = 1 << 16
+"""Bytes between two images of a tar that are read along rather than skipped with a second read."""
 
-
-def has_image(row: Mapping[str, Any]) -> bool:
-    """Whether the row points at an image at all."""
-    return row.get("image") is not None or row.get("image_path") is not None
+MAX_READ = 1 << 20
+"""Bytes of several images that are read at once."""
 
 
-def read_image(row: Mapping[str, Any], *, verify: bool = True) -> bytes:
-    """The original bytes of the image that a row points at.
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Where the original bytes of a row's image are.
 
-    Args:
-        row: with POINTER_COLUMNS, and `image` where images are embedded.
-        verify: compare with the row's sha256.
-
-    Raises OSError when the source is gone, or no longer holds the bytes that were scored.
+    Attributes:
+        source: the row's tar, Parquet file or table.
+        path: the tar's member; an image file (an absolute path or URI); or the Parquet column with the bytes.
+        offset, length: where the bytes lie in `source`, if it is a tar; otherwise offset is -1.
+        row: row number in `source`, for a Parquet column.
+        sha256: of the bytes; None if unknown.
+        image: the bytes themselves, if they are embedded in the row.
     """
-    data = _read(row)
-    if verify:
-        _check(row, data)
-    return data
+
+    source: str
+    path: str
+    offset: int
+    length: int
+    row: int | None
+    sha256: bytes | None
+    image: bytes | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self | None:
+        """The pointer in a row with POINTER_COLUMNS; None if the row has no image."""
+        path, image, offset = row.get("image_path"), row.get("image"), row.get("image_offset")
+        if path is None and image is None:
+            return None
+        offset, length = (-1, 0) if image is not None or offset is None else (offset, row["image_length"])
+        return cls(row["source"], path or "", offset, length, row.get("row"), row.get("sha256"), image)
+
+    @property
+    def end(self) -> int:
+        """Where the bytes end in the tar."""
+        return self.offset + self.length
+
+    def read(self, *, verify: bool = True) -> bytes:
+        """The image's original bytes.
+
+        Args:
+            verify: compare them with `sha256`.
+
+        Raises:
+            OSError: the source does not exist any more, or no longer holds the bytes that were scored.
+        """
+        if self.image is not None:
+            data = self.image
+        elif self.offset >= 0:
+            data = storage.read_range(self.source, self.offset, self.length)
+        elif storage.is_remote(self.path) or self.path.startswith("/"):
+            data = storage.read(self.path)
+        else:
+            assert self.row is not None
+            data = _read_cell(self.source, self.path, self.row)
+        if verify:
+            self.check(data)
+        return data
+
+    def check(self, data: bytes | memoryview) -> None:
+        """Raises OSError unless `data` has the pointer's sha256, if that is known."""
+        if self.sha256 is not None and hashlib.sha256(data).digest() != self.sha256:
+            raise OSError(f"{self.source}: the image {self.path} is not the one that was scored")
 
 
-def read_images(rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes | memoryview | OSError | None]:
-    """What `read_image` gives for each row, in order; images that are neighbours in a tar are read at once.
+def read_images(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes | memoryview | OSError | None]:
+    """The bytes of each row's image, in order; neighbours in a tar are read at once.
 
-    A row without an image gives None, one whose image cannot be read the error. Bytes in a memoryview are there until
-    the next row is asked for.
+    Gives None for a row without an image, and the error for an image that cannot be read. A memoryview is valid only
+    until the next row is asked for.
     """
-    buffer = memoryview(bytearray(_RUN))  # one for all: fresh memory would cost as much as what is copied into it
-    for run in _runs(rows):
-        start = run[0]["image_offset"]
-        together: memoryview | None = None
-        if len(run) > 1:
+    buffer = memoryview(bytearray(MAX_READ))  # one for all: fresh memory would cost as much as the copy into it
+    for run in _runs(Pointer.of(row) for row in rows):
+        if not run:
+            yield None
+            continue
+        start = run[0].offset
+        at_once = len(run) > 1
+        if at_once:
             try:
-                length = run[-1]["image_offset"] + run[-1]["image_length"] - start
-                storage.read_into(run[0]["source"], start, buffer[:length])
-                together = buffer
+                storage.read_into(run[0].source, start, buffer[: run[-1].end - start])
             except OSError:
-                pass  # each by itself, to know which ones are gone
-        for row in run:
-            data: bytes | memoryview | None = None
+                at_once = False  # read one by one, to find the ones that fail
+        for pointer in run:
+            data: bytes | memoryview
             try:
-                if together is not None:
-                    data = together[row["image_offset"] - start :][: row["image_length"]]
-                elif has_image(row):
-                    data = _read(row)
-                if data is not None:
-                    _check(row, data)
+                if at_once:
+                    data = buffer[pointer.offset - start : pointer.end - start]
+                    pointer.check(data)
+                else:
+                    data = pointer.read()
             except OSError as error:
                 yield error
             else:
                 yield data
 
 
-def _runs(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    """The rows, cut where an image does not lie soon after the one before it."""
-    run: list[Mapping[str, Any]] = []
-    end = 0
-    for row in rows:
-        offset = row.get("image_offset") if row.get("image") is None else None
-        near = run and offset is not None and row["source"] == run[0]["source"] and end <= offset <= end + _GAP
-        if run and not (near and offset + row["image_length"] - run[0]["image_offset"] <= _RUN):
+def _runs(pointers: Iterable[Pointer | None]) -> Iterator[list[Pointer]]:
+    """Pointers grouped so that those of a group can be read at once; an empty group for a row without an image."""
+    run: list[Pointer] = []
+    for pointer in pointers:
+        if run and not (pointer and _are_neighbours(run, pointer)):
             yield run
             run = []
-        run.append(row)
-        end = -_GAP - 1 if offset is None else offset + row["image_length"]  # nothing is near what lies in no tar
+        if pointer:
+            run.append(pointer)
+        else:
+            yield []
     if run:
         yield run
 
 
-def _check(row: Mapping[str, Any], data: bytes | memoryview) -> None:
-    expected = row.get("sha256")
-    if expected is not None and hashlib.sha256(data).digest() != expected:
-        raise OSError(f"{row['source']}: the image {row['image_path']} is not the one that was scored")
-
-
-def _read(row: Mapping[str, Any]) -> bytes:
-    if row.get("image") is not None:
-        return bytes(row["image"])
-    path = row.get("image_path")
-    if path is None:
-        raise OSError("the row points at no image")
-    if row.get("image_offset") is not None:
-        return storage.read_range(row["source"], row["image_offset"], row["image_length"])
-    if not (storage.is_remote(path) or path.startswith("/")):
-        # A name that is no path is the Parquet column that holds the bytes.
-        return _read_cell(row["source"], path, row["row"])
-    return storage.read(path)
+def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
+    first, last = run[0], run[-1]
+    return (
+        pointer.source == first.source
+        and min(pointer.offset, last.offset) >= 0
+        and last.end <= pointer.offset <= last.end + MAX_GAP
+        and pointer.end - first.offset <= MAX_READ
+    )
 
 
 _reading = Lock()  # one thread reads a row group, the others find it in the cache
@@ -126,19 +164,19 @@ def _group_ends(uri: str, mark: object) -> list[int]:
 
 
 def _read_cell(uri: str, column: str, row: int) -> bytes:
-    """The image bytes in `column` at `row` of a Parquet file. Raises OSError when they are not there any more."""
+    """The image bytes in `column` at `row` of a Parquet file. Raises OSError if they do not exist any more."""
     mark = storage.version(uri)
     try:
         with _reading:
             ends = _group_ends(uri, mark)
             group = bisect_right(ends, row)
             first = ends[group - 1] if group else 0
-            found = images_in(_image_group(uri, mark, column, group)[row - first])
+            images = images_in(_image_group(uri, mark, column, group)[row - first])
     except (UserError, KeyError, IndexError, pa.ArrowException) as error:
         raise OSError(f"{uri}: column {column}, row {row}: {error}") from None
-    if len(found) != 1 or not isinstance(found[0], bytes):
+    if len(images) != 1 or not isinstance(images[0], bytes):
         raise OSError(f"{uri} has no image bytes in column {column} at row {row}")
-    return found[0]
+    return images[0]
 
 
 def images_in(value: Any) -> list[str | bytes]:

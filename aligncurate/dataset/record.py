@@ -1,7 +1,8 @@
 """The pair record and its Parquet schema: the only place that names columns."""
 
+from __future__ import annotations
+
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class Status(StrEnum):
-    """What became of a pair. Every input row keeps one; rows that cannot be scored stay in the dataset."""
+    """Whether a pair can be scored, or why not. Every input row has one; rows that failed stay in the dataset."""
 
     OK = "ok"
     TEXT_ONLY = "text_only"  # a conversation without an image: nothing to score, but good training data
@@ -31,10 +32,10 @@ class Status(StrEnum):
 
 
 FINE = frozenset({Status.OK, Status.TEXT_ONLY})
-"""Statuses of rows with which nothing is wrong; all others count as failed."""
+"""Statuses of good rows; all others count as failed."""
 
 IMAGE_STATUSES = frozenset({Status.OK, Status.MISSING_IMAGE, Status.DECODE_ERROR, Status.TOO_LARGE, Status.READ_ERROR})
-"""Statuses that depend on reading the image, so that reading it again may give another one."""
+"""Statuses that come from reading the image; reading it again may change them."""
 
 TURNS = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())]))
 
@@ -56,13 +57,13 @@ COLUMNS: dict[str, pa.DataType] = {
     "status": pa.string(),
     "error": pa.string(),
 }
-"""The contract's columns, in the order in which parts hold them. `image` is there only when embedded."""
+"""The columns of every dataset, in order. `image` exists only with --embed-images."""
 
 EXTRA = "extra"
-"""Column for input fields that fit no other column, as a JSON object; nothing of the input is dropped."""
+"""Column for input fields that have no column of their own, as a JSON object, so that no input is lost."""
 
 IMAGE_EMBEDDING, TEXT_EMBEDDING = OWN_EMBEDDINGS = "image_embedding", "text_embedding"
-"""Columns of --embeddings; without it, input columns of these names ride along like any other."""
+"""Columns of --embeddings; without it, input columns with these names are kept like any other."""
 
 _DESCRIPTIONS = {
     "key": "name of the pair, unique within its shard",
@@ -85,7 +86,7 @@ _DESCRIPTIONS = {
 
 
 def describe_columns() -> list[tuple[str, str, str]]:
-    """(name, type, meaning) of each contract column, in order."""
+    """(name, type, meaning) of each column of COLUMNS, in order."""
     return [(name, _type_name(kind), _DESCRIPTIONS[name]) for name, kind in COLUMNS.items()]
 
 
@@ -97,9 +98,9 @@ def _type_name(kind: pa.DataType) -> str:
 class Pair:
     """One image-text pair on its way through a verb.
 
-    `load` returns the image's original bytes (raises OSError when they cannot be read); it is None where
-    the row has no image. `stored` is the row of a dataset that the pair was read from, with what an earlier verb noted;
-    None for other sources. The other fields are the columns of the same names.
+    `load` returns the image's original bytes (raises OSError if they cannot be read); None if the row has no image.
+    `stored` is the dataset row that the pair was read from; None for other sources. The other fields are the columns of
+    the same names.
     """
 
     key: str
@@ -125,7 +126,7 @@ class Pair:
     stored: dict[str, Any] | None = None
 
     def fail(self, status: Status, error: str) -> None:
-        """Mark the pair as not usable; the first failure stays, since it is the cause."""
+        """Mark the pair as failed; a later failure does not replace the first, which is the cause."""
         if self.status is Status.OK:
             self.status, self.error = status, error
 
@@ -134,9 +135,9 @@ def schema(extras: Mapping[str, pa.DataType], *, embed_images: bool = False, emb
     """Schema of the parts of one dataset.
 
     Args:
-        extras: input columns that ride along, by name.
+        extras: types of the extra input columns, by name.
         embed_images: keep the `image` column.
-        embedding: width of the embedding columns, 0 for none.
+        embedding: size of the embeddings, 0 for no embedding columns.
     """
     fields = [pa.field(n, t) for n, t in COLUMNS.items() if n != "image" or embed_images]
     fields += [pa.field(n, t) for n, t in extras.items() if not (embedding and n in OWN_EMBEDDINGS)]
@@ -147,11 +148,11 @@ def schema(extras: Mapping[str, pa.DataType], *, embed_images: bool = False, emb
 
 
 def to_table(pairs: Sequence[Pair], schema: pa.Schema) -> pa.Table:
-    """Pairs as a table of `schema`. Input fields that fit no column go, as JSON, into the `extra` column."""
+    """Pairs as a table of `schema`. Input values that no column can hold go to the `extra` column, as JSON."""
     arrays = []
     extras = [p.extra for p in pairs]
     if EXTRA in schema.names:
-        extras = [_fit(extra, schema) for extra in extras]
+        extras = [_split_extra(extra, schema) for extra in extras]
     for column in schema:
         if column.name in COLUMNS:
             values: Iterable[Any] = (getattr(p, column.name) for p in pairs)
@@ -166,54 +167,44 @@ def to_table(pairs: Sequence[Pair], schema: pa.Schema) -> pa.Table:
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
-    except UnicodeEncodeError:  # half characters, from broken UTF-8 or from JSON escapes
-        return pa.array([_whole(value) for value in values], kind)
+    except UnicodeEncodeError:  # lone surrogates, from broken UTF-8 or JSON escapes
+        return pa.array([_without_surrogates(value) for value in values], kind)
 
 
-def _whole(value: Any) -> Any:
+def _without_surrogates(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list):
-        return [_whole(item) for item in value]
-    return {k: _whole(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return [_without_surrogates(item) for item in value]
+    return {k: _without_surrogates(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _fit(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    fitting, rest = {}, {}
-    if isinstance(extra.get(EXTRA), str):  # a pair that was ours before
+def _split_extra(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
+    """Fields for the columns of `schema`, the others as a JSON object in EXTRA."""
+    columns, rest = {}, {}
+    if isinstance(extra.get(EXTRA), str):  # from one of our datasets
         extra = {**extra, **_parsed(extra[EXTRA])}
         del extra[EXTRA]
     for name, value in extra.items():
-        if name in schema.names and fits(value, schema.field(name).type):
-            fitting[name] = value
+        if name in schema.names and _is_storable(value, schema.field(name).type):
+            columns[name] = value
         elif value is not None:
             rest[name] = value
     if rest:
-        fitting[EXTRA] = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str)
-    return fitting
+        columns[EXTRA] = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str)
+    return columns
 
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"extra_text": text}
+        value = None
+    return value if isinstance(value, dict) else {"extra_text": text}
 
 
-def as_score(value: Any) -> float | None:
-    """An input's own score, when it is a finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
-
-
-def as_level(value: Any) -> int | None:
-    """An input's own level, when it is one."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 127 else None
-
-
-def fits(value: Any, kind: pa.DataType) -> bool:
-    """Whether a value can be stored as `kind` without becoming something else."""
+def _is_storable(value: Any, kind: pa.DataType) -> bool:
+    """Whether a column of type `kind` can hold the value unchanged."""
     if value is None:
         return True
     if pa.types.is_string(kind):
@@ -225,8 +216,8 @@ def fits(value: Any, kind: pa.DataType) -> bool:
     if pa.types.is_float64(kind):
         return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
     if pa.types.is_list(kind) and not pa.types.is_floating(kind.value_type):
-        return isinstance(value, list) and all(fits(v, kind.value_type) for v in value)
-    try:  # a type that only typed sources declare
+        return isinstance(value, list) and all(_is_storable(v, kind.value_type) for v in value)
+    try:  # a type that only Parquet sources have
         pa.scalar(value, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return False
@@ -234,49 +225,8 @@ def fits(value: Any, kind: pa.DataType) -> bool:
 
 
 def usable_scores(table: pa.Table, column: str) -> NDArray[np.float32]:
-    """Scores of a table's rows, float32 [rows]; NaN where the row is not ok or its score is no finite number."""
+    """Scores of a table's rows, float32 [rows]; NaN where the row is not ok or its score is not finite."""
     values = table[column].combine_chunks().cast(pa.float32())
     scores = np.array(values.fill_null(float("nan")).to_numpy(zero_copy_only=False), np.float32)
     usable = np.asarray(pc.equal(table["status"], Status.OK.value)) & np.isfinite(scores)
     return np.where(usable, scores, np.float32("nan"))
-
-
-def infer_extras(rows: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
-    """Column types for loosely typed input fields, from some of their rows.
-
-    Strings, booleans, integers, floats and flat lists of these become columns; anything else, and anything
-    that later turns out not to fit, is kept in the `extra` column.
-    """
-    found: dict[str, pa.DataType] = {}
-    mixed: set[str] = set()
-    for row in rows:
-        for name, value in row.items():
-            kind = _kind(value)
-            if kind is None:
-                if value is not None and value != []:
-                    mixed.add(name)
-                continue
-            before = found.setdefault(name, kind)
-            if before != kind:
-                if {before, kind} == {pa.int64(), pa.float64()}:
-                    found[name] = pa.float64()
-                else:
-                    mixed.add(name)
-    columns = {n: t for n, t in found.items() if n not in mixed and n not in COLUMNS and n != EXTRA}
-    return columns | {EXTRA: pa.string()}
-
-
-def _kind(value: Any) -> pa.DataType | None:
-    if isinstance(value, bool):
-        return pa.bool_()
-    if isinstance(value, int):
-        return pa.int64()
-    if isinstance(value, float):
-        return pa.float64()
-    if isinstance(value, str):
-        return pa.string()
-    if isinstance(value, list) and value:
-        inner = {_kind(v) for v in value}
-        if len(inner) == 1 and (only := inner.pop()) is not None and not pa.types.is_list(only):
-            return pa.list_(only)
-    return None

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from aligncurate.dataset.part import row_groups
-from aligncurate.dataset.reader import DatasetWriter
 from aligncurate.dataset.record import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Pair, Status
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.sources.base import Shard
 
 # A row is taken over only for the same pair: its text and where its image is must be equal.

@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.part import PartInfo, PartWriter
-from aligncurate.dataset.reader import DatasetWriter
 from aligncurate.dataset.record import FINE, Pair, Status
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.errors import ShardError
 from aligncurate.progress import Meter
 from aligncurate.scoring import fast_against_exact

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from aligncurate.dataset.record import Pair, infer_extras
+from aligncurate.dataset.record import Pair
 from aligncurate.errors import UserError
 from aligncurate.io import storage
+from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.image_root import ImageRoot, find_root
 from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
 

@@ -1,39 +1,28 @@
-"""Our own datasets as a source, so that what was ingested or filtered can be scored (again)."""
+"""Datasets of aligncurate as a source, so that ingested or filtered pairs can be scored (again)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-from aligncurate.dataset.pointers import has_image, read_image
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.dataset.reader import Dataset
-from aligncurate.dataset.record import (
-    COLUMNS,
-    IMAGE_STATUSES,
-    OWN_EMBEDDINGS,
-    Pair,
-    Status,
-)
+from aligncurate.dataset.record import COLUMNS, IMAGE_STATUSES, OWN_EMBEDDINGS, Pair, Status
 from aligncurate.sources.base import Shard, Source
 
 
 class CuratedSource(Source):
-    """The parts of a dataset as shards.
-
-    Args:
-        dataset: the dataset.
-    """
+    """A dataset whose parts are the shards."""
 
     kind = "dataset"
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
         self.shards = [Shard(i, str(file)) for i, file in enumerate(dataset.files)]
-        # A shard of several sources is renumbered, so a part is found by its name.
+        # Shards are renumbered if there are several sources, so a part is found by its name.
         self._numbers = {shard.uri: shard.index for shard in self.shards}
-        gone = {*COLUMNS, *OWN_EMBEDDINGS}
-        self.extras = {f.name: f.type for f in dataset.schema if f.name not in gone}
+        own = {*COLUMNS, *OWN_EMBEDDINGS}
+        self.extras = {f.name: f.type for f in dataset.schema if f.name not in own}
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._dataset.fingerprint()]
@@ -60,9 +49,9 @@ def _pair(row: dict[str, Any]) -> Pair:
     }
     pair = Pair(**fields, extra=extra, stored=row)
     status = Status(row["status"])
-    if has_image(row):
-        pair.load = partial(read_image, row)
-    # Whether a conversation has text to score depends on --score-text, so that is checked again too.
+    if pointer := Pointer.of(row):
+        pair.load = pointer.read
+    # Whether a conversation has text to score depends on --score-text, so it is checked again.
     again = status in IMAGE_STATUSES or (status is Status.MISSING_CAPTION and pair.conversations is not None)
     if not again or pair.load is None:
         pair.status, pair.error = status, row["error"]

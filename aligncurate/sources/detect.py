@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from aligncurate.dataset.reader import MANIFEST, Dataset
+from aligncurate.dataset.manifest import MANIFEST
+from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage

@@ -12,11 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from aligncurate.dataset.pointers import images_in
-from aligncurate.dataset.record import COLUMNS, Pair, Status, as_level, as_score
+from aligncurate.dataset.record import COLUMNS, Pair, Status
 from aligncurate.errors import UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.captions import CAPTIONS, set_caption
+from aligncurate.sources.coerce import as_level, as_score
 from aligncurate.sources.conversations import parse_conversation, set_conversation
 from aligncurate.sources.image_root import ImageRoot
 

@@ -15,13 +15,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status, as_level, as_score, infer_extras
+from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.io.tar import tar_members
 from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.captions import CAPTIONS, set_caption
+from aligncurate.sources.coerce import as_level, as_score, infer_extras
 from aligncurate.sources.conversations import parse_conversation, set_conversation
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's own rule: key, then all extensions

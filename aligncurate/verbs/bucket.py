@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from aligncurate.dataset.reader import THRESHOLDS, Dataset
+from aligncurate.dataset.manifest import THRESHOLDS
+from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import COLUMNS, Status, usable_scores
 from aligncurate.errors import UserError
 from aligncurate.levels import MAX_LEVELS, Counts, Floats, Method, Thresholds, WrongCounts, find_thresholds

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from aligncurate.dataset.part import PartInfo
-from aligncurate.dataset.reader import Dataset, DatasetWriter
+from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import schema
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings
@@ -108,7 +109,7 @@ def make_dataset(
     width = _embedding_width(first) if first and options.embeddings != "none" else 0
     score_columns = {column: pa.float32() for column in list(encoders)[1:]}
     columns = schema(source.extras | score_columns, embed_images=options.embed_images, embedding=width)
-    writer = DatasetWriter(out, head, columns, mended=options.retry_errors)
+    writer = DatasetWriter(out, head, columns, retry_errors=options.retry_errors)
     shards = limit_shards(source, options.limit)
     with ExitStack() as stack:
         stack.enter_context(no_decoder_warnings())

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from aligncurate.dataset.part import PartInfo
-from aligncurate.dataset.reader import Dataset, DatasetWriter
+from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import UserError
 from aligncurate.progress import Meter, meter

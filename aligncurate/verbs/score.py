@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligncurate.dataset.reader import MANIFEST
+from aligncurate.dataset.manifest import MANIFEST
 from aligncurate.errors import UserError
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aligncurate.dataset.pointers import read_image
+from aligncurate.dataset.pointers import Pointer
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
 
@@ -119,7 +119,8 @@ class Index:
     def image(self, number: int) -> bytes | None:
         """The original bytes of the sample's image, None without image. Raises OSError when they cannot be read."""
         row = self._table.slice(number, 1).drop_columns(["tokens", "answers"]).to_pylist()[0]
-        return read_image(row) if row["image_path"] is not None else None
+        pointer = Pointer.of(row)
+        return pointer.read() if pointer else None
 
 
 def facts_file(file: Path) -> Path:

@@ -58,16 +58,15 @@ def test_an_output_folder_that_is_taken(tmp_path) -> None:
     out = tmp_path / "out"
     assert cli("ingest", tar, "--out", out).exit_code == 0
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    for arguments in (
-        (tar, "--limit", 2),
-        (tar, "--embed-images"),
-        (other,),
-        (tar, other),
-        (tar, "--caption-column", "x"),
+    for arguments, difference in (
+        ((tar, "--limit", 2), "made without --limit, now with 2"),
+        ((tar, "--embed-images"), "made without --embed-images, now with it"),
+        ((other,), f"inputs: {other} has been added; inputs: {tar} has been removed"),
+        ((tar, other), f"inputs: {other} has been added"),
+        ((tar, "--caption-column", "x"), "made without --caption-column, now with x"),
     ):
         found = complaint(cli("ingest", *arguments, "--out", out))
-        assert "made with other options" in found and "before" in found and "now" in found
-    assert "embed_images: false before, true now" in complaint(cli("ingest", tar, "--embed-images", "--out", out))
+        assert f"this folder holds a different dataset ({difference}); choose another --out" in found
     assert "nothing is changed in place" in complaint(cli("filter", out, "--sample", 1, "--out", out))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert cli("ingest", tar, "--out", out).exit_code == 0

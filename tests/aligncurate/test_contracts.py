@@ -1,4 +1,4 @@
-"""What a second run, a changed source or an odd column must never do: mix, lie, lose or guess."""
+"""What a dataset promises when a run is repeated, a source has changed, or columns are unusual."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def frame_of(dataset: aligncurate.Dataset | None) -> pl.DataFrame:
     return dataset.scan().collect()
 
 
-def test_retry_scores_a_row_anew_when_its_caption_has_changed(tmp_path, mini) -> None:
+def test_a_retry_scores_a_row_again_if_its_caption_has_changed(tmp_path, mini) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(1))
     file = table_of(tmp_path, {"a.jpg": "a red square", "b.jpg": "x"})
     aligncurate.score(file, tmp_path / "out", **mini, quiet=True)
@@ -40,7 +40,7 @@ def test_retry_scores_a_row_anew_when_its_caption_has_changed(tmp_path, mini) ->
     assert frame_of(retried.dataset).equals(frame_of(fresh.dataset))
 
 
-def test_parts_of_a_changed_tar_are_made_anew_though_the_retry_is_interrupted(tmp_path, monkeypatch) -> None:
+def test_parts_of_a_changed_tar_are_made_again_though_the_retry_is_interrupted(tmp_path, monkeypatch) -> None:
     tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
     for tar in tars:
         write_tar(tar, {"a": {"jpg": jpeg(1), "txt": b"before"}})
@@ -58,7 +58,7 @@ def test_parts_of_a_changed_tar_are_made_anew_though_the_retry_is_interrupted(tm
     assert set(frame_of(finished)["caption"]) == {"after"}
 
 
-def test_a_retry_takes_nothing_over_from_a_changed_parquet_file(tmp_path, mini) -> None:
+def test_a_retry_keeps_no_rows_of_a_changed_parquet_file(tmp_path, mini) -> None:
     file = tmp_path / "rows.parquet"
     pl.DataFrame({"image": [jpeg(1), jpeg(2)], "caption": ["a", "b"]}).write_parquet(file)
     aligncurate.score(file, tmp_path / "out", **mini, quiet=True)
@@ -77,7 +77,7 @@ def test_a_changed_file_does_not_excuse_a_changed_dataset_beside_it(tmp_path) ->
     shutil.rmtree(tmp_path / "in")
     write_tar(tmp_path / "1.tar", {"c": {"jpg": jpeg(2), "txt": b"c"}})
     aligncurate.ingest(tmp_path / "1.tar", tmp_path / "in", quiet=True)
-    with pytest.raises(UserError, match="other options"):
+    with pytest.raises(UserError, match="in has changed since"):
         aligncurate.ingest(sources, tmp_path / "out", retry_errors=True, quiet=True)
 
 
@@ -99,12 +99,12 @@ def test_a_source_that_grew_or_shrank_is_noticed(tmp_path, rows) -> None:
     table_of(tmp_path, {f"{name}.jpg": "caption" for name in "abc"[:rows]})
     with pytest.raises(UserError, match=r"rows\.csv has changed since"):
         aligncurate.ingest(file, tmp_path / "out", source=options, quiet=True)
-    mended = aligncurate.ingest(file, tmp_path / "out", source=options, retry_errors=True, quiet=True).dataset
-    assert frame_of(mended)["caption"].to_list() == ["caption"] * rows
+    retried = aligncurate.ingest(file, tmp_path / "out", source=options, retry_errors=True, quiet=True).dataset
+    assert frame_of(retried)["caption"].to_list() == ["caption"] * rows
     assert len(list((tmp_path / "out").glob("part-*.parquet"))) == rows
 
 
-def test_a_retry_that_fails_leaves_no_manifest_that_lies(tmp_path, monkeypatch) -> None:
+def test_a_retry_that_fails_leaves_the_dataset_unfinished(tmp_path, monkeypatch) -> None:
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", {f"{number}": {"jpg": b"", "txt": b"x"}})
     tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
@@ -122,7 +122,7 @@ def _refuse() -> None:
     raise OSError(5, "Input/output error")
 
 
-def test_an_image_address_is_not_followed_later(tmp_path, mini) -> None:
+def test_an_image_url_is_not_opened_by_a_later_verb(tmp_path, mini) -> None:
     (tmp_path / "secret.jpg").write_bytes(jpeg())
     rows = [{"image": f"file://{tmp_path}/secret.jpg", "caption": "c"}]
     (tmp_path / "in").mkdir()
@@ -132,7 +132,7 @@ def test_an_image_address_is_not_followed_later(tmp_path, mini) -> None:
     assert scored.statuses == {"missing_image": 1}
 
 
-def test_brackets_in_a_folder_name_are_no_pattern(tmp_path) -> None:
+def test_brackets_in_a_folder_name_are_not_wildcards(tmp_path) -> None:
     for folder, count in (("s[1]", 3), ("s1", 1)):
         write_tar(tmp_path / "in.tar", pairs(count))
         aligncurate.ingest(tmp_path / "in.tar", tmp_path / folder, quiet=True)
@@ -236,7 +236,7 @@ def test_a_parquet_source_that_was_replaced_is_a_failed_row(tmp_path, change, mi
     assert set(scored.statuses) <= {"read_error", "missing_image"}
 
 
-def test_another_choice_of_turns_is_asked_again(tmp_path, mini) -> None:
+def test_a_missing_caption_is_checked_again_with_another_score_text(tmp_path, mini) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg())
     rows = [{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nwhat is this?"}]}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -246,8 +246,8 @@ def test_another_choice_of_turns_is_asked_again(tmp_path, mini) -> None:
     assert again.statuses == {"ok": 1}
 
 
-def test_ranges_are_right_however_many_threads_and_files(tmp_path, monkeypatch) -> None:
-    """More files than the descriptor cache holds, so that it closes some while others are read."""
+def test_ranges_are_right_with_many_threads_and_files(tmp_path, monkeypatch) -> None:
+    """There are more files than the descriptor cache holds, so it closes some while others are read."""
     for number in range(200):
         (tmp_path / str(number)).write_bytes(f"{number:08d}".encode())
     wrong: list[object] = []
@@ -278,7 +278,7 @@ def test_the_image_root_is_the_same_folder_from_anywhere(tmp_path, monkeypatch) 
     aligncurate.ingest(file, "out", source=SourceOptions(image_root="images"), quiet=True)
     (tmp_path / "other/images").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "other")
-    with pytest.raises(UserError, match="image_root"):
+    with pytest.raises(UserError, match="--image-root"):
         aligncurate.ingest(file, tmp_path / "out", source=SourceOptions(image_root="images"), quiet=True)
 
 
@@ -290,7 +290,7 @@ def test_the_image_root_is_the_same_folder_from_anywhere(tmp_path, monkeypatch) 
         ('{"embed_dim": 1, "vision_cfg": 1, "text_cfg": 2}', "could not be loaded"),
     ],
 )
-def test_a_broken_model_config_is_named_and_does_no_harm(tmp_path, mini, content, sentence) -> None:
+def test_a_broken_model_config_is_named_and_does_not_affect_later_runs(tmp_path, mini, content, sentence) -> None:
     (tmp_path / "broken.json").write_text(content)
     write_tar(tmp_path / "in.tar", pairs(1))
     with pytest.raises(UserError, match=sentence):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import aligncurate
 from aligncurate.cli.app import app
-from aligncurate.dataset.pointers import read_image
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.io.tar import TarWriter
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
@@ -81,7 +81,7 @@ def ingested(source: Any, out: Path, **options: Any) -> pl.DataFrame:
     frame = run.dataset.scan().collect()
     for row in frame.iter_rows(named=True):
         if row["status"] == "ok":
-            read_image(row)  # raises if the sha256 differs
+            Pointer.of(row).read()  # raises if the sha256 differs
     return frame
 
 

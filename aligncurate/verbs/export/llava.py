@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from aligncurate.dataset.pointers import has_image, read_image
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.dataset.reader import Dataset
 from aligncurate.io.files import atomic_file
 from aligncurate.progress import Meter
@@ -24,16 +24,16 @@ def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
     with atomic_file(done.path / "annotations.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
         for row in exportable_rows(dataset):
+            pointer = Pointer.of(row)
             try:
-                new = has_image(row) and row["sha256"] not in images
-                data = read_image(row) if new else None
+                data = pointer.read() if pointer and row["sha256"] not in images else None
             except OSError as error:
                 done.failed.append({"key": row["key"], "error": str(error)})
                 progress.add(1, 0, 1)
                 continue
             if data is not None:
                 images[row["sha256"]] = _write_image(row, data, done, names, len(images))
-            name = images[row["sha256"]] if has_image(row) else None
+            name = images[row["sha256"]] if pointer else None
             file.write(",\n" if done.rows else "\n")
             file.write(json.dumps(_annotation(row, name), ensure_ascii=False))
             done.rows += 1

@@ -6,9 +6,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -141,7 +140,7 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
         pq.write_table(table, temporary, compression="zstd")
 
 
-def _start_flush(file: BufferedWriter, start: int) -> int:
+def _start_flush(file: BinaryIO, start: int) -> int:
     """Let the disk write what follows byte `start` while the next pairs are read; returns where that ends.
 
     Without it, the disk would idle until the tar is synced, and we while it is. Linux starts writing when told that

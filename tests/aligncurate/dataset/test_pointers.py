@@ -1,4 +1,4 @@
-"""Images of many rows against those of each row alone: tars, gaps, damage, embedded and remote images."""
+"""Images read together against each read alone: tars, gaps, damage, files, Parquet cells, embedded and remote."""
 
 import hashlib
 import io
@@ -7,14 +7,16 @@ import tarfile
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aligncurate.dataset import pointers
-from aligncurate.dataset.pointers import read_image, read_images
+from aligncurate.dataset.pointers import Pointer, read_images
 
 
 def tar_rows(path: Path, sizes: list[int], gap: int = 0) -> list[dict]:
-    """Rows that point at members of so many bytes of a new tar; `gap` bytes of something else between them."""
+    """Rows that point at members of these sizes in a new tar, with members of `gap` bytes between them."""
     rng = random.Random(len(sizes))
     with tarfile.open(path, "w") as tar:
         for number, size in enumerate(sizes):
@@ -33,16 +35,16 @@ def tar_rows(path: Path, sizes: list[int], gap: int = 0) -> list[dict]:
     return rows
 
 
-def row(source: str, name: str, start: int | None, length: int | None, digest: bytes | None, image=None) -> dict:
+def row(source: str, name: str | None, start: int | None, length: int | None, digest: bytes | None, image=None) -> dict:
     pointer = {"source": source, "image_path": name, "image_offset": start, "image_length": length}
     return pointer | {"row": None, "sha256": digest, "image": image}
 
 
 def each(rows: list[dict]) -> list[bytes | str | None]:
     found = []
-    for one in rows:
+    for pointer in map(Pointer.of, rows):
         try:
-            found.append(read_image(one) if pointers.has_image(one) else None)
+            found.append(pointer.read() if pointer else None)
         except OSError as error:
             found.append(str(error))
     return found
@@ -84,11 +86,11 @@ def test_any_order_gaps_and_sizes(tmp_path, gap, reads) -> None:
     assert together(rows) == each(rows)
     assert max(reads) == max(sizes)
     together_only = [n for n in reads if n not in sizes]
-    assert all(n <= pointers._RUN for n in together_only)
-    assert bool(together_only) == (gap <= pointers._GAP)
+    assert all(n <= pointers.MAX_READ for n in together_only)
+    assert bool(together_only) == (gap <= pointers.MAX_GAP)
 
 
-def test_what_is_damaged_is_told_of_its_own_row_only(tmp_path) -> None:
+def test_damage_fails_only_its_own_row(tmp_path) -> None:
     rows = tar_rows(tmp_path / "a.tar", [3000] * 6)
     rows += tar_rows(tmp_path / "cut.tar", [3000] * 6) + tar_rows(tmp_path / "gone.tar", [3000] * 2)
     data = bytearray((tmp_path / "a.tar").read_bytes())
@@ -111,8 +113,13 @@ def test_rows_of_every_kind_beside_each_other(tmp_path) -> None:
     # An embedded image may keep the pointer to where it came from.
     embedded = rows[1] | {"image": b"embedded", "sha256": hashlib.sha256(b"embedded").digest()}
     none = row("text.json", None, None, None, None)
-    rows = [rows[0], embedded, rows[1], none, rows[2], alone, rows[3], none]
-    assert together(rows) == each(rows)
+    table = pa.table({"jpg": [b"first", b"second", b"third"]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    cell = row(str(tmp_path / "a.parquet"), "jpg", None, None, hashlib.sha256(b"third").digest()) | {"row": 2}
+    rows = [rows[0], embedded, rows[1], none, rows[2], alone, rows[3], none, cell]
+    found = together(rows)
+    assert found == each(rows)
+    assert found[1::2] == [b"embedded", None, b"a file of its own", None] and found[8] == b"third"
     assert together([]) == []
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import aligncurate
-from aligncurate.dataset.pointers import read_image
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.scoring.shard import ShardScorer
 from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
@@ -42,8 +42,8 @@ def test_a_wrong_image_root_is_corrected(tmp_path, table, wrong) -> None:
     assert ingest(table, out, wrong and image_folder(tmp_path / wrong)).exit_code == 0
     assert {row["status"] for row in rows(out)} == {"missing_image"}
     refused = complaint(ingest(table, out, right))
-    assert "image_root: " in refused and refused.endswith(
-        "to correct --image-root, add --retry-errors, which redoes only the rows that failed."
+    assert "--image-root" in refused and refused.endswith(
+        "add --retry-errors to redo only what failed or changed, or choose another --out."
     )
     assert ingest(table, out, right, "--retry-errors").exit_code == 0
     assert ingest(table, tmp_path / "fresh", right).exit_code == 0
@@ -56,7 +56,7 @@ def test_other_options_stay_refused(tmp_path, table) -> None:
     out, right = tmp_path / "out", image_folder(tmp_path / "right", 0)
     ingest(table, out, image_folder(tmp_path / "wrong"))
     refused = complaint(ingest(table, out, right, "--retry-errors", "--limit", 3))
-    assert "limit: null before, 3 now" in refused and "name another --out" in refused
+    assert "(made without --limit, now with 3); choose another --out" in refused
 
 
 def test_good_rows_keep_their_pointers_and_scores(tmp_path, table, mini) -> None:
@@ -72,7 +72,7 @@ def test_good_rows_keep_their_pointers_and_scores(tmp_path, table, mini) -> None
     assert found[:2] == before[:2]
     assert [row["status"] for row in found] == ["ok"] * 4
     assert found[3]["source"] == str(second / "more.tar")
-    assert [read_image(row) for row in found] == [jpeg(n) for n in range(4)]
+    assert [Pointer.of(row).read() for row in found] == [jpeg(n) for n in range(4)]
 
 
 def test_a_changed_text_is_done_again(tmp_path, table) -> None:
