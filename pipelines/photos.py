@@ -31,13 +31,12 @@ from aligncurate.cli.render import render
 from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligntrain import StageConfig
+from aligntrain import StageConfig, train
 from aligntrain.model.build import build_model, build_processor
 from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip
 from aligntrain.tools.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import load
 from pipelines.language_model import Text, make_llama, make_tokenizer, optimize, pad, save
-from pipelines.stage import run_stage
 
 INSTRUCTION = "Answer the question using a single word or phrase."
 FILES = ("flickr8k/captions.csv", "daquar/llava_train.json", "daquar/llava_test.json", "flickr-clip/flickr-clip.json")
@@ -113,7 +112,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     )  # fmt: skip
     held = first.replace(data=(str(out / "levelled-dev"),))
     before = _loss_at_start(held)
-    run_stage(first)
+    train(first).raise_if_stopped()
     pretrain = before, held_out_loss(*load(out / "pretrained"), held)
 
     steps.step("Finetune: projector, gate and LLM")
@@ -127,7 +126,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     testing = _conversations(data / "daquar/llava_test.json", out / "daquar-test.json", asked)
     held = second.replace(data=(str(testing),))
     before = _loss_at_start(held)
-    run_stage(second)
+    train(second).raise_if_stopped()
     model, processor = load(out / "finetuned")
     finetune = before, held_out_loss(model, processor, held)
 

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from aligncurate.demo import scenes
 from aligncurate.demo.curation import SEED, announce, console
-from aligncurate.errors import UserError
 from aligntrain.stage import StageConfig
 from aligntrain.tools.evaluate import Question, answer_accuracy
 from aligntrain.tools.generate import load
@@ -33,10 +32,10 @@ def train_and_ask(out: Path, *, count: int = 4_000, quiet: bool = False) -> None
     Raises UserError when training was interrupted.
     """
     announce(6, "Pretrain AlignGPT on all levels (aligncurate train pretrain … --llm tiny --vision tiny)")
-    _train(pretraining(out))
+    train(pretraining(out)).raise_if_stopped()
     announce(7, f"Draw {count // 2:,} more scenes with questions, and finetune (aligncurate train finetune)")
     scenes.write_conversations(out / "questions", count // 2, SEED + 1)
-    _train(finetuning(out))
+    train(finetuning(out)).raise_if_stopped()
     announce(8, "Ask about scenes that were not used in training (aligncurate generate, aligncurate chat)")
     _ask(out, quiet=quiet)
 
@@ -92,8 +91,3 @@ def _ask(out: Path, *, quiet: bool) -> None:
         f"are answered correctly; always answering “{found.usual}” would get {found.baseline:.0%}.",
         soft_wrap=True,
     )
-
-
-def _train(config: StageConfig) -> None:
-    if (result := train(config)).stopped:
-        raise UserError(f"interrupted after step {result.steps:,} of {result.total:,}; run the demo again.")

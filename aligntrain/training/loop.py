@@ -68,6 +68,11 @@ class TrainResult:
     again: bool = False
     first_loss: float | None = None
 
+    def raise_if_stopped(self) -> None:
+        """Raise UserError if a signal stopped the run, for scripts that need the finished model."""
+        if self.stopped:
+            raise UserError(f"interrupted after step {self.steps:,} of {self.total:,}; rerun to resume.")
+
 
 @dataclass(frozen=True)
 class _StepCounts:
