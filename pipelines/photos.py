@@ -32,10 +32,10 @@ from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
 from aligntrain import StageConfig, train
-from aligntrain.model.build import build_model, build_processor
 from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip
 from aligntrain.tools.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import load
+from aligntrain.training.build import build_model, build_processor
 from pipelines.language_model import Text, make_llama, make_tokenizer, optimize, pad, save
 
 INSTRUCTION = "Answer the question using a single word or phrase."

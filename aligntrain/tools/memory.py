@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from aligntrain.model.build import layers_of
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import CHUNK_TOKENS
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
+from aligntrain.training.build import layers_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from aligntrain.data.index import Facts
 from aligntrain.data.indexing import build_index
-from aligntrain.model.build import build_config, build_processor
+from aligntrain.training.build import build_config, build_processor
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 from aligntrain.tools.memory import Memory, estimate_memory

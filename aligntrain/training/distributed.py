@@ -20,9 +20,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aligncurate.errors import UserError
-from aligntrain.model.build import layers_of
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
+from aligntrain.training.build import layers_of
 
 T = TypeVar("T")
 # Ranks wait while the first one tokenizes the data or writes a checkpoint. If a process dies its launcher ends the
@@ -58,7 +58,7 @@ class World:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank does `work`; an error on one rank stops all ranks, so that none no_exchange forever."""
+        """Every rank does `work`; an error on one rank stops all ranks, so that none waits forever."""
         if self.size == 1:
             return work()
         value, error = attempt(work)

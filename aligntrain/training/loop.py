@@ -24,7 +24,7 @@ from aligncurate.settings import recorded
 from aligntrain.data.index import Facts, Index
 from aligntrain.data.plan import Pack, Plan, plan
 from aligntrain.data.reader import BatchReader, MicroBatch, read_ahead
-from aligntrain.model.build import build_model
+from aligntrain.training.build import build_model
 from aligntrain.model.packing import can_pack
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint

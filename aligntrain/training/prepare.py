@@ -16,7 +16,7 @@ from aligncurate.progress import count, notice
 from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_config, build_processor
+from aligntrain.training.build import build_config, build_processor
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
 from aligntrain.training.checkpoint import Position

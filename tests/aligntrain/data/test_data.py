@@ -23,7 +23,7 @@ from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index
 from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.inputs import pixels
-from aligntrain.model.build import build_processor
+from aligntrain.training.build import build_processor
 from tests.support.stage_data import (
     captions,
     finetuning,

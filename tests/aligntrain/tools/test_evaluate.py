@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from aligncurate.errors import UserError
-from aligntrain.model.build import build_model, build_processor
+from aligntrain.training.build import build_model, build_processor
 from aligntrain.tools.evaluate import Question, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import answer
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from aligntrain import StageConfig
 from aligntrain.data.indexing import build_index
 from aligntrain.data.reader import BatchReader
-from aligntrain.model.build import build_config, build_model, build_processor
+from aligntrain.training.build import build_config, build_model, build_processor
 from aligntrain.model.loss import CHUNK_TOKENS, token_losses
 from aligntrain.tools.memory import Memory, estimate_memory
 from aligntrain.training.distributed import ParallelModel, World

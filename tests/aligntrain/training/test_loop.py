@@ -22,7 +22,7 @@ from aligncurate.errors import NonFiniteError, UserError
 from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader, MicroBatch
-from aligntrain.model.build import build_model, build_processor
+from aligntrain.training.build import build_model, build_processor
 from aligntrain.training import checkpoint, export
 from aligntrain.training import loop as trainer
 from aligntrain.training.checkpoint import checkpoints

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from aligntrain import StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader
-from aligntrain.model.build import build_model, build_processor
+from aligntrain.training.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
 from aligntrain.training.loop import plan_epoch
 from tests.aligntrain.training.test_loop import assert_close, records, weights

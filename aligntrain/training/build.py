@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 from aligncurate.errors import UserError
+from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
