@@ -224,7 +224,7 @@ def _train(config: StageConfig) -> None:
             soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped)
-    if result.again:
+    if result.already_done:
         _stdout.print(
             f"nothing to do: all {count(result.steps, 'step')} are done and the model is in {out}; "
             "to train again use another --out, or pass --no-resume",

@@ -15,12 +15,14 @@ from aligncurate.io.files import claim, write_json
 from aligncurate.progress import count, notice
 from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index
+from aligntrain.data.plan import Plan
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.training.build import build_config, build_processor
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
+from aligntrain.training.build import build_config, build_processor
 from aligntrain.training.checkpoint import Position
 from aligntrain.training.distributed import World
+from aligntrain.training.optimizer import learning_rate
 
 _OWN = {"index.arrow", "stage.json"}  # the first files of a run, which identify its folder
 
@@ -65,6 +67,21 @@ def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageD
             f"{out}: the data has changed since this run started; use another --out, or --no-resume to start over."
         )
     return StageData(processor, index, levels, start, earlier)
+
+
+def warn_of_waste(config: StageConfig, first: Plan, total: int, ranks: int) -> None:
+    """Warn if the first steps compute mostly padding, or if the learning rate is 0 in every step."""
+    if (efficiency := first.efficiency(range(min(50, len(first))))) < 0.8:
+        notice(
+            f"only {efficiency:.0%} of the computed tokens are data, the rest is padding: --batch-size "
+            f"{config.batch_size} makes too few or too uneven micro-batches of --token-budget {config.token_budget} "
+            f"for {count(ranks, 'rank')}"
+        )
+    if not any(learning_rate(config, step, total) for step in range(total)):
+        notice(
+            f"the learning rate is 0 in {'the only step' if total == 1 else 'every step'} (warm-up starts at 0), so "
+            "the weights will not change; train for more steps, or pass --warmup-ratio 0"
+        )
 
 
 def _check_conflicts(config: StageConfig, world: World) -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from aligncurate.errors import UserError
-from aligntrain.training.build import build_model, build_processor
 from aligntrain.tools.evaluate import Question, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import answer
+from aligntrain.training.build import build_model, build_processor
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions
 
 

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from aligntrain import StageConfig
 from aligntrain.data.indexing import build_index
 from aligntrain.data.reader import BatchReader
-from aligntrain.training.build import build_config, build_model, build_processor
+from aligntrain.data.schedule import plan_epoch
 from aligntrain.model.loss import CHUNK_TOKENS, token_losses
 from aligntrain.tools.memory import Memory, estimate_memory
+from aligntrain.training.build import build_config, build_model, build_processor
 from aligntrain.training.distributed import ParallelModel, World
-from aligntrain.training.loop import plan_epoch
 from aligntrain.training.optimizer import make_optimizer
 from tests.support.stage_data import make_models, questions
 

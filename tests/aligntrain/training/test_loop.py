@@ -22,9 +22,9 @@ from aligncurate.errors import NonFiniteError, UserError
 from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader, MicroBatch
-from aligntrain.training.build import build_model, build_processor
 from aligntrain.training import checkpoint, export
 from aligntrain.training import loop as trainer
+from aligntrain.training.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
 from aligntrain.training.optimizer import learning_rate
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
@@ -403,7 +403,7 @@ def test_a_finished_run_is_not_repeated(straight: StageConfig, tmp_path: Path) -
     for _ in range(2):
         (out / "model.safetensors").unlink()  # would come back if it were written again
         summary = train(straight.replace(out=str(out), workers=1, keep=1))
-        assert (summary.steps, summary.total, summary.loss, summary.again) == (10, 10, None, True)
+        assert (summary.steps, summary.total, summary.loss, summary.already_done) == (10, 10, None, True)
         assert not (out / "model.safetensors").exists()
         shutil.copy(Path(straight.out) / "model.safetensors", out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -413,7 +413,7 @@ def test_a_finished_run_is_not_repeated(straight: StageConfig, tmp_path: Path) -
     shutil.copytree(Path(straight.out) / "checkpoints", out / "checkpoints")
     for name in ("config.json", "model.safetensors"):
         (out / name).unlink()
-    assert not train(straight.replace(out=str(out))).again
+    assert not train(straight.replace(out=str(out))).already_done
     assert_close(before, weights(out), 0)
 
 
@@ -475,7 +475,7 @@ def test_another_model_to_start_from_is_not_mixed_in(folder: Path, pretrained: P
     init = Path(shutil.copytree(pretrained, tmp_path / "init", ignore=shutil.ignore_patterns("checkpoints")))
     config = finetuning({"init": str(init)}, str(folder / "q.tar"), tmp_path / "out", max_steps=2, save_every=1)
     train(config)
-    assert train(config).again
+    assert train(config).already_done
     made_of = json.loads((init / "finished.json").read_text())
     made_of["settings"]["seed"] = 9
     (init / "finished.json").write_text(json.dumps(made_of))

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from aligntrain import StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader
+from aligntrain.data.schedule import plan_epoch
 from aligntrain.training.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
-from aligntrain.training.loop import plan_epoch
 from tests.aligntrain.training.test_loop import assert_close, records, weights
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, write_tar
 
