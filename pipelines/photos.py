@@ -101,8 +101,10 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
 
     steps.step("Train a small LLM on the captions and questions")
     _language_model(data, Path(llm), size)
-    eyes = encoders.load(**_as_strings(clip))
-    vision_tower_from_open_clip(eyes.towers.model.visual, eyes.preprocess.mean, eyes.preprocess.std, Path(vision))
+    encoder = encoders.load(**_as_strings(clip))
+    vision_tower_from_open_clip(
+        encoder.towers.model.visual, encoder.preprocess.mean, encoder.preprocess.std, Path(vision)
+    )
 
     steps.step("Pretrain: projector and level embeddings")
     first = StageConfig.pretrain(
@@ -122,8 +124,8 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
         epochs=size.epochs[1], batch_size=size.batch_sizes[1], dtype="fp32", max_length=1024, token_budget=2048,
         learning_rate=1e-3, log_every=20,
     )  # fmt: skip
-    asked = None if size.conversations is None else 2 * size.conversations
-    testing = _conversations(data / "daquar/llava_test.json", out / "daquar-test.json", asked)
+    limit = None if size.conversations is None else 2 * size.conversations
+    testing = _conversations(data / "daquar/llava_test.json", out / "daquar-test.json", limit)
     held = second.replace(data=(str(testing),))
     before = _loss_at_start(held)
     train(second).raise_if_stopped()

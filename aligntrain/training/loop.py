@@ -46,13 +46,13 @@ class TrainResult:
         out: folder of the model, if the run finished.
         steps: optimizer steps done, including those of earlier runs.
         total: steps of the whole stage.
-        loss: of the last log line; None if this run made no step.
-        facts: what became of the rows of the data.
-        unreadable: images that could not be read; their samples were skipped.
+        loss: in the last log line; None if this run did no steps.
+        facts: statistics of the data, such as skipped rows.
+        unreadable: number of images that could not be read; their samples were skipped.
         seconds: duration of this run.
         stopped: number of the signal (SIGTERM, SIGINT) that stopped the run after saving a checkpoint, or 0.
         already_done: the run had finished before, so this one did nothing.
-        first_loss: of this run's first log line.
+        first_loss: loss in this run's first log line.
     """
 
     out: Path
