@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from aligncurate.errors import NonFiniteError, UserError
+from aligncurate.io.files import claim
 from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader, MicroBatch
@@ -257,6 +258,26 @@ def test_a_folder_with_other_files_is_refused(models: dict[str, str], folder: Pa
     with pytest.raises(UserError, match=r"other files \(config\.json\)"):
         train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", max_steps=1))
     assert mine.read_text() == '{"mine": 1}' and list((tmp_path / "out").iterdir()) == [mine]
+
+
+def test_the_output_folder_is_locked_during_the_run(
+    models: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    steps = []
+
+    def claim_and_rate(config: StageConfig, step: int, total: int) -> float:
+        with pytest.raises(UserError, match="another run is writing to this folder"), claim(out, {"index.arrow"}):
+            pass
+        steps.append(step)
+        return learning_rate(config, step, total)
+
+    monkeypatch.setattr(trainer, "learning_rate", claim_and_rate)
+    config = pretraining(models, str(folder / "c.tar"), out, max_steps=1)
+    train(config)
+    assert steps == [0]
+    with claim(out, {"index.arrow"}), pytest.raises(UserError, match="another run is writing to this folder"):
+        train(config)
 
 
 def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
