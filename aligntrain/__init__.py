@@ -1,7 +1,7 @@
 """Train and run AlignGPT (arXiv 2405.14129): a LLaVA-like model that also learns how well a text fits its image.
 
 Importing the package is cheap: torch and transformers load when a name is first used. Every name except StageConfig
-also registers AlignGPT with transformers' Auto classes; so does ``import aligntrain.model.auto`` alone.
+also registers AlignGPT with transformers' Auto classes; so does ``import aligntrain.auto`` alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "StageConfig":
-        import_module(f"{__name__}.model.auto")
+        import_module(f"{__name__}.auto")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

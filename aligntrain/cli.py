@@ -50,8 +50,8 @@ Sets = Annotated[
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a trained model.", show_default=False)]
 Picture = Annotated[Path | None, typer.Option("--image", help="Image to ask about.", show_default=False)]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 always takes the likeliest token.")]
-ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weight of each level.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 decodes greedily.")]
+ShowAlignment = Annotated[bool, typer.Option("--show-alignment", help="Print the gate's weight for each level.")]
 
 
 @train_app.command()
@@ -137,7 +137,7 @@ def chat(
             weights = alignment(trained, processor, turns, picture) if picture is not None else None
             _show_gate(weights, trained.config.align_mode, with_image=picture is not None)
         _stdout.print("[bold green]model[/]  ", end="")
-        told = answer(
+        reply = answer(
             trained,
             processor,
             turns,
@@ -147,15 +147,25 @@ def chat(
             on_text=lambda piece: print(piece, end="", flush=True),
         )
         print()
-        turns.append({"role": "assistant", "content": told})
+        turns.append({"role": "assistant", "content": reply})
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder or .bin file.", show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder, or .bin file.", show_default=False)],
-    llm: Annotated[Path | None, typer.Option(help="LLM folder, for a projector's .bin.", show_default=False)] = None,
-    vision: Annotated[Path | None, typer.Option(help="Vision tower folder.", show_default=False)] = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Checkpoint folder, or projector .bin file.", show_default=False)
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="Output folder, or .bin file for the projector alone.", show_default=False),
+    ],
+    llm: Annotated[
+        Path | None, typer.Option(help="LLM of a projector .bin: a folder or Hub name.", show_default=False)
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(help="Vision tower, if SRC does not contain it: a folder or Hub name.", show_default=False),
+    ] = None,
 ) -> None:
     """Convert official AlignGPT and LLaVA checkpoints to a model, or a model to the official layout."""
     from aligntrain.tools.convert.convert import convert as run
@@ -224,7 +234,7 @@ def _train(config: StageConfig) -> None:
             soft_wrap=True,
         )
         raise typer.Exit(128 + result.stopped)
-    if result.again:
+    if result.already_done:
         _stdout.print(
             f"nothing to do: all {count(result.steps, 'step')} are done and the model is in {out}; "
             "to train again use another --out, or pass --no-resume",
@@ -278,7 +288,7 @@ def _show_preview(plan: Preview, config: StageConfig, ranks: int) -> None:
         counts.add_row(str(level or "none"), f"{samples:,}")
     _stdout.print(counts)
     if facts.skipped:
-        skipped = Table("rows left out", "cause", "such as", box=box.SIMPLE_HEAD)
+        skipped = Table("skipped rows", "cause", "such as", box=box.SIMPLE_HEAD)
         for cause, rows in facts.skipped.most_common():
             skipped.add_row(f"{rows:,}", escape(cause), escape(facts.examples[cause]))
         _stdout.print(skipped)

@@ -32,19 +32,23 @@ class StageConfig:
     data: tuple[str, ...] = setting("Dataset folders, tars, or any other source.", ())
     out: str = setting("Output folder; created if missing.", "", group="Input and output", recorded=False)
 
-    llm: str | None = setting("LLM folder for a new model; tiny is the built-in one.", None, group="Model")
-    vision: str | None = setting("Vision tower folder (CLIP, SigLIP) for a new model; tiny is the built-in one.", None)
+    llm: str | None = setting(
+        "LLM for a new model: a folder, a Hugging Face Hub name, or tiny (built-in).", None, group="Model"
+    )
+    vision: str | None = setting("Vision tower (CLIP, SigLIP) for a new model: a folder, a Hub name, or tiny.", None)
     init: str | None = setting("Model folder to start from, such as the pretrained one.", None)
 
     num_levels: int | None = setting("Number of alignment levels N (8 for a new model).", None, at_least=2)
-    align_mode: str | None = setting("gated (default), global, local, average, fixed:k or none.", None)
-    gate_text: Literal["instruction", "all"] | None = setting(
-        "Text that the gate averages over: instruction (default) or all.", None
+    align_mode: str | None = setting(
+        "Alignment vector: gated (default), global, local, average, fixed:k or none.", None
     )
-    projector_type: str | None = setting("linear or mlp{k}x_gelu (mlp2x_gelu for a new model).", None)
+    gate_text: Literal["instruction", "all"] | None = setting(
+        "Text that the gate sees: instruction (default) or all, answers included.", None
+    )
+    projector_type: str | None = setting("Projector: linear or mlp{k}x_gelu (mlp2x_gelu for a new model).", None)
     vision_layer: int | None = setting("Hidden layer of the vision tower to use (-2 for a new model).", None)
     vision_select: Literal["patch", "cls_patch"] | None = setting(
-        "Features to use: patch (default) or cls_patch.", None
+        "Vision features: patch (default), or cls_patch to keep the class token.", None
     )
     s2_scales: tuple[int, ...] | None = setting("Image sizes for multi-scale input, such as 336,672,1008.", None)
     template: Literal["plain", "v1", "chat"] = setting(

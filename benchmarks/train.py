@@ -39,8 +39,8 @@ from aligncurate.images.decode import load_rgb
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from aligntrain import StageConfig, train
-from aligntrain.model.build import build_processor
 from aligntrain.tools.preview import preview
+from aligntrain.training.build import build_processor
 from aligntrain.training.metrics import peak_memory
 from benchmarks.common import Spread, console, publish
 from pipelines.language_model import make_tokenizer

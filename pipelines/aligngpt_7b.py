@@ -32,9 +32,8 @@ from aligncurate.progress import duration
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.bucket import Method
-from aligntrain import StageConfig
+from aligntrain import StageConfig, train
 from aligntrain.tools.preview import ASSUMED_UTILISATION, Preview, preview
-from pipelines.stage import run_stage
 
 PAIRS, INSTRUCTIONS = 558_128, 665_298  # rows in LLaVA's two files
 CHECKED_ROWS = 200  # rows of each file whose images a dry run opens
@@ -94,9 +93,9 @@ def run(recipe: Recipe, only: str | None = None) -> None:
     if only in (None, "curate"):
         curate(recipe)
     if only in (None, "pretrain"):
-        run_stage(recipe.pretrain())
+        train(recipe.pretrain()).raise_if_stopped()
     if only in (None, "finetune"):
-        run_stage(recipe.finetune())
+        train(recipe.finetune()).raise_if_stopped()
 
 
 def curate(recipe: Recipe) -> None:

@@ -31,13 +31,12 @@ from aligncurate.cli.render import render
 from aligncurate.encoders import load as encoders
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
-from aligntrain import StageConfig
-from aligntrain.model.build import build_model, build_processor
+from aligntrain import StageConfig, train
 from aligntrain.tools.convert.open_clip_tower import vision_tower_from_open_clip
 from aligntrain.tools.evaluate import Accuracy, HeldOutLoss, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import load
+from aligntrain.training.build import build_model, build_processor
 from pipelines.language_model import Text, make_llama, make_tokenizer, optimize, pad, save
-from pipelines.stage import run_stage
 
 INSTRUCTION = "Answer the question using a single word or phrase."
 FILES = ("flickr8k/captions.csv", "daquar/llava_train.json", "daquar/llava_test.json", "flickr-clip/flickr-clip.json")
@@ -102,8 +101,10 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
 
     steps.step("Train a small LLM on the captions and questions")
     _language_model(data, Path(llm), size)
-    eyes = encoders.load(**_as_strings(clip))
-    vision_tower_from_open_clip(eyes.towers.model.visual, eyes.preprocess.mean, eyes.preprocess.std, Path(vision))
+    encoder = encoders.load(**_as_strings(clip))
+    vision_tower_from_open_clip(
+        encoder.towers.model.visual, encoder.preprocess.mean, encoder.preprocess.std, Path(vision)
+    )
 
     steps.step("Pretrain: projector and level embeddings")
     first = StageConfig.pretrain(
@@ -113,7 +114,7 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
     )  # fmt: skip
     held = first.replace(data=(str(out / "levelled-dev"),))
     before = _loss_at_start(held)
-    run_stage(first)
+    train(first).raise_if_stopped()
     pretrain = before, held_out_loss(*load(out / "pretrained"), held)
 
     steps.step("Finetune: projector, gate and LLM")
@@ -123,11 +124,11 @@ def run(data: Path, out: Path, size: Size | None = None, *, quiet: bool = False)
         epochs=size.epochs[1], batch_size=size.batch_sizes[1], dtype="fp32", max_length=1024, token_budget=2048,
         learning_rate=1e-3, log_every=20,
     )  # fmt: skip
-    asked = None if size.conversations is None else 2 * size.conversations
-    testing = _conversations(data / "daquar/llava_test.json", out / "daquar-test.json", asked)
+    limit = None if size.conversations is None else 2 * size.conversations
+    testing = _conversations(data / "daquar/llava_test.json", out / "daquar-test.json", limit)
     held = second.replace(data=(str(testing),))
     before = _loss_at_start(held)
-    run_stage(second)
+    train(second).raise_if_stopped()
     model, processor = load(out / "finetuned")
     finetune = before, held_out_loss(model, processor, held)
 

@@ -1,7 +1,7 @@
-"""The index of a stage, as it is read: tokens, level and image location of every sample.
+"""The index of a stage: tokens, level and image location of every sample.
 
-It is one Arrow file, memory-mapped so that ranks share it, and beside it a JSON file that says what was left out and
-what the index was made from. `aligntrain.data.indexing` writes both.
+An Arrow file, memory-mapped so that ranks share it, and a JSON file with statistics and a fingerprint of the inputs.
+`aligntrain.data.indexing` writes both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Facts:
-    """What became of the rows of the data.
+    """Statistics of the data: samples in the index, and rows that were skipped.
 
     Attributes:
         rows: samples in the index.
@@ -49,8 +49,8 @@ class Facts:
         supervised: tokens with a label.
         truncated: samples truncated at max_length.
         levels: samples by level, 0 without level.
-        skipped: rows left out, by cause.
-        examples: key of the first row of each cause.
+        skipped: number of skipped rows by cause.
+        examples: key of the first skipped row by cause.
     """
 
     rows: int = 0
@@ -79,14 +79,14 @@ class Index:
     """Random access to the samples of one stage.
 
     Attributes:
-        facts: what became of the data's rows.
+        facts: statistics of the data.
         digest: of keys, tokens, levels and images in order; identifies the data in checkpoints.
         lengths, levels, images: int64 [samples]; level 0 without level, images 0 or 1.
     """
 
     def __init__(self, file: Path, processor: AlignGPTProcessor) -> None:
-        kept = json.loads(facts_file(file).read_text("utf-8"))
-        self.facts, self.digest = Facts.from_json(kept["facts"]), str(kept["digest"])
+        stored = json.loads(facts_file(file).read_text("utf-8"))
+        self.facts, self.digest = Facts.from_json(stored["facts"]), str(stored["digest"])
         self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._image_id, self._patches = processor.image_token_id, processor.num_patches
         self.lengths: NDArray[np.int64] = self._table["length"].to_numpy().astype(np.int64)

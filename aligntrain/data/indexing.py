@@ -1,4 +1,4 @@
-"""Building the index of a stage: from the rows of the data to tokens, levels and image locations."""
+"""Builds the index of a stage: tokenizes the rows of the data and notes their levels and image locations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: i
     Args:
         config: the data, and how to read it.
         processor: tokenizes.
-        num_levels: N of the model; 0 without alignment, where pretraining needs no levels.
+        num_levels: N of the model; 0 without alignment, so pretraining needs no levels.
         file: the index, `*.arrow`.
 
     Raises UserError when the data is empty, has no usable row, lacks levels that pretraining needs, or has levels
@@ -92,12 +92,12 @@ def _rows(
     source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, facts: Facts
 ) -> Iterator[dict[str, Any]]:
     needs_level = config.stage == "pretrain" and num_levels > 0
-    with meter("reading", None, unit="rows") as shown:
+    with meter("reading", None, unit="rows") as progress:
         for shard in source.shards:
             pairs = source.read(shard)
             try:
                 for number, pair in enumerate(pairs):
-                    shown.add(1, 1, 0)
+                    progress.add(1, 1, 0)
                     row = _row(pair, config, processor, needs_level, facts)
                     if row is None:
                         continue
@@ -117,7 +117,7 @@ def _rows(
 def _row(
     pair: Pair, config: StageConfig, processor: AlignGPTProcessor, needs_level: bool, facts: Facts
 ) -> dict[str, Any] | None:
-    """The pair as a row of the index; None, and the cause counted, if it cannot be used."""
+    """The pair as a row of the index; if it cannot be used, counts the cause and returns None."""
     has_image = pair.load is not None
     scored = (pair.stored or {}) if pair.load is not None else {}
     status = Status(scored.get("status", pair.status))  # images that scoring could not read are not used
@@ -174,6 +174,4 @@ def _check(config: StageConfig, facts: Facts, num_levels: int) -> None:
             f"{where}: pretraining needs levels, but the data has none; score it and then run "
             f"`aligncurate bucket {config.data[0]} --levels {num_levels} --out LEVELLED`."
         )
-    raise UserError(
-        f"{where}: no row can be trained on; {count:,} failed with: {cause} (such as {facts.examples[cause]})."
-    )
+    raise UserError(f"{where}: no usable rows; {count:,} failed with: {cause} (such as {facts.examples[cause]}).")

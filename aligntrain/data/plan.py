@@ -105,15 +105,15 @@ class Plan:
         """Put packs of similar size in the same round; the most images go to the rank with the fewest."""
         packs = sorted(packs, key=lambda pack: (-self.computed(pack), pack))
         ranks: list[list[Pack]] = [[] for _ in range(self.world_size)]
-        had = [0] * self.world_size
+        images_of = [0] * self.world_size
         for start in range(0, len(packs), self.world_size):
             dealt = packs[start : start + self.world_size]
             dealt += [()] * (self.world_size - len(dealt))
             dealt.sort(key=lambda pack: -sum(int(self.images[i]) for i in pack))
-            fewest_first = sorted(range(self.world_size), key=had.__getitem__)
+            fewest_first = sorted(range(self.world_size), key=images_of.__getitem__)
             for rank, pack in zip(fewest_first, dealt, strict=True):
                 ranks[rank].append(pack)
-                had[rank] += sum(int(self.images[i]) for i in pack)
+                images_of[rank] += sum(int(self.images[i]) for i in pack)
         return tuple(map(tuple, ranks))
 
 
@@ -196,7 +196,7 @@ def _stratified(order: NDArray[np.int64], levels: NDArray[np.int64], rng: np.ran
 def _pack_rows(samples: list[tuple[int, int]], budget: int) -> list[Pack]:
     """As few rows as first-fit-decreasing needs, filled evenly."""
     samples = sorted(samples, key=lambda s: (-s[0], s[1]))
-    places = _first_fit([length for length, _ in samples], budget)
+    places = first_fit([length for length, _ in samples], budget)
     rows: list[list[int]] = [[] for _ in range(max(places) + 1)]
     for row, (_, index) in zip(places, samples, strict=True):
         rows[row].append(index)
@@ -204,7 +204,7 @@ def _pack_rows(samples: list[tuple[int, int]], budget: int) -> list[Pack]:
     return [tuple(sorted(row)) for row in even or rows]
 
 
-def _first_fit(lengths: list[int], budget: int) -> list[int]:
+def first_fit(lengths: list[int], budget: int) -> list[int]:
     """The first row with room for each length.
 
     Node k of a binary tree holds the largest room in the rows below it, and its children are 2k and 2k + 1. So finding

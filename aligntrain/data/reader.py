@@ -1,4 +1,4 @@
-"""From the packs of a plan to micro-batches: images are read and decoded ahead, in threads."""
+"""Turns the packs of a plan into micro-batches; threads read and decode images ahead."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MicroBatch:
 
 
 class BatchReader:
-    """Makes a micro-batch of a pack: reads images, and pads or packs tokens.
+    """Turns a pack into a micro-batch: reads images, and pads or packs tokens.
 
     Args:
         index: the samples.
@@ -133,9 +133,9 @@ class BatchReader:
             return None
 
     def reasons(self, step: Sequence[MicroBatch]) -> list[str]:
-        """Key and reason of every unreadable image of the step; each is returned once."""
-        lost = (number for micro in step for number in micro.unreadable)
-        return [self._reasons.pop(number) for number in lost if number in self._reasons]
+        """A sentence for every unreadable image of the step; each is returned once."""
+        unreadable = (number for micro in step for number in micro.unreadable)
+        return [self._reasons.pop(number) for number in unreadable if number in self._reasons]
 
 
 def read_ahead(

@@ -37,7 +37,7 @@ class Encoded:
 
     Attributes:
         input_ids: if there is an image, with P image placeholders and one align placeholder.
-        labels: of the same length; -100 where there is nothing to learn.
+        labels: of the same length; -100 for tokens without a label.
         gate_length: number of tokens before the first answer (all of them, if there is none).
         truncated: number of tokens cut off at the end.
     """
@@ -302,7 +302,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             max(0, len(sample.input_ids) - length),
         )
         if all(label == IGNORE for label in cut.labels):
-            raise ValueError(f"there is nothing to learn within max_length {length}.")
+            raise ValueError(f"the first {length} tokens (max_length) have no answer to learn.")
         return cut
 
 

@@ -1,4 +1,4 @@
-"""Loading models through transformers: without its chatter, and with its many errors as one sentence."""
+"""Loading models through transformers: silences its output and turns its errors into UserErrors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, Safete
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turn off transformers' progress bars, and its warning that new weights are new, which is intended here."""
+    """Turn off transformers' progress bars and its warnings about newly initialised weights."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -33,7 +33,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def model_errors(*sources: str | Path) -> Iterator[None]:
-    """Raise a UserError that names the sources for anything that goes wrong while a model is loaded from them."""
+    """Turn any error while a model is loaded into a UserError that names its sources."""
     try:
         yield
     except UserError:
@@ -46,19 +46,19 @@ def model_errors(*sources: str | Path) -> Iterator[None]:
 def check_model_exists(name: str) -> None:
     """Raise UserError unless ``name`` is a folder or a model on the Hugging Face Hub.
 
-    The Hub is asked once, and only for a model that is not cached: loading would ask five times, with waits in between.
+    Asks the Hub once, and only if the model is not cached; loading would ask five times, with waits in between.
     """
     if Path(name).is_dir():
         return
     if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name}: there is no such folder; give a folder with a model.")
+        raise UserError(f"{name}: no such folder; pass the folder of a model.")
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # anything can be wrong with the network
         raise UserError(
-            f"{name}: there is no such folder, and it cannot be found on the Hugging Face Hub ({_first_line(error)})."
+            f"{name}: no such folder, and not found on the Hugging Face Hub ({_first_line(error)})."
         ) from None
 
 

@@ -39,7 +39,7 @@ def token_losses(
 
     Args:
         hidden_BLD: the LLM's last hidden states.
-        labels_BL: int64, unshifted token ids; -100 where there is nothing to learn.
+        labels_BL: int64, unshifted token ids; -100 for tokens without a label.
         sequence_ids_BL: in packed rows, the sample that each position belongs to; else None.
         head: last hidden states [m, D] -> logits [m, V].
         chunk_tokens: supervised tokens per chunk.

@@ -280,7 +280,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         if pixel_values is None or len(pixel_values) == 0:
             _check_placeholders(int(image_BL.sum()), int(align_BL.sum()), 0, self.config)
             if self.training and torch.is_grad_enabled():
-                embeds_BLD = embeds_BLD + self._nothing_from_images(embeds_BLD)
+                embeds_BLD = embeds_BLD + self._zero_from_blank_image(embeds_BLD)
             return embeds_BLD, {}
         _check_placeholders(int(image_BL.sum()), int(align_BL.sum()), len(pixel_values), self.config)
         features_IPD = self.projector(vision_features(self.vision_tower, pixel_values, self.config))
@@ -310,7 +310,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         align_ID = self.level_embeddings.mix(self.config.align_mode, alpha_IN1, num_images)
         return align_ID, {"gate_weights": alpha_IN1, "gate_dots": dots_IP}
 
-    def _nothing_from_images(self, embeds_BLD: Tensor) -> Tensor:
+    def _zero_from_blank_image(self, embeds_BLD: Tensor) -> Tensor:
         """Zero, computed from a blank image by the modules that process images.
 
         Without it the projector and the gate would have no gradients in a text-only batch, and a distributed run would
@@ -320,13 +320,13 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         features_IPD = self.projector(
             vision_features(self.vision_tower, embeds_BLD.new_zeros(1, 3, size, size), self.config)
         )
-        nothing: Tensor = features_IPD[:0].sum()
+        zero: Tensor = features_IPD[:0].sum()
         if self.config.align_mode != "none":
             text_MD = embeds_BLD.new_zeros(0, embeds_BLD.shape[-1])
             none_M = torch.zeros(0, dtype=torch.long, device=embeds_BLD.device)
             align_ID, _ = self._align(features_IPD, text_MD, none_M, None)
-            nothing = nothing + align_ID[:0].sum()
-        return nothing.to(embeds_BLD.dtype)
+            zero = zero + align_ID[:0].sum()
+        return zero.to(embeds_BLD.dtype)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """As in transformers. The gate averages the prompt only, not the generated tokens."""

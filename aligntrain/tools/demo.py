@@ -13,7 +13,6 @@ from rich.table import Table
 
 from aligncurate.demo import scenes
 from aligncurate.demo.curation import SEED, announce, console
-from aligncurate.errors import UserError
 from aligntrain.stage import StageConfig
 from aligntrain.tools.evaluate import Question, answer_accuracy
 from aligntrain.tools.generate import load
@@ -28,15 +27,15 @@ _SMALL: dict[str, Any] = {
 
 
 def train_and_ask(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
-    """Train both stages on what `aligncurate.demo.curation.curate` left in `out`, then ask about fresh scenes.
+    """Train both stages on the datasets that `aligncurate.demo.curation.curate` wrote, then ask about fresh scenes.
 
     Raises UserError when training was interrupted.
     """
     announce(6, "Pretrain AlignGPT on all levels (aligncurate train pretrain … --llm tiny --vision tiny)")
-    _train(pretraining(out))
+    train(pretraining(out)).raise_if_stopped()
     announce(7, f"Draw {count // 2:,} more scenes with questions, and finetune (aligncurate train finetune)")
     scenes.write_conversations(out / "questions", count // 2, SEED + 1)
-    _train(finetuning(out))
+    train(finetuning(out)).raise_if_stopped()
     announce(8, "Ask about scenes that were not used in training (aligncurate generate, aligncurate chat)")
     _ask(out, quiet=quiet)
 
@@ -78,22 +77,17 @@ def _ask(out: Path, *, quiet: bool) -> None:
         short = [pair for pair in scenes.questions(scene) if len(pair[1].split()) <= 4]  # descriptions have many words
         asked += [Question(str(number), image, question, answer) for question, answer in short]
     known = (answer for number in range(500) for _, answer in scenes.questions(scenes.make_scene(SEED + 1, number)))
-    found = answer_accuracy(*load(out / "finetuned"), asked, known, quiet=quiet)
+    result = answer_accuracy(*load(out / "finetuned"), asked, known, quiet=quiet)
     fresh = scenes.make_scene(SEED + 2, 0)
     scenes.draw(fresh, size=384).save(out / FRESH)
     table = Table("question", "answer", "", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     first = sum(question.key == "0" for question in asked)
-    for question, told, right in found.examples[:first]:
-        table.add_row(question, told, "[green]right[/]" if told == right else f"[red]wrong: {right}[/]")
+    for question, reply, reference in result.examples[:first]:
+        table.add_row(question, reply, "[green]right[/]" if reply == reference else f"[red]wrong: {reference}[/]")
     console.print(f"{out / FRESH} shows: {scenes.describe(fresh)}", soft_wrap=True)
     console.print(table)
     console.print(
-        f"Of {found.questions:,} questions about {_FRESH_SCENES} fresh scenes [bold]{found.accuracy:.0%}[/] "
-        f"are answered correctly; always answering “{found.usual}” would get {found.baseline:.0%}.",
+        f"Of {result.questions:,} questions about {_FRESH_SCENES} fresh scenes [bold]{result.accuracy:.0%}[/] "
+        f"are answered correctly; always answering “{result.usual}” would get {result.baseline:.0%}.",
         soft_wrap=True,
     )
-
-
-def _train(config: StageConfig) -> None:
-    if (result := train(config)).stopped:
-        raise UserError(f"interrupted after step {result.steps:,} of {result.total:,}; run the demo again.")

@@ -21,11 +21,11 @@ from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from aligntrain.data.indexing import build_index
 from aligntrain.data.reader import BatchReader, read_ahead
+from aligntrain.data.schedule import plan_epoch
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.model.packing import can_pack
 from aligntrain.stage import StageConfig
-from aligntrain.training.loop import plan_epoch
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def load(folder: str | Path) -> tuple[AlignGPTForConditionalGeneration, AlignGPT
         UserError: the folder has no model, or one that cannot be loaded.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder}: there is no model here (no config.json); give the --out of a finished training.")
+        raise UserError(f"{folder}: no model here (no config.json); pass the --out folder of a finished training run.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with model_errors(folder), quiet_transformers():
         model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")

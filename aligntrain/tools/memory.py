@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from aligntrain.model.build import layers_of
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import CHUNK_TOKENS
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
+from aligntrain.training.build import layers_of
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def estimate_memory(model_config: AlignGPTConfig, config: StageConfig, ranks: in
         learns["adapters"] = adapters
     half = 2 if config.dtype == "bf16" else 4
     frozen = sum(size for name, size in sizes.items() if name not in learns)
-    learned = sum(learns.values())
-    copies = learned * half if config.dtype == "bf16" else 0
+    trained = sum(learns.values())
+    copies = trained * half if config.dtype == "bf16" else 0
     share = ranks if ranks > 1 and _is_sharded(config) else 1
-    weights = 4 * learned + half * frozen
+    weights = 4 * trained + half * frozen
     if share > 1:
         # Two layers are gathered at a time, the current one and the next; what is outside the layers stays gathered.
         layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model.language_model)]
@@ -73,8 +73,8 @@ def estimate_memory(model_config: AlignGPTConfig, config: StageConfig, ranks: in
         copies = half * (2 * max(layers) + rest)
     return Memory(
         weights=weights // share + copies,
-        gradients=4 * learned // share,
-        optimizer=8 * learned // share,
+        gradients=4 * trained // share,
+        optimizer=8 * trained // share,
         activations=_activations(model, config, half),
         # At the peak, in the backward pass: log-probabilities and the gradients of these and of the logits, in float32.
         logits=12 * CHUNK_TOKENS * model_config.text_config.vocab_size,

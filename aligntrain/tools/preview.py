@@ -11,12 +11,12 @@ import torch
 
 from aligntrain.data.index import Facts
 from aligntrain.data.indexing import build_index
-from aligntrain.model.build import build_config, build_processor
+from aligntrain.data.schedule import plan_epoch, total_steps
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 from aligntrain.tools.memory import Memory, estimate_memory
+from aligntrain.training.build import build_config, build_processor
 from aligntrain.training.flops import Flops, peak_flops, trains_llm
-from aligntrain.training.loop import plan_epoch, total_steps
 
 ASSUMED_UTILISATION = 0.4
 

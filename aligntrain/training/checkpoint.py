@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved completely or not at all, and loaded to resume on any number of ranks.
+"""Checkpoints of a run: saved atomically, and loaded to resume on any number of ranks.
 
     OUT/checkpoints/step-00000500/
         weights-00000.safetensors     trained weights in float32; the others come from the start model
@@ -43,7 +43,7 @@ _FINISHED = "finished.json"
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come, and what it was started with.
+    """How far a run got, and what it was started with.
 
     Attributes:
         step: optimizer steps done.
@@ -67,8 +67,7 @@ class Position:
 def checkpoints(out: Path) -> list[Path]:
     """The complete checkpoints of a run, newest last."""
     folder = out / "checkpoints"
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found)
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
 
 
 def save(
@@ -82,8 +81,8 @@ def save(
     temporary = target.with_name(f"{TEMPORARY}{target.name}")
 
     def clear() -> None:
-        for left in target.parent.glob(f"{TEMPORARY}*"):  # left by a killed run
-            shutil.rmtree(left)
+        for stale in target.parent.glob(f"{TEMPORARY}*"):  # of a killed run
+            shutil.rmtree(stale)
         temporary.mkdir(parents=True)
 
     world.first_does(clear)
@@ -92,7 +91,7 @@ def save(
 
     def commit() -> None:
         if error is not None:
-            raise UserError(f"{target}: the checkpoint cannot be written ({error}); the one before it is kept.")
+            raise UserError(f"{target}: the checkpoint cannot be written ({error}); the previous one is kept.")
         write_json(temporary / "position.json", asdict(position))
         for path in (*temporary.iterdir(), temporary):
             sync(path)
@@ -126,7 +125,7 @@ def mark_finished(out: Path, position: Position) -> None:
 
 
 def forget(out: Path) -> int:
-    """Delete an earlier run's checkpoints, and return how many; its model stays until the new one replaces it."""
+    """Delete the checkpoints of an earlier run and return their number; its model stays until it is replaced."""
     number = len(checkpoints(out))
     (out / _FINISHED).unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -245,7 +244,7 @@ def _write(folder: Path, kind: str, tensors: Iterable[tuple[str, Tensor]], world
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """An unsharded tensor, moved to the parameter's device and sharded like the parameter."""
+    """The tensor on the parameter's device, sharded like the parameter."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)

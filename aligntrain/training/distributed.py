@@ -20,14 +20,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from aligncurate.errors import UserError
-from aligntrain.model.build import layers_of
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
+from aligntrain.training.build import layers_of
 
 T = TypeVar("T")
-# Ranks wait while the first one tokenizes the data or writes a checkpoint. If a process dies its launcher ends the
-# others, so a long time-out costs nothing.
-_PATIENCE = timedelta(hours=6)
+# Ranks wait while the first one tokenizes the data or writes a checkpoint. If a process dies, its launcher stops the
+# others, so a long time-out is safe.
+_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class World:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank does `work`; an error on one rank stops all ranks, so that none no_exchange forever."""
+        """Every rank does `work`; an error on one rank stops all ranks, so that none waits forever."""
         if self.size == 1:
             return work()
         value, error = attempt(work)
@@ -83,8 +83,8 @@ class World:
             raise error
         for rank, other in enumerate(errors):
             if other is not None:
-                mistake, message = other
-                raise UserError(message) if mistake else RuntimeError(f"rank {rank}: {message}")
+                is_user_error, message = other
+                raise UserError(message) if is_user_error else RuntimeError(f"rank {rank}: {message}")
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -107,7 +107,7 @@ def world_of_environment() -> Iterator[World]:
     if joins:
         # Python objects go over gloo, which can wait while the first rank tokenizes or writes for long.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield World(rank, size, device)
     finally:

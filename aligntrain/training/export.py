@@ -9,9 +9,9 @@ import torch
 
 from aligncurate.io.files import TEMPORARY, sync
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_model, save_processor
 from aligntrain.model.loading import quiet_transformers
 from aligntrain.stage import StageConfig
+from aligntrain.training.build import build_model, save_processor
 from aligntrain.training.checkpoint import load_weights
 from aligntrain.training.lora import merge_lora
 

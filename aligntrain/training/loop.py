@@ -1,7 +1,4 @@
-"""Training of one stage, at three altitudes: the run (`train`), a step, and forward and backward.
-
-`train(config)` prepares the data, builds the model and then runs step after step over the plan.
-"""
+"""Training of one stage, from top to bottom: the run (`train`), a step, forward and backward, and what is saved."""
 
 from __future__ import annotations
 
@@ -18,25 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligncurate.errors import NonFiniteError, UserError
+from aligncurate.errors import UserError
 from aligncurate.progress import count, notice
 from aligncurate.settings import recorded
-from aligntrain.data.index import Facts, Index
-from aligntrain.data.plan import Pack, Plan, plan
+from aligntrain.data.index import Facts
+from aligntrain.data.plan import Pack
 from aligntrain.data.reader import BatchReader, MicroBatch, read_ahead
-from aligntrain.model.build import build_model
+from aligntrain.data.schedule import plan_epoch, total_steps
 from aligntrain.model.packing import can_pack
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
+from aligntrain.training.build import build_model
 from aligntrain.training.checkpoint import Position
 from aligntrain.training.distributed import ParallelModel, World, attempt, world_of_environment
 from aligntrain.training.export import export
 from aligntrain.training.flops import Flops, trains_llm
-from aligntrain.training.health import ImageHealth
+from aligntrain.training.health import ImageHealth, non_finite_error
 from aligntrain.training.log import Log
 from aligntrain.training.metrics import Metrics, level_cosines
-from aligntrain.training.optimizer import clip_gradients, gradient_norms, learning_rate, make_optimizer
-from aligntrain.training.prepare import StageData, prepare_data
+from aligntrain.training.optimizer import clip_gradients, gradient_norms, learning_rate, make_optimizer, total_norm
+from aligntrain.training.prepare import StageData, prepare_data, warn_of_waste
 from aligntrain.training.signals import stop_signals
 
 
@@ -48,13 +46,13 @@ class TrainResult:
         out: folder of the model, if the run finished.
         steps: optimizer steps done, including those of earlier runs.
         total: steps of the whole stage.
-        loss: of the last log line; None if this run made no step.
-        facts: what became of the rows of the data.
-        unreadable: images that could not be read; their samples were skipped.
+        loss: in the last log line; None if this run did no steps.
+        facts: statistics of the data, such as skipped rows.
+        unreadable: number of images that could not be read; their samples were skipped.
         seconds: duration of this run.
         stopped: number of the signal (SIGTERM, SIGINT) that stopped the run after saving a checkpoint, or 0.
-        again: the run had finished before, so nothing was left to do.
-        first_loss: of this run's first log line.
+        already_done: the run had finished before, so this one did nothing.
+        first_loss: loss in this run's first log line.
     """
 
     out: Path
@@ -65,23 +63,16 @@ class TrainResult:
     unreadable: int
     seconds: float
     stopped: int = 0
-    again: bool = False
+    already_done: bool = False
     first_loss: float | None = None
 
+    def raise_if_stopped(self) -> None:
+        """Raise UserError if a signal stopped the run, for scripts that need the finished model."""
+        if self.stopped:
+            raise UserError(f"interrupted after step {self.steps:,} of {self.total:,}; rerun to resume.")
 
-@dataclass(frozen=True)
-class _StepCounts:
-    """What the ranks exchange before a step; as a sum over ranks, the same on all."""
 
-    labels: int  # supervised tokens
-    unreadable: int  # images
-    readable: int  # images
-    stopping: int  # ranks that received a signal
-    failed: int  # ranks that could not read their batch
-
-    def summed(self, world: World) -> _StepCounts:
-        sums = world.sum(torch.tensor(astuple(self), dtype=torch.float64, device=world.device))
-        return _StepCounts(*(int(number) for number in sums))
+# ---- the run ---------------------------------------------------------------------------------------
 
 
 def train(config: StageConfig) -> TrainResult:
@@ -100,14 +91,14 @@ def train(config: StageConfig) -> TrainResult:
 
 
 def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
-    """The run: prepare, loop over the steps, export."""
+    """Prepare, loop over the steps, export."""
     started = time.perf_counter()
     out = Path(config.out)
     data = prepare_data(config, world, claims)
     if data.earlier is not None and checkpoint.read_finished(out) is not None:
         done, unreadable = data.earlier.step, data.earlier.unreadable
         seconds = time.perf_counter() - started
-        return TrainResult(out, done, done, None, data.index.facts, unreadable, seconds, again=True)
+        return TrainResult(out, done, done, None, data.index.facts, unreadable, seconds, already_done=True)
 
     run = _Run(config, world, data)
     losses, stopped = [], 0
@@ -136,8 +127,23 @@ def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
     return TrainResult(out, run.step, run.total, last, data.index.facts, unreadable, seconds, stopped, first_loss=first)
 
 
+@dataclass(frozen=True)
+class _StepCounts:
+    """What the ranks tell each other before a step, summed over all of them."""
+
+    labels: int  # supervised tokens
+    readable: int  # images
+    unreadable: int  # images
+    stopping: int  # ranks that received a signal
+    failed: int  # ranks that could not read their batch
+
+    def summed(self, world: World) -> _StepCounts:
+        sums = world.sum(torch.tensor(astuple(self), dtype=torch.float64, device=world.device))
+        return _StepCounts(*(int(number) for number in sums))
+
+
 class _Run:
-    """A stage in progress: plan, model and optimizer, and how far it has come.
+    """A stage in progress: plan, model and optimizer, and the number of steps done.
 
     Attributes:
         step: optimizer steps done.
@@ -162,14 +168,13 @@ class _Run:
         self.per_epoch = len(self.plan_of(0))
         self.total = total_steps(config, self.per_epoch)
         if world.first:
-            _advise(config, self.plan_of(0), self.total, world)
+            warn_of_waste(config, self.plan_of(0), self.total, world.size)
 
-        # The model on its devices, the optimizer, and what an earlier run left.
+        # Flops counts parameters, so it comes before the model is sharded.
         flops = Flops(self.model, trains_llm(config))
         self.parallel = ParallelModel(self.model, config, world)
         self.optimizer = make_optimizer(self.model, config, world.device)
         self.metrics = Metrics(int(index.levels.max()), data.levels, flops, world)
-        self.health = ImageHealth(world)
         self.reader = BatchReader(
             index,
             data.processor,
@@ -177,29 +182,29 @@ class _Run:
             with_levels=config.stage == "pretrain" and data.levels > 0,
             pin=world.device.type == "cuda",
         )
-        self.step = 0
-        self.last = self._resume()
-        self.saved = self.step
-        self.learned = self.step > 0  # whether there was anything to learn from
+        position, self.last = self._resume()
+        self.step = self.saved = position.step if position else 0
+        self.health = ImageHealth(world, position.unreadable if position else 0, trained=self.step > 0)
 
-    def _resume(self) -> Path | None:
-        """Load the last checkpoint and return it; without --resume, delete all of them."""
+    def _resume(self) -> tuple[Position | None, Path | None]:
+        """Load the last checkpoint and return its position and folder; without --resume, delete all checkpoints."""
         if self.data.earlier is None:
             deleted = self.world.first_does(lambda: checkpoint.forget(self.out))
             if deleted and self.world.first:
                 notice(f"deleted {count(deleted, 'checkpoint')} of an earlier run in {self.out}")
         newest = checkpoint.checkpoints(self.out)[-1:]
         if not newest:
-            return None
+            return None, None
         position = checkpoint.read_position(newest[0])
         if position.plan != self.plan_of(position.epoch).hash:
             raise UserError(
                 f"{newest[0]}: the plan of steps has changed since this run started; use another --out, or "
                 "--no-resume to start over."
             )
-        self.step, self.health.unreadable = position.step, position.unreadable
         self.world.together(lambda: checkpoint.load(newest[0], self.model, self.optimizer))
-        return newest[0]
+        return position, newest[0]
+
+    # ---- a step ------------------------------------------------------------------------------------
 
     def batches(self) -> Generator[list[MicroBatch]]:
         """This rank's micro-batches of every step to come, read ahead in threads."""
@@ -224,35 +229,38 @@ class _Run:
         self.metrics.add_wait(time.perf_counter() - started)
         counts = _StepCounts(
             labels=sum(len(micro.token_levels) for micro in batch),
-            unreadable=sum(len(micro.unreadable) for micro in batch),
             readable=sum(micro.images for micro in batch),
+            unreadable=sum(len(micro.unreadable) for micro in batch),
             stopping=bool(signals),
             failed=error is not None,
         ).summed(self.world)
         if counts.failed:
             self.world.agree(error)
         if not counts.stopping:
-            self.learned |= counts.labels > 0
-            last = self.step + 1 == self.total and not self.learned
             self.health.check(
-                self.step + 1, counts.readable, counts.unreadable, lambda: self.reader.reasons(batch), last=last
+                self.step + 1,
+                counts.labels,
+                counts.readable,
+                counts.unreadable,
+                lambda: self.reader.reasons(batch),
+                last=self.step + 1 == self.total,
             )
         return batch, counts
 
     def update(self, batch: list[MicroBatch], counts: _StepCounts) -> tuple[dict[str, float], float]:
-        """A step: forward and backward over its micro-batches, then the optimizer.
+        """Forward and backward over the step's micro-batches, then the optimizer.
 
         Returns the gradient norms by module, before clipping, and the learning rate.
 
         Raises NonFiniteError when the loss or a gradient is not finite.
         """
-        # Every step sets its own seed, so that a resumed run draws the same dropout without stored random state.
+        # Every step sets its own seed, so a resumed run draws the same dropout without saved random state.
         torch.manual_seed(((self.config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank) % 2**63)
         token_losses = self._forward_backward(batch, counts.labels)
         norms = gradient_norms(self.model, self.world)
         norm = total_norm(norms)
         if not math.isfinite(norm):
-            raise NonFiniteError(self._not_finite(batch, token_losses))
+            raise non_finite_error(self.step + 1, batch, token_losses, self.data.index, self.last, self.world)
         clip_gradients(self.optimizer, norm, self.config.max_grad_norm)
         rate = learning_rate(self.config, self.step, self.total)
         for group in self.optimizer.param_groups:
@@ -262,8 +270,10 @@ class _Run:
         self.step += 1
         return norms, rate
 
+    # ---- forward and backward ----------------------------------------------------------------------
+
     def _forward_backward(self, batch: list[MicroBatch], labels: int) -> list[Tensor]:
-        """Accumulate the gradients of the step's mean loss over its `labels`; returns the losses of every token."""
+        """Accumulate the gradients of the mean loss over the step's labels; returns each micro-batch's token losses."""
         token_losses = []
         divisor = torch.tensor(max(labels, 1), dtype=torch.float32, device=self.world.device)
         for number, micro in enumerate(batch, 1):
@@ -276,6 +286,8 @@ class _Run:
         for packs in zip(*epoch_plan[number].ranks, strict=True):
             self.metrics.add_computed(max(epoch_plan.computed(pack) for pack in packs))
         return token_losses
+
+    # ---- logging and saving ------------------------------------------------------------------------
 
     def record(self, norms: dict[str, float], rate: float) -> dict[str, Any]:
         """The log record of the step just done; every rank must call it."""
@@ -309,68 +321,3 @@ class _Run:
         assert self.last is not None, "the last step saves a checkpoint"
         export(self.last, self.config, self.data.processor)
         checkpoint.mark_finished(self.out, checkpoint.read_position(self.last))
-
-    def _not_finite(self, batch: list[MicroBatch], token_losses: list[Tensor]) -> str:
-        """The error message for a loss that is not finite, with the keys of its samples; every rank must call it."""
-        index, world = self.data.index, self.world
-        own = []
-        for micro, losses_M in zip(batch, token_losses, strict=True):
-            positions = sorted(set(micro.token_samples[~losses_M.isfinite().cpu()].tolist()))
-            own += [index.key(micro.samples[position]) for position in positions]
-        keys = [key for of_rank in world.gather(own) for key in of_rank]
-        what = "the loss is not finite"
-        if not keys:  # overflow in the backward pass alone
-            what = "the gradient is not finite"
-            own = [index.key(number) for micro in batch for number in micro.samples]
-            keys = [key for of_rank in world.gather(own) for key in of_rank]
-        kept = f"the last checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
-        return (
-            f"step {self.step + 1}: {what} in {', '.join(keys[:20])} (one of them, or one packed with it); {kept}. "
-            "A lower --learning-rate may help."
-        )
-
-
-def total_norm(norms: dict[str, float]) -> float:
-    """2-norm over all modules."""
-    return math.sqrt(sum(norm * norm for norm in norms.values()))
-
-
-def plan_epoch(config: StageConfig, index: Index, epoch: int, *, packed: bool, world_size: int) -> Plan:
-    """The plan of one epoch. Raises UserError when the level weights leave no samples."""
-    try:
-        return plan(
-            index.lengths,
-            index.levels,
-            index.images,
-            seed=config.seed,
-            epoch=epoch,
-            batch_size=config.batch_size,
-            token_budget=config.token_budget,
-            world_size=world_size,
-            packed=packed,
-            level_weights=config.level_weights,
-            stratified=config.stratified,
-        )
-    except ValueError as error:
-        raise UserError(f"--level-weights {config.level_weights}: {error}") from None
-
-
-def total_steps(config: StageConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole stage."""
-    steps = steps_per_epoch * config.epochs
-    return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
-def _advise(config: StageConfig, first: Plan, total: int, world: World) -> None:
-    """Warn of settings that waste the run: mostly padding, or a learning rate of 0."""
-    if (efficiency := first.efficiency(range(min(50, len(first))))) < 0.8:
-        notice(
-            f"only {efficiency:.0%} of the computed tokens are data, the rest is padding: --batch-size "
-            f"{config.batch_size} makes too few or too uneven micro-batches of --token-budget {config.token_budget} "
-            f"for {count(world.size, 'rank')}"
-        )
-    if not any(learning_rate(config, step, total) for step in range(total)):
-        notice(
-            f"the learning rate is 0 in {'the only step' if total == 1 else 'every step'} (warm-up starts at 0), so "
-            "the weights will not change; train for more steps, or pass --warmup-ratio 0"
-        )

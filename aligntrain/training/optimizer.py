@@ -60,6 +60,11 @@ def gradient_norms(model: nn.Module, world: World) -> dict[str, float]:
     return dict(zip(parts, squares.sqrt().tolist(), strict=True))
 
 
+def total_norm(norms: dict[str, float]) -> float:
+    """2-norm over all modules."""
+    return math.sqrt(sum(norm * norm for norm in norms.values()))
+
+
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
     """Scale the gradients, whose 2-norm is `norm`, down to `max_norm`; 0 disables it."""

@@ -1,4 +1,4 @@
-"""What comes before the first step: the output folder, an earlier run in it, and the tokenized data."""
+"""Preparation before the first step: the output folder, the run to resume, the tokenized data."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from aligncurate.io.files import claim, write_json
 from aligncurate.progress import count, notice
 from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index
+from aligntrain.data.plan import Plan
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.build import build_config, build_processor
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
+from aligntrain.training.build import build_config, build_processor
 from aligntrain.training.checkpoint import Position
 from aligntrain.training.distributed import World
+from aligntrain.training.optimizer import learning_rate
 
-_OWN = {"index.arrow", "stage.json"}  # the first files of a run, which identify its folder
+_OWN = {"index.arrow", "stage.json"}  # files by which a folder is recognised as one of ours
 
 
 @dataclass(frozen=True)
 class StageData:
-    """The prepared data of a run, and the model it starts from.
+    """The tokenized data of a run, and what is known about the model it starts from.
 
     Attributes:
         processor: of the model.
         index: the tokenized samples.
-        levels: N of the model; 0 without alignment.
+        levels: number of levels N of the model; 0 without alignment.
         start: digest of the start model.
         earlier: position of the run to resume, if any.
     """
@@ -67,12 +69,29 @@ def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageD
     return StageData(processor, index, levels, start, earlier)
 
 
+def warn_of_waste(config: StageConfig, first: Plan, total: int, ranks: int) -> None:
+    """Warn if the first steps compute mostly padding, or if the learning rate is 0 in every step."""
+    if (efficiency := first.efficiency(range(min(50, len(first))))) < 0.8:
+        notice(
+            f"only {efficiency:.0%} of the computed tokens are data, the rest is padding: a batch of "
+            f"{config.batch_size} does not fill the micro-batches ({config.token_budget} tokens) of "
+            f"{count(ranks, 'rank')} evenly; raise --batch-size or change --token-budget"
+        )
+    if not any(learning_rate(config, step, total) for step in range(total)):
+        notice(
+            f"the learning rate is 0 in {'the only step' if total == 1 else 'every step'} (warm-up starts at 0), so "
+            "the weights will not change; train for more steps, or pass --warmup-ratio 0"
+        )
+
+
 def _check_conflicts(config: StageConfig, world: World) -> None:
     """Raise UserError if `out` is a folder that the run reads, or if the device cannot run the attention."""
     out = Path(config.out)
     for name in ("init", "llm", "vision"):
         if (folder := getattr(config, name)) is not None and out.resolve() == Path(folder).resolve():
-            raise UserError(f"{out}: --out is the same folder as --{name}, which would be overwritten; use another.")
+            raise UserError(
+                f"{out}: --out is the same folder as --{name}, which would be overwritten; use another --out."
+            )
     if world.device.type == "cpu" and config.attention.startswith(("flex", "flash")):
         raise UserError(f"--attention {config.attention}: cannot train on a CPU; use sdpa or eager.")
 
@@ -80,8 +99,8 @@ def _check_conflicts(config: StageConfig, world: World) -> None:
 def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
     """Where an earlier run in `out` stopped. Raises UserError if it had other settings or another start model."""
     position, where = checkpoint.read_finished(out), out
-    if position is None and (kept := checkpoint.checkpoints(out)):
-        position, where = checkpoint.read_position(kept[-1]), kept[-1]
+    if position is None and (saved := checkpoint.checkpoints(out)):
+        position, where = checkpoint.read_position(saved[-1]), saved[-1]
     if position is not None:
         checkpoint.check_settings(where, position, config)
         if position.start != start:
@@ -99,7 +118,7 @@ def _write_index(config: StageConfig, processor: AlignGPTProcessor, levels: int,
     versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
     write_json(out / "stage.json", {**config.to_json(), "versions": versions})
     for cause, rows in facts.skipped.most_common(5):
-        notice(f"{count(rows, 'row')} left out: {cause} (such as {facts.examples[cause]})")
+        notice(f"{count(rows, 'row')} skipped: {cause} (such as {facts.examples[cause]})")
     if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
         notice("the data has no levels, so --level-weights and --stratified have no effect")
     if facts.truncated:

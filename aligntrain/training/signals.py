@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the numbers of SIGTERM and SIGINT (Ctrl-C), for the loop to stop after the current step.
+    """Collects SIGTERM and SIGINT (Ctrl-C) in a list, so that the loop can stop after the current step.
 
     A second Ctrl-C raises KeyboardInterrupt.
     """

@@ -1,4 +1,4 @@
-"""The command line: both stages, the plan, generate, chat and convert, and what it says of mistakes."""
+"""The command line: both stages, the plan, generate, chat and convert, and user errors."""
 
 from __future__ import annotations
 
@@ -44,9 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     result = run("train", "finetune", path / "q.tar", *start, "--out", path / "second", *SMALL)
     assert result.exit_code == 0, result.output
     assert "finetuned in 6 steps" in result.output
-    losses = [json.loads(line)["loss"] for line in (path / "second" / "log.jsonl").read_text().splitlines()]
-    assert f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; the model is in {path / 'second'}" in result.output
+    (path / "second.txt").write_text(result.output)
     return path
+
+
+def test_the_loss_at_the_start_and_at_the_end_is_printed(folder: Path) -> None:
+    losses = [json.loads(line)["loss"] for line in (folder / "second" / "log.jsonl").read_text().splitlines()]
+    assert losses[0] != losses[-1]
+    printed = (folder / "second.txt").read_text()
+    assert f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; the model is in {folder / 'second'}" in printed
 
 
 def test_settings_come_from_the_file_and_the_options(folder: Path) -> None:
@@ -82,7 +88,7 @@ def test_a_finished_run_says_so(folder: Path, run: Run) -> None:
 
 
 def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is no folder may be a model on the hub; where that cannot be reached, one sentence, at once."""
+    """A name that is not a folder may be on the Hub; if that is unreachable, one short error, without retries."""
     asked: list[str] = []
 
     def unreachable(self: object, name: str, **_: object) -> None:
@@ -94,16 +100,16 @@ def test_the_hub_is_asked_once(folder: Path, run: Run, monkeypatch: pytest.Monke
         new = ["--llm", "someone/model", "--vision", folder / "vision"]
         result = run("train", verb[0], folder / "c.tar", *new, *verb[1:])
         assert result.exit_code == 2
-        told = "someone/model: there is no such folder, and it cannot be found on the Hugging Face Hub (Name or"
-        assert told in " ".join(result.output.split())
+        message = "someone/model: no such folder, and not found on the Hugging Face Hub (Name or service not known)"
+        assert message in " ".join(result.output.split())
     assert asked == ["someone/model"] * 2
     assert not (folder / "none").exists()
     result = run("train", "plan", folder / "c.tar", "--llm", "some where/else", "--vision", folder / "vision")
-    assert "some where/else: there is no such folder" in result.output
+    assert "some where/else: no such folder" in result.output
     assert len(asked) == 2
 
 
-def test_alignment_of_nothing(folder: Path, run: Run) -> None:
+def test_show_alignment_without_an_image(folder: Path, run: Run) -> None:
     result = run("generate", folder / "second", "--prompt", "hello", "--show-alignment", "--max-new-tokens", 1)
     assert "without an image there is no alignment vector" in result.output
     assert run("generate", folder / "second", "--prompt", "hello", "--temperature", -1).exit_code == 2
@@ -121,7 +127,7 @@ def test_generate_and_chat(folder: Path, run: Run) -> None:
     assert talk.exit_code == 0, talk.output
     answer = result.output.splitlines()[-1]
     assert talk.output.count("model") == 2
-    assert answer in talk.output  # streamed, the same as at once
+    assert answer in talk.output  # streaming changes nothing
 
 
 def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
@@ -138,18 +144,20 @@ def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
         (["train", "pretrain", "c.tar", "--set", "lerning_rate=3"], "did you mean learning_rate"),
         (["train", "pretrain", "c.tar", "--set", "epochs"], "write it as key=value"),
         (["train", "pretrain", "c.tar", "--level-weights", "1=0"], "--level-weights 1=0: use weights by level"),
-        (["train", "pretrain", "c.tar", "--out", "x"], "give --llm and --vision"),
-        (["train", "finetune", "q.tar", "--out", "x"], "give --init, the pretrained model"),
+        (["train", "pretrain", "c.tar", "--out", "x"], "pass --llm and --vision"),
+        (["train", "finetune", "q.tar", "--out", "x"], "pass --init, the pretrained model"),
         (["train", "finetune", "q.tar", "--init", "first"], "no output folder; pass --out"),
         (["train", "finetune", "gone.tar", "--init", "first", "--out", "x"], "there is no such file or folder"),
         (["train", "pretrain", "q.tar", "--llm", "llm", "--vision", "vision", "--out", "x"], "`aligncurate bucket"),
         (["train", "plan", "q.tar", "--ranks", "0"], "--ranks 0: use a number of at least 1"),
         (["generate", "llm", "--prompt", "x", "--image", "none.png"], "none.png: the image cannot be read"),
         (["generate", "llm", "--prompt", "x", "--image", "run.toml"], "run.toml: this is text, not an image"),
-        (["generate", "gone", "--prompt", "x"], "there is no model here"),
+        (["generate", "gone", "--prompt", "x"], "no model here"),
     ],
 )
-def test_mistakes(folder: Path, run: Run, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors(
+    folder: Path, run: Run, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     result = run(*arguments)
     assert result.exit_code == 2, result.output
@@ -157,7 +165,7 @@ def test_mistakes(folder: Path, run: Run, arguments: list[str], message: str, mo
     assert "Traceback" not in result.output
 
 
-def test_importing_it_is_light() -> None:
+def test_import_is_light() -> None:
     code = "import sys, aligntrain.cli; print([m for m in ('torch', 'transformers', 'pyarrow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -41,7 +41,7 @@ def test_type_checkers_see_the_same_names() -> None:
 def test_import_is_light() -> None:
     code = (
         "import sys, aligntrain; assert 'torch' not in sys.modules and 'transformers' not in sys.modules;"
-        "import aligntrain.model.auto; from transformers import AutoConfig;"
+        "import aligntrain.auto; from transformers import AutoConfig;"
         "assert AutoConfig.for_model('aligngpt').num_levels == 8"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""StageConfig: the paper's defaults, TOML, overrides, and what it says of mistakes."""
+"""StageConfig: the paper's defaults, TOML, overrides, and user errors."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
         ({"stage": "finetune"}, "unknown setting 'stage'"),
     ],
 )
-def test_mistakes(settings: dict[str, Any], message: str) -> None:
+def test_user_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         StageConfig.pretrain(**settings)
 
 
-def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
+def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("epoch = 3\n")
     with pytest.raises(UserError, match=r"run\.toml: unknown setting 'epoch'; did you mean epochs"):

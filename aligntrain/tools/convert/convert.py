@@ -37,7 +37,7 @@ def convert(
     with model_errors(source):
         if source.is_file():
             if llm is None or vision is None:
-                raise UserError(f"{source} contains only a projector; give its LLM and vision tower too (llm, vision).")
+                raise UserError(f"{source} contains only a projector; pass --llm and --vision too.")
             model = load_projector(source, llm=llm, vision=vision)
             _save_ours(model, target, tokenizer=Path(llm), tower=str(vision))
             return "official projector and level embeddings, with an LLM and a vision tower, to a model"

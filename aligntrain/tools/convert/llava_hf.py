@@ -1,4 +1,4 @@
-"""Hugging Face's LLaVA-1.5 checkpoint folders, in.
+"""Load LLaVA-1.5 checkpoint folders of Hugging Face.
 
 transformers 4.x | 5.x                                  here
 language_model.model... | model.language_model...       language_model.model...

@@ -1,4 +1,4 @@
-"""Checkpoint folders of the official AlignGPT code and of LLaVA-1.5, in and out.
+"""Load and save checkpoint folders of the official AlignGPT code and of LLaVA-1.5.
 
     official (AlignGPT, LLaVA)                  here
     model.layers.0...                           language_model.model.layers.0...
@@ -96,7 +96,7 @@ def find_tower(folder: Path, config: dict[str, Any], vision: str | Path | None) 
     """
     vision = vision or config.get("mm_vision_tower")
     if vision is None:
-        raise UserError(f"{folder}/config.json has no mm_vision_tower; give the vision tower (--vision).")
+        raise UserError(f"{folder}/config.json has no mm_vision_tower; pass --vision.")
     for candidate in (Path(vision), folder.parent / vision, folder / vision, folder.parent / Path(vision).name):
         if (candidate / "config.json").is_file():
             return str(candidate)

@@ -1,4 +1,4 @@
-"""The official ``mm_projector_align.bin``: the projector and level embeddings kept after pretraining, in and out."""
+"""Load and save the official ``mm_projector_align.bin``: the projector and level embeddings after pretraining."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def load_projector(
 
 def save_projector(model: AlignGPTForConditionalGeneration, file: str | Path) -> None:
     """Save projector and level embeddings in bfloat16, as the official code does after pretraining."""
-    kept = {k: v.bfloat16() for k, v in model.state_dict().items() if re.match(r"projector\.|level_embeddings\.", k)}
-    torch.save(rename(kept, TO_OFFICIAL), file)
+    tensors = {k: v.bfloat16() for k, v in model.state_dict().items() if re.match(r"projector\.|level_embeddings\.", k)}
+    torch.save(rename(tensors, TO_OFFICIAL), file)

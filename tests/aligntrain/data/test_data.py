@@ -1,4 +1,4 @@
-"""From data to batches: what is indexed, what is left out and why, and what a batch holds."""
+"""From data to batches: which rows are indexed, which are skipped and why, and what a batch contains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index
 from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.inputs import pixels
-from aligntrain.model.build import build_processor
+from aligntrain.training.build import build_processor
 from tests.support.stage_data import (
     captions,
     finetuning,
@@ -53,7 +53,7 @@ def turns(*texts: str) -> dict[str, Any]:
     return {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]}
 
 
-def test_index_gives_back_what_was_encoded(models: dict[str, str], tmp_path: Path) -> None:
+def test_index_returns_what_was_encoded(models: dict[str, str], tmp_path: Path) -> None:
     samples = {
         "first": (picture(0), turns("<image>\nwhat is it", "a thing", "sure?", "yes")),
         "last": (picture(1), turns("what is it\n<image>", "a bird")),
@@ -73,7 +73,7 @@ def test_index_gives_back_what_was_encoded(models: dict[str, str], tmp_path: Pat
 
 
 @pytest.mark.parametrize("embed", [False, True])
-def test_datasets_are_like_the_tars_they_came_from(models: dict[str, str], tmp_path: Path, embed: bool) -> None:
+def test_a_dataset_gives_the_same_index_as_its_tar(models: dict[str, str], tmp_path: Path, embed: bool) -> None:
     tar = captions(tmp_path / "c.tar", 6)
     ingest([tar], tmp_path / "set", embed_images=embed, quiet=True)
     ours, _ = index_of(pretraining(models, str(tmp_path / "set"), tmp_path / "a"))
@@ -87,7 +87,7 @@ def test_datasets_are_like_the_tars_they_came_from(models: dict[str, str], tmp_p
     assert ours.levels.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_rows_are_left_out_by_cause(models: dict[str, str], tmp_path: Path) -> None:
+def test_skipped_rows_are_counted_by_cause(models: dict[str, str], tmp_path: Path) -> None:
     answer = {"from": "gpt", "value": "x"}
     samples = {
         "good": (picture(0), turns("what", "a thing")),
@@ -101,15 +101,15 @@ def test_rows_are_left_out_by_cause(models: dict[str, str], tmp_path: Path) -> N
     tar = write_tar(tmp_path / "q.tar", samples)
     index, _ = index_of(finetuning(models, tar, tmp_path / "out"))
     facts = index.facts
-    kept = [index.key(n) for n in range(len(index))]
-    assert kept == ["good", "answer_first", "long"]  # an answer before the first question is dropped, not the row
+    keys = [index.key(n) for n in range(len(index))]
+    assert keys == ["good", "answer_first", "long"]  # an answer before the first question is dropped, not the row
     assert facts.truncated == 1
     assert index.lengths[2] == 96
     assert sorted(facts.examples.values()) == sorted(["only_answer", "no_answer", "two", "no_picture"])
     assert sum(facts.skipped.values()) == 4
 
 
-def test_never_cut_through_the_image(models: dict[str, str], tmp_path: Path) -> None:
+def test_images_are_never_truncated(models: dict[str, str], tmp_path: Path) -> None:
     long = turns("word " * 30, "a thing", "<image> and this", "a thing")
     tar = write_tar(tmp_path / "q.tar", {"a": (picture(0), long), "b": (picture(0), turns("q", "a"))})
     index, _ = index_of(finetuning(models, tar, tmp_path / "out"))
@@ -132,7 +132,7 @@ def test_pretraining_needs_levels(models: dict[str, str], tmp_path: Path) -> Non
     assert index.facts.skipped == {"no level": 1, "no image, which pretraining needs": 1}
 
 
-def test_levels_beyond_the_models(models: dict[str, str], tmp_path: Path) -> None:
+def test_levels_above_the_models(models: dict[str, str], tmp_path: Path) -> None:
     tar = captions(tmp_path / "c.tar", 9, levels=9)
     with pytest.raises(UserError, match="c008 has level 9, but the model has 8 levels; pass --num-levels"):
         index_of(pretraining(models, tar, tmp_path / "out"))
@@ -148,11 +148,11 @@ def test_no_data(models: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data given"):
         index_of(StageConfig.pretrain(out=tmp_path / "out", **models))
     bad = write_tar(tmp_path / "b.tar", {"a": (picture(0), turns("q"))})
-    with pytest.raises(UserError, match=r"no row can be trained on; 1 failed with: .*no answer \(such as a\)"):
+    with pytest.raises(UserError, match=r"no usable rows; 1 failed with: .*no answer \(such as a\)"):
         index_of(finetuning(models, bad, tmp_path / "out"))
 
 
-def test_the_index_is_made_again_only_when_something_changed(models: dict[str, str], tmp_path: Path) -> None:
+def test_the_index_is_rebuilt_only_when_something_changed(models: dict[str, str], tmp_path: Path) -> None:
     config = pretraining(models, captions(tmp_path / "c.tar", 4), tmp_path / "out")
     index_of(config)
     file = tmp_path / "out" / "index.arrow"
@@ -210,23 +210,23 @@ def test_order_does_not_depend_on_threads(models: dict[str, str], tmp_path: Path
                 assert torch.equal(micro.inputs["pixel_values"], reader(pack).inputs["pixel_values"])
 
 
-def test_images_that_scoring_could_not_read_are_left_out(models: dict[str, str], tmp_path: Path) -> None:
-    """A dataset's rows know; of a tar nobody has looked into, the image becomes a dummy when it is read."""
+def test_images_that_scoring_could_not_read_are_skipped(models: dict[str, str], tmp_path: Path) -> None:
+    """A dataset records unreadable images; in a tar they are only noticed when they are read."""
     samples = {f"q{n}": (picture(n), turns("what", "a thing")) for n in range(4)}
     samples["q1"] = (b"no picture", samples["q1"][1])
     samples["q2"] = (picture(2)[:60], samples["q2"][1])
     tar = write_tar(tmp_path / "q.tar", samples)
     ingest([tar], tmp_path / "set", quiet=True)
     index, _ = index_of(finetuning(models, str(tmp_path / "set"), tmp_path / "a"))
-    kept = [index.key(n) for n in range(len(index))]
-    assert "q1" not in kept
-    assert index.facts.skipped["decode_error"] == 4 - len(kept)
+    keys = [index.key(n) for n in range(len(index))]
+    assert "q1" not in keys
+    assert index.facts.skipped["decode_error"] == 4 - len(keys)
     assert index.facts.examples["decode_error"] == "q1"
     assert len(index_of(finetuning(models, tar, tmp_path / "b"))[0]) == 4
 
 
 def test_images_are_those_that_were_scored(models: dict[str, str], tmp_path: Path) -> None:
-    """The tar was written anew, with other pictures in the same places: nothing is learned from them."""
+    """If the tar was replaced by one with other images at the same offsets, they are treated as unreadable."""
     tar = captions(tmp_path / "c.tar", 3)
     ingest([tar], tmp_path / "set", quiet=True)
     index, processor = index_of(pretraining(models, str(tmp_path / "set"), tmp_path / "out"))
@@ -241,7 +241,7 @@ def test_images_are_those_that_were_scored(models: dict[str, str], tmp_path: Pat
     assert reader.reasons([batch]) == []
 
 
-def test_the_digest_names_the_data(models: dict[str, str], tmp_path: Path) -> None:
+def test_the_digest_identifies_the_data(models: dict[str, str], tmp_path: Path) -> None:
     digests = []
     for number, (count, levels) in enumerate(((8, 8), (8, 8), (8, 4), (7, 8))):
         tar = captions(tmp_path / f"{number}.tar", count, levels)
@@ -252,10 +252,10 @@ def test_the_digest_names_the_data(models: dict[str, str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
 @pytest.mark.parametrize("size", [(900, 30), (30, 901), (400, 100), (400, 1), (1, 1), (64, 48)])
-def test_strips_do_not_fill_the_memory(
+def test_long_strips_need_little_memory(
     models: dict[str, str], mode: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A strip is made a square by way of no large image; and looks as it does when made without that care."""
+    """No intermediate image is large, and the pixels are those of the direct computation."""
     processor = build_processor(pretraining(models, "x", Path("y"), image_mode=mode))
     y, x = np.mgrid[: size[1], : size[0]]
     image = Image.fromarray(np.stack([60 + 40 * np.sin(x / 90), 80 + 40 * np.cos(y / 90), 0 * x], 2).astype(np.uint8))
@@ -273,12 +273,12 @@ def test_strips_do_not_fill_the_memory(
         monkeypatch.setattr(Image.Image, name, spy)
     ours = processor.process_images([image])
     assert max(areas) <= limit
-    if mode == "crop" or 10 * min(size) > max(size):  # thinner than a pixel, and only its place is rounded otherwise
+    if mode == "crop" or 10 * min(size) > max(size):  # others are thinner than a pixel
         assert (ours - expected).abs().mean() < 0.03
 
 
-def test_any_kind_of_picture(models: dict[str, str]) -> None:
-    """Alpha, palettes, CMYK, one bit, floats: three channels of 8 bits, without a warning."""
+def test_images_of_every_mode(models: dict[str, str]) -> None:
+    """Alpha, palettes, CMYK, one bit and floats become 8-bit RGB, without a warning."""
     kinds = {
         "RGBA": ((200, 10, 10, 0), "PNG", {}, (200, 10, 10)), "CMYK": ((0, 255, 255, 0), "JPEG", {}, (255, 0, 0)),
         "P": (0, "PNG", {"transparency": b"\x00\x10"}, (0, 0, 0)), "L": (100, "PNG", {}, (100, 100, 100)),
@@ -299,8 +299,8 @@ def test_sixteen_bits_are_not_all_white() -> None:
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_lines_of_windows(models: dict[str, str], tmp_path: Path, newline: str) -> None:
-    """In JSON Lines and in the settings' file they are only lines' ends."""
+def test_windows_line_endings(models: dict[str, str], tmp_path: Path, newline: str) -> None:
+    """In JSON Lines and in TOML settings."""
     lines = [json.dumps({"id": f"q{n}", **turns("what", "a thing")}) for n in range(3)]
     (tmp_path / "q.jsonl").write_bytes(newline.join(lines).encode())
     index, processor = index_of(finetuning(models, str(tmp_path / "q.jsonl"), tmp_path / "out"))

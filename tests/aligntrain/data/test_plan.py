@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligntrain.data.plan import Plan, _first_fit, plan
+from aligntrain.data.plan import Plan, first_fit, plan
 
 
 @st.composite
@@ -56,7 +56,7 @@ def test_every_sample_once_within_the_budget(given: dict[str, Any]) -> None:
 
 @given(inputs(), st.integers(1, 9))
 @settings(deadline=None, max_examples=100)
-def test_ranks_only_share_what_is_fixed(given: dict[str, Any], ranks: int) -> None:
+def test_packs_do_not_depend_on_the_number_of_ranks(given: dict[str, Any], ranks: int) -> None:
     made, other = plan(**given), plan(**{**given, "world_size": ranks})
     assert made.hash == other.hash
     for number in range(len(made)):
@@ -66,7 +66,7 @@ def test_ranks_only_share_what_is_fixed(given: dict[str, Any], ranks: int) -> No
 
 @given(inputs())
 @settings(deadline=None, max_examples=50)
-def test_the_same_again(given: dict[str, Any]) -> None:
+def test_the_plan_is_deterministic(given: dict[str, Any]) -> None:
     made, again = plan(**given), plan(**given)
     assert made.hash == again.hash
     assert [made[n] for n in range(len(made))] == [again[n] for n in range(len(again))]
@@ -88,7 +88,7 @@ def test_seed_epoch_and_settings_change_the_plan() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_daquar_packs_well(world_size: int) -> None:
-    """A picture of 576 patches, a question and a short answer: at least 95% of what is computed are samples' tokens."""
+    """Images of 576 patches with a question and a short answer: at most 5% padding."""
     assert of(1280, world_size=world_size).efficiency() >= 0.95
 
 
@@ -117,7 +117,7 @@ def test_level_weights_are_exact() -> None:
     assert {i for i in made.order if levels[i] == 2} != {i for i in other.order if levels[i] == 2}
 
 
-def test_stratified_steps_have_the_shares_of_the_whole() -> None:
+def test_stratified_steps_have_the_mix_of_the_whole() -> None:
     levels = np.repeat([1, 2, 3], [600, 300, 100])
     made = of(1000, levels=levels, batch_size=100, stratified=True)
     for number in range(len(made)):
@@ -129,7 +129,7 @@ def test_stratified_steps_have_the_shares_of_the_whole() -> None:
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
 @settings(deadline=None)
-def test_rows_are_those_of_a_plain_first_fit(lengths: list[int]) -> None:
+def test_first_fit_equals_a_linear_search(lengths: list[int]) -> None:
     free: list[int] = []
     expected = []
     for length in lengths:
@@ -137,10 +137,10 @@ def test_rows_are_those_of_a_plain_first_fit(lengths: list[int]) -> None:
         free += [64] * (row == len(free))
         free[row] -= length
         expected.append(row)
-    assert _first_fit(lengths, 64) == expected
+    assert first_fit(lengths, 64) == expected
 
 
-def test_what_cannot_be_planned() -> None:
+def test_errors() -> None:
     with pytest.raises(ValueError, match="sample 3 has 700 tokens, more than token_budget 640"):
         of(4, lengths=[600, 600, 600, 700], token_budget=640)
     with pytest.raises(ValueError, match="no samples are left"):

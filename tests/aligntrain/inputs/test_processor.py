@@ -35,7 +35,7 @@ GEMMA = (
     " + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}"
     "{% endif %}"
 )
-# Shortens earlier answers, as the templates of reasoning models drop their thoughts.
+# Shortens earlier answers, like templates of reasoning models, which drop earlier reasoning.
 FORGETS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{{ (m['content'] if loop.last or m['role'] == 'user' else '...') + '<|im_end|>\n' }}{% endfor %}"
@@ -152,7 +152,7 @@ def test_chat_templates_of_other_llms(bos: bool, template: str, starts: str) -> 
     assert set(encoded.labels[: encoded.gate_length]) == {-100}
 
 
-def test_a_template_that_forgets_is_refused() -> None:
+def test_a_template_that_changes_earlier_turns_is_refused() -> None:
     proc = processor(tokenizer(chat_template=FORGETS), template="chat")
     assert learned(proc, proc.encode(TURNS[:2], has_image=True).labels) == ["A red chair<|im_end|>"]
     with pytest.raises(ValueError, match="sample 'k7': the chat template changes earlier turns"):
@@ -199,7 +199,7 @@ def test_too_long_is_cut_at_the_end() -> None:
     cut = processor(max_length=length).encode(TURNS, has_image=True)
     assert (cut.input_ids, cut.labels, cut.truncated) == (whole.input_ids[:length], whole.labels[:length], 3)
     first = whole.gate_length
-    with pytest.raises(ValueError, match="sample 'k': there is nothing to learn within max_length"):
+    with pytest.raises(ValueError, match=r"sample 'k': the first \d+ tokens \(max_length\) have no answer"):
         processor(max_length=first).encode(TURNS, has_image=True, key="k")
     with pytest.raises(ValueError, match="would cut the image"):
         processor(max_length=PATCHES).encode(TURNS, has_image=True)
@@ -213,7 +213,7 @@ def test_too_long_is_cut_at_the_end() -> None:
         ([], False, "no question"),
         (TURNS[:1], True, "has no answer"),
         (TURNS[1:2], False, "no question"),
-        ([TURNS[0], {"role": "assistant", "text": ""}], True, "nothing to learn"),
+        ([TURNS[0], {"role": "assistant", "text": ""}], True, "have no answer to learn"),
         ([*TURNS[:2], TURNS[1]], True, "must alternate"),
         ([{"role": "user", "text": "<image><image> Two?"}, TURNS[1]], True, "2 times"),
         (TURNS, False, "but the sample has no image"),
@@ -265,7 +265,7 @@ def test_pictures_of_other_modes_and_towers() -> None:
     assert float(proc.process_images([Image.new("RGB", (8, 8), (255, 255, 255))]).mean()) == pytest.approx(1.0)
 
 
-def test_prompts_generate_what_training_taught(tmp_path: Path) -> None:
+def test_prompts_equal_the_start_of_training_samples(tmp_path: Path) -> None:
     """A prompt is the start of its training sample; saved and reloaded, model and processor answer the same."""
     proc = processor()
     vocab = len(proc.tokenizer)
@@ -285,10 +285,10 @@ def test_prompts_generate_what_training_taught(tmp_path: Path) -> None:
     assert start == sample.input_ids[: len(start)]
     assert len(start) == sample.gate_length
 
-    wanted = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    ids = model.generate(**inputs, **wanted)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    ids = model.generate(**inputs, **options)
     alone = proc.apply_chat_template(text_only, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert model.generate(**alone, **wanted)[0, -5:].tolist() == ids[1, -5:].tolist()
+    assert model.generate(**alone, **options)[0, -5:].tolist() == ids[1, -5:].tolist()
     text = proc.apply_chat_template([question, text_only], add_generation_prompt=True)
     called = proc(text=text, images=[picture])
     assert {k: v.tolist() for k, v in called.items()} == {k: v.tolist() for k, v in inputs.items()}
@@ -301,7 +301,7 @@ def test_prompts_generate_what_training_taught(tmp_path: Path) -> None:
     inputs2 = proc2.apply_chat_template(
         [question, text_only], add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    assert again.generate(**inputs2, **wanted).tolist() == ids.tolist()
+    assert again.generate(**inputs2, **options).tolist() == ids.tolist()
     assert proc2.decode(ids[0], skip_special_tokens=True).startswith("A chat between")
 
 

@@ -74,9 +74,9 @@ def test_llm(family: str, samples: list[Sample], pixels: torch.Tensor, tmp_path:
     model.eval()
     rows = batch(samples, "left")
     del rows["labels"]
-    wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    ids = model.generate(**rows, pixel_values=pixels, **wanted)
-    alone = model.generate(input_ids=torch.tensor([samples[2].ids]), pixel_values=pixels[1:], **wanted)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    ids = model.generate(**rows, pixel_values=pixels, **options)
+    alone = model.generate(input_ids=torch.tensor([samples[2].ids]), pixel_values=pixels[1:], **options)
     assert ids[2, -4:].tolist() == alone[0, -4:].tolist()
 
     model.save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_multi_scale_equals_the_loop(samples: list[Sample]) -> None:
         model(**rows, pixel_values=torch.zeros(2, 3, SIDE, SIDE))
 
 
-def test_llms_that_cannot_be_cut_in_two_are_refused() -> None:
+def test_llms_without_a_separate_decoder_are_refused() -> None:
     class Bypass(LlamaForCausalLM):
         """Computes logits without running its decoder."""
 

@@ -182,7 +182,7 @@ def before_answers(samples: list[Sample]) -> torch.Tensor:
     return mask
 
 
-def test_chunks_change_nothing_but_the_memory() -> None:
+def test_chunks_change_only_the_memory() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50)
     hidden, labels = torch.randn(2, 30, 8), torch.randint(0, 50, (2, 30))
@@ -424,8 +424,8 @@ def test_mode_none_is_llava(select: str) -> None:
         ours.get_input_embeddings().weight.grad, llava.get_input_embeddings().weight.grad, **CLOSE
     )
     first = {name: tensor[:1] for name, tensor in inputs.items()}
-    wanted = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    assert ours.eval().generate(**first, **wanted).tolist() == llava.eval().generate(**first, **wanted).tolist()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert ours.eval().generate(**first, **options).tolist() == llava.eval().generate(**first, **options).tolist()
 
 
 IDS = torch.tensor([[BOS, ALIGN, *[IMAGE] * PATCHES, 5]])
@@ -458,7 +458,7 @@ IDS = torch.tensor([[BOS, ALIGN, *[IMAGE] * PATCHES, 5]])
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_contradictions_are_errors(inputs: dict[str, Any], message: str) -> None:
+def test_contradicting_inputs_are_errors(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny()(**inputs)
 

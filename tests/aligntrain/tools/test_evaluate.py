@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from aligncurate.errors import UserError
-from aligntrain.model.build import build_model, build_processor
 from aligntrain.tools.evaluate import Question, answer_accuracy, held_out_loss, questions_of
 from aligntrain.tools.generate import answer
+from aligntrain.training.build import build_model, build_processor
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions
 
 
@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def naive_losses(model: Any, processor: Any, samples: list[tuple[list[dict[str, str]], bytes | None, int]]) -> Any:
     """The loss of each supervised token by level, one sample at a time."""
-    found: dict[int, list[float]] = defaultdict(list)
+    losses: dict[int, list[float]] = defaultdict(list)
     model.eval()
     for turns, image, level in samples:
         encoded = processor.encode(turns, has_image=image is not None)
@@ -43,16 +43,17 @@ def naive_losses(model: Any, processor: Any, samples: list[tuple[list[dict[str, 
         with torch.inference_mode():
             logits = model(**inputs).logits[0]
         labels = torch.tensor(encoded.labels)
-        wanted = labels[1:] != -100
-        found[level] += cross_entropy(logits[:-1][wanted], labels[1:][wanted], reduction="none").tolist()
-    return found
+        labelled = labels[1:] != -100
+        losses[level] += cross_entropy(logits[:-1][labelled], labels[1:][labelled], reduction="none").tolist()
+    return losses
 
 
 def test_loss_of_levelled_captions_is_that_of_a_plain_loop(models: dict[str, str], tmp_path: Path) -> None:
     config = pretraining(models, captions(tmp_path / "c.tar"), tmp_path / "out")
     processor = build_processor(config)
     model, _ = build_model(config, processor)
-    told = held_out_loss(model, processor, config.replace(level_weights={1: 0.0}))  # only changes the order of training
+    weighted = config.replace(level_weights={1: 0.0})  # only matters in training
+    result = held_out_loss(model, processor, weighted)
     assert model.training and not model.vision_tower.training  # modes are restored
     samples = []
     for n in range(24):
@@ -60,12 +61,12 @@ def test_loss_of_levelled_captions_is_that_of_a_plain_loop(models: dict[str, str
         turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": text}]
         samples.append((turns, picture(n), n % 8 + 1))
     expected = naive_losses(model, processor, samples)
-    assert told.by_level.keys() == expected.keys()
+    assert result.by_level.keys() == expected.keys()
     for level, losses in expected.items():
-        assert told.by_level[level] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert result.by_level[level] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     everything = [loss for losses in expected.values() for loss in losses]
-    assert told.tokens == len(everything)
-    assert told.loss == pytest.approx(sum(everything) / len(everything), abs=1e-5)
+    assert result.tokens == len(everything)
+    assert result.loss == pytest.approx(sum(everything) / len(everything), abs=1e-5)
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
@@ -73,7 +74,7 @@ def test_loss_of_conversations_is_that_of_a_plain_loop(models: dict[str, str], t
     config = finetuning(models, questions(tmp_path / "q.tar"), tmp_path / "out", packing=packing)
     processor = build_processor(config)
     model, _ = build_model(config, processor)
-    told = held_out_loss(model, processor, config)
+    result = held_out_loss(model, processor, config)
     samples: list[Any] = []
     for n in range(24):
         turns = [
@@ -84,8 +85,8 @@ def test_loss_of_conversations_is_that_of_a_plain_loop(models: dict[str, str], t
         ][: 2 + 2 * (n % 2)]
         samples.append((turns, None if n % 4 == 3 else picture(n), 0))
     losses = naive_losses(model, processor, samples)[0]
-    assert told.by_level == {} and told.tokens == len(losses)
-    assert told.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert result.by_level == {} and result.tokens == len(losses)
+    assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_questions_come_one_by_one(tmp_path: Path) -> None:
@@ -97,18 +98,18 @@ def test_questions_come_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(b"no image")
     rows.append({"id": "text", "conversations": [{"from": "human", "value": "hm?"}, {"from": "gpt", "value": "c"}]})
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    found = list(questions_of([tmp_path / "data.json"]))
-    assert [(q.key, q.text, q.answer) for q in found] == [
+    read = list(questions_of([tmp_path / "data.json"]))
+    assert [(q.key, q.text, q.answer) for q in read] == [
         (key, text, said)
         for key, number in (("r0", 0), ("r2", 2))
         for text, said in ((f"first {number}?", "a"), ("then?", "b"))
     ]
-    assert found[0].image.size == (26, 20)
+    assert read[0].image.size == (26, 20)
     with pytest.raises(UserError, match="nowhere"):
         list(questions_of([tmp_path / "nowhere.json"]))
 
 
-def test_accuracy_counts_what_the_model_says(models: dict[str, str], tmp_path: Path) -> None:
+def test_accuracy_counts_equal_answers(models: dict[str, str], tmp_path: Path) -> None:
     config = finetuning(models, questions(tmp_path / "q.tar"), tmp_path / "out")
     processor = build_processor(config)
     model, _ = build_model(config, processor)
@@ -122,10 +123,10 @@ def test_accuracy_counts_what_the_model_says(models: dict[str, str], tmp_path: P
     said = [single[0].upper() + ".", "Yes", "yes", single[3], "yes."]
     asked = [Question("", image, text, s) for image, text, s in zip(images, texts, said, strict=True)]
     known = ["no", "Yes.", "yes"]
-    found = answer_accuracy(
+    accuracy = answer_accuracy(
         model, processor, asked, known, instruction="say it", batch_size=2, max_new_tokens=6, quiet=True
     )
-    assert [told for _, told, _ in found.examples] == single
-    assert (found.questions, found.right, found.usual, found.usual_right) == (5, 2, "yes", 3)
-    assert (found.accuracy, found.baseline) == (0.4, 0.6)
+    assert [reply for _, reply, _ in accuracy.examples] == single
+    assert (accuracy.questions, accuracy.right, accuracy.usual, accuracy.usual_right) == (5, 2, "yes", 3)
+    assert (accuracy.accuracy, accuracy.baseline) == (0.4, 0.6)
     assert answer_accuracy(model, processor, asked, known, limit=3, quiet=True).questions == 3

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from aligntrain import StageConfig
 from aligntrain.data.indexing import build_index
 from aligntrain.data.reader import BatchReader
-from aligntrain.model.build import build_config, build_model, build_processor
+from aligntrain.data.schedule import plan_epoch
 from aligntrain.model.loss import CHUNK_TOKENS, token_losses
 from aligntrain.tools.memory import Memory, estimate_memory
+from aligntrain.training.build import build_config, build_model, build_processor
 from aligntrain.training.distributed import ParallelModel, World
-from aligntrain.training.loop import plan_epoch
 from aligntrain.training.optimizer import make_optimizer
 from tests.support.stage_data import make_models, questions
 
@@ -72,13 +72,13 @@ def test_weights_gradients_and_optimizer_are_what_a_step_holds(
     config = config_of(models, tmp_path, stage, dtype=dtype, **settings)
     model, _ = build_model(config, build_processor(config))
     gradients, moments = step(model, config)
-    told = estimate(config)
+    memory = estimate(config)
     # Autocast keeps a copy in bfloat16 of every float32 weight.
     copies = [p.bfloat16() for p in model.parameters() if p.dtype == torch.float32] if dtype == "bf16" else []
     # The two placeholders extend only the tokenizer's vocabulary, not the weights.
-    assert told.weights == sum(weight.nbytes for weight in (*model.parameters(), *copies))
-    assert told.gradients == sum(gradient.nbytes for gradient in gradients)
-    assert told.optimizer == sum(moment.nbytes for moment in moments)
+    assert memory.weights == sum(weight.nbytes for weight in (*model.parameters(), *copies))
+    assert memory.gradients == sum(gradient.nbytes for gradient in gradients)
+    assert memory.optimizer == sum(moment.nbytes for moment in moments)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -90,21 +90,21 @@ def test_activations_are_about_what_autograd_keeps(models: dict[str, str], tmp_p
     packs = plan_epoch(config, index, 0, packed=True, world_size=1)[0].ranks[0]
     batch = BatchReader(index, processor, packed=True, with_levels=False)(packs[0])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model(**batch.inputs, num_items_in_batch=torch.tensor(1.0))
     logits = 4 * len(output.token_losses) * model.config.text_config.vocab_size
-    held = sum(size for size in kept.values() if size != logits)  # estimated separately
-    told = estimate(config)
+    held = sum(size for size in saved.values() if size != logits)  # estimated separately
+    memory = estimate(config)
     tokens = batch.inputs["input_ids"].numel()
-    estimated = told.activations * tokens / config.token_budget
+    estimated = memory.activations * tokens / config.token_budget
     if checkpointing:
         layers = model.config.text_config.num_hidden_layers
         one_layer = estimate(config.replace(checkpointing=False)).activations * tokens / config.token_budget / layers
@@ -126,12 +126,12 @@ def test_a_sharded_rank_holds_its_share(models: dict[str, str], tmp_path: Path, 
     everything = sum(p.nbytes for p in model.parameters())
     ParallelModel(model, config, four_ranks)
     gradients, moments = step(model, config)
-    told = estimate(config, ranks=4)
+    memory = estimate(config, ranks=4)
     masters = sum(local(p).nbytes for p in model.parameters())
-    assert masters < told.weights < masters + everything  # plus the layers that are gathered
-    assert told.gradients == pytest.approx(sum(local(gradient).nbytes for gradient in gradients), rel=0.03)
-    assert told.optimizer == pytest.approx(sum(local(moment).nbytes for moment in moments), rel=0.03)
-    assert told.activations == estimate(config).activations
+    assert masters < memory.weights < masters + everything  # plus the layers that are gathered
+    assert memory.gradients == pytest.approx(sum(local(gradient).nbytes for gradient in gradients), rel=0.03)
+    assert memory.optimizer == pytest.approx(sum(local(moment).nbytes for moment in moments), rel=0.03)
+    assert memory.activations == estimate(config).activations
 
 
 class PeakMemory(TorchDispatchMode):

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from aligncurate.errors import NonFiniteError, UserError
+from aligncurate.io.files import claim
 from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor, StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader, MicroBatch
-from aligntrain.model.build import build_model, build_processor
 from aligntrain.training import checkpoint, export
 from aligntrain.training import loop as trainer
+from aligntrain.training.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
 from aligntrain.training.optimizer import learning_rate
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
@@ -67,7 +68,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_both_stages_learn_what_they_should(
+def test_each_stage_trains_its_own_modules(
     folder: Path, pretrained: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
     before = build_model(pretraining(models, "x", tmp_path), build_processor(pretraining(models, "x", tmp_path)))[0]
@@ -89,7 +90,7 @@ def test_both_stages_learn_what_they_should(
     assert sum(lines[-1]["gate_weights"]) == pytest.approx(1, abs=1e-4)
     assert set(lines[-1]["grad_norm_by_module"]) == {"projector", "gate", "language_model"}
     assert len(lines[-1]["level_cosine_of_neighbours"]) == 7
-    assert "mfu" not in lines[-1]  # no data sheet says what a CPU can do
+    assert "mfu" not in lines[-1]  # CPUs have no data sheet
 
     model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "out")
     processor = AlignGPTProcessor.from_pretrained(tmp_path / "out")
@@ -97,14 +98,14 @@ def test_both_stages_learn_what_they_should(
     assert model.config.align_token_id == processor.align_token_id
 
 
-def test_finetuning_finds_the_llms_own_template(folder: Path, pretrained: Path, tmp_path: Path) -> None:
-    """Pretraining's plain template, which drops the questions, must not stand in for it."""
+def test_finetuning_uses_the_llms_own_template(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Not the plain template of pretraining, which drops the questions."""
     config = finetuning({"init": str(pretrained)}, "x", tmp_path)
     text = build_processor(config).apply_chat_template([{"role": "user", "content": "what"}])
     assert text == "what?"
     shutil.copytree(pretrained, tmp_path / "lost")
     (tmp_path / "lost" / "llm_chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="chat template of its LLM was not saved there; use --template v1"):
+    with pytest.raises(UserError, match="does not have its LLM's chat template; use --template v1"):
         build_processor(config.replace(init=str(tmp_path / "lost")))
     v1 = build_processor(config.replace(init=str(tmp_path / "lost"), template="v1"))
     assert "USER: what ASSISTANT:" in v1.apply_chat_template(
@@ -167,7 +168,7 @@ def test_losses_and_gradients_against_a_naive_computation(folder: Path, models: 
     assert len([name for name in moments if name.endswith("|exp_avg")]) == 5  # two layers' weights and biases, levels
 
 
-def test_text_alone(models: dict[str, str], tmp_path: Path) -> None:
+def test_text_only_data(models: dict[str, str], tmp_path: Path) -> None:
     turns = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]}
     tar = write_tar(tmp_path / "t.tar", {f"t{n}": (None, turns) for n in range(4)})
     summary = train(finetuning(models, tar, tmp_path / "out", batch_size=4))
@@ -175,8 +176,8 @@ def test_text_alone(models: dict[str, str], tmp_path: Path) -> None:
     assert records(tmp_path / "out")[0]["grad_norm_by_module"]["projector"] == 0
 
 
-def test_what_cannot_be_decoded_changes_nothing_else(models: dict[str, str], tmp_path: Path) -> None:
-    """A broken picture among good ones: the same steps, and the mean of the others' losses."""
+def test_an_unreadable_image_changes_no_other_loss(models: dict[str, str], tmp_path: Path) -> None:
+    """A broken image among good ones: the same steps, and the same losses for the other samples."""
     for name in ("broken", "whole"):
         samples = {f"s{n}": (picture(n), {"caption": f"a thing {n}", "level": n + 1}) for n in range(8)}
         if name == "broken":
@@ -190,14 +191,14 @@ def test_what_cannot_be_decoded_changes_nothing_else(models: dict[str, str], tmp
         assert loss == pytest.approx(whole["loss_by_level"][level], abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler, on its own workings
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers(
     folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
-    """torch.compile by layer, also with activations recomputed: the same as without.
+    """Compiled layers give the same loss and gradients, with and without activation checkpointing.
 
-    All of it but the last stage, which takes a minute: the C++ that is made of the graphs.
+    The aot_eager backend skips generating C++, which takes a minute.
     """
     real, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
     graphs = {"plain": 0, "compiled": 0}
@@ -216,21 +217,21 @@ def test_compiled_layers(
 
 
 def test_s2_with_checkpointing(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
-    """Two scales, four tiles of the larger: recomputing the LLM's layers changes nothing."""
-    for name in ("kept", "recomputed"):
+    """With two image scales, activation checkpointing changes nothing."""
+    for name in ("plain", "recomputed"):
         config = finetuning(models, str(folder / "q.tar"), tmp_path / name, max_steps=1, s2_scales=[24, 48],
                             checkpointing=name == "recomputed", **LEARNS)  # fmt: skip
         train(config)
-    assert weights(tmp_path / "kept")["projector.0.weight"].shape[1] == 2 * 16
-    assert_close(weights(tmp_path / "kept"), weights(tmp_path / "recomputed"))
-    assert records(tmp_path / "kept")[0]["grad_norm_by_module"]["projector"] > 0
+    assert weights(tmp_path / "plain")["projector.0.weight"].shape[1] == 2 * 16
+    assert_close(weights(tmp_path / "plain"), weights(tmp_path / "recomputed"))
+    assert records(tmp_path / "plain")[0]["grad_norm_by_module"]["projector"] > 0
 
 
 @pytest.mark.parametrize(("gone", "good"), [(99, 1), (120, 0), (9, 0)])
-def test_images_that_are_all_gone(
+def test_unreadable_images_stop_the_run_only_if_there_are_no_others(
     models: dict[str, str], tmp_path: Path, gone: int, good: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Some may be broken; a hundred and no other among them, or all, mean that something is wrong with their place."""
+    """Some broken images are skipped; 100 in a row, or all of a short run, are an error."""
     meta = {"caption": "a thing", "level": 3}
     samples = {f"s{n:03d}": (b"gone", meta) for n in range(gone)}
     samples |= {f"t{n:03d}": (picture(n), meta) for n in range(good)}
@@ -244,19 +245,39 @@ def test_images_that_are_all_gone(
         with pytest.raises(UserError, match=sentence):
             train(config)
         assert not (tmp_path / "out" / "config.json").exists()
-    told = " ".join(capsys.readouterr().err.split())
-    assert told.count("this is text, not an image") <= 5
+    printed = " ".join(capsys.readouterr().err.split())
+    assert printed.count("this is text, not an image") <= 5
     if gone > 60:
-        assert "the image cannot be read (this is text, not an image); the sample is skipped" in told
+        assert "the image cannot be read (this is text, not an image); the sample is skipped" in printed
 
 
-def test_a_folder_of_other_files_is_left_alone(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     mine = tmp_path / "out" / "config.json"
     mine.write_text('{"mine": 1}')
     with pytest.raises(UserError, match=r"other files \(config\.json\)"):
         train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", max_steps=1))
     assert mine.read_text() == '{"mine": 1}' and list((tmp_path / "out").iterdir()) == [mine]
+
+
+def test_the_output_folder_is_locked_during_the_run(
+    models: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    steps = []
+
+    def claim_and_rate(config: StageConfig, step: int, total: int) -> float:
+        with pytest.raises(UserError, match="another run is writing to this folder"), claim(out, {"index.arrow"}):
+            pass
+        steps.append(step)
+        return learning_rate(config, step, total)
+
+    monkeypatch.setattr(trainer, "learning_rate", claim_and_rate)
+    config = pretraining(models, str(folder / "c.tar"), out, max_steps=1)
+    train(config)
+    assert steps == [0]
+    with claim(out, {"index.arrow"}), pytest.raises(UserError, match="another run is writing to this folder"):
+        train(config)
 
 
 def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -287,7 +308,7 @@ def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(folder: Path, models: dict[str, str]) -> StageConfig:
-    """Ten steps without a break, of a stage with dropout."""
+    """Ten uninterrupted steps of a stage with dropout."""
     config = ten_steps(folder, models, folder / "straight")
     train(config)
     return config
@@ -374,7 +395,7 @@ def test_killed_and_resumed_bit_for_bit(
 @pytest.mark.parametrize(("sent", "at"), [(signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGINT, 5)])
 def test_signals_save_and_stop(folder: Path, models: dict[str, str], straight: StageConfig, tmp_path: Path,
                                monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, at: int) -> None:  # fmt: skip
-    """SIGTERM and Ctrl-C; at step 5 there is a checkpoint already, which is not written a second time."""
+    """SIGTERM and Ctrl-C; step 5 already has a checkpoint, which is not written twice."""
 
     def rate_and_signal(config: StageConfig, step: int, total: int) -> float:
         if step == at - 1:
@@ -397,30 +418,30 @@ def test_signals_save_and_stop(folder: Path, models: dict[str, str], straight: S
 
 
 def test_a_finished_run_is_not_repeated(straight: StageConfig, tmp_path: Path) -> None:
-    """Nor is the model written again; not even where the checkpoints were deleted to make room."""
+    """And the model is not written again, even if the checkpoints were deleted to save space."""
     out = Path(shutil.copytree(straight.out, tmp_path / "out"))
     before = weights(out)
     for _ in range(2):
         (out / "model.safetensors").unlink()  # would come back if it were written again
         summary = train(straight.replace(out=str(out), workers=1, keep=1))
-        assert (summary.steps, summary.total, summary.loss, summary.again) == (10, 10, None, True)
+        assert (summary.steps, summary.total, summary.loss, summary.already_done) == (10, 10, None, True)
         assert not (out / "model.safetensors").exists()
         shutil.copy(Path(straight.out) / "model.safetensors", out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     with pytest.raises(UserError, match="different settings"):
         train(straight.replace(out=str(out), seed=1))
-    # Killed while the model was written: the configuration, which is written last, is not there.
+    # Killed while the model was written: config.json, which is written last, is missing.
     shutil.copytree(Path(straight.out) / "checkpoints", out / "checkpoints")
     for name in ("config.json", "model.safetensors"):
         (out / name).unlink()
-    assert not train(straight.replace(out=str(out))).again
+    assert not train(straight.replace(out=str(out))).already_done
     assert_close(before, weights(out), 0)
 
 
-def test_the_old_configuration_goes_before_the_new_weights_come(
+def test_export_over_an_old_model_deletes_its_config_first(
     straight: StageConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model over another one: at no time does a folder with a configuration hold only some of the files."""
+    """A folder with a config.json is complete at all times."""
     out = Path(shutil.copytree(straight.out, tmp_path / "out"))
     (out / "finished.json").unlink()
     seen: list[bool] = []
@@ -452,7 +473,7 @@ def test_a_full_disk_while_saving(folder: Path, models: dict[str, str], straight
     assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-00000005", "step-00000010"}
 
 
-def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+def test_resuming_with_other_settings_or_data_is_refused(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
     tar = captions(tmp_path / "c.tar", 16)
     config = pretraining(models, tar, tmp_path / "out", epochs=3, max_steps=3, save_every=2, keep=9)
     train(config)
@@ -461,7 +482,7 @@ def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, st
     with pytest.raises(UserError, match=r"different settings \(learning_rate: 0.001 before, 0.5 now\).*--no-resume"):
         train(config.replace(learning_rate=0.5))
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["learning_rate"] == 1e-3
-    captions(tmp_path / "c.tar", 16, levels=4)  # as long as before, but of other levels
+    captions(tmp_path / "c.tar", 16, levels=4)  # as many pairs, but other levels
     with pytest.raises(UserError, match="the data has changed since this run started"):
         train(config)
     captions(tmp_path / "c.tar", 15)
@@ -470,12 +491,12 @@ def test_other_settings_or_data_are_not_mixed(folder: Path, models: dict[str, st
     assert train(config.replace(resume=False)).steps == 3
 
 
-def test_another_model_to_start_from_is_not_mixed_in(folder: Path, pretrained: Path, tmp_path: Path) -> None:
-    """The first stage was run again, with another seed: what the second does not learn would change under it."""
+def test_resuming_with_a_changed_start_model_is_refused(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    """The first stage was rerun with another seed, so the frozen weights are no longer the same."""
     init = Path(shutil.copytree(pretrained, tmp_path / "init", ignore=shutil.ignore_patterns("checkpoints")))
     config = finetuning({"init": str(init)}, str(folder / "q.tar"), tmp_path / "out", max_steps=2, save_every=1)
     train(config)
-    assert train(config).again
+    assert train(config).already_done
     made_of = json.loads((init / "finished.json").read_text())
     made_of["settings"]["seed"] = 9
     (init / "finished.json").write_text(json.dumps(made_of))
@@ -490,14 +511,14 @@ def test_level_weights_of_data_without_levels(
     assert "the data has no levels, so --level-weights" in " ".join(capsys.readouterr().err.split())
 
 
-def test_only_the_newest_checkpoints_stay(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
     train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", epochs=2, save_every=1, keep=2))
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step-00000005", "step-00000006"]
 
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The picture of c005 is full of NaN."""
+    """The image of c005 is all NaN."""
     real = BatchReader.__call__
 
     def poisoned(self: BatchReader, pack: tuple[int, ...]) -> MicroBatch:
@@ -518,11 +539,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, models: dict[str,
     assert not checkpoints(tmp_path / "out")
 
 
-def test_what_a_model_cannot_be_made_of(folder: Path, models: dict[str, str], pretrained: Path, tmp_path: Path) -> None:
+def test_start_model_errors(folder: Path, models: dict[str, str], pretrained: Path, tmp_path: Path) -> None:
     data, out = str(folder / "q.tar"), tmp_path / "out"
-    with pytest.raises(UserError, match="give --init, the pretrained model"):
+    with pytest.raises(UserError, match="pass --init, the pretrained model"):
         train(finetuning({}, data, out))
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         train(finetuning({"init": str(tmp_path / "none")}, data, out))
     with pytest.raises(UserError, match=r"num_levels is 4, but the model in .* was made with 8"):
         train(finetuning({"init": str(pretrained)}, data, out, num_levels=4))
@@ -557,8 +578,8 @@ def test_learning_rate() -> None:
 
 def test_bf16_keeps_float32_masters(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
     train(finetuning(models, str(folder / "q.tar"), tmp_path / "out", dtype="bf16", max_steps=1))
-    kept = load_file(checkpoints(tmp_path / "out")[-1] / "weights-00000.safetensors")
-    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    saved = load_file(checkpoints(tmp_path / "out")[-1] / "weights-00000.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
 
 
@@ -594,7 +615,7 @@ def test_loggers_by_name(folder: Path, models: dict[str, str], tmp_path: Path, m
 
 
 def test_tensorboard(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
-    """Written by the library, read back by it: every number once, also where a run went on from a checkpoint."""
+    """Every number is logged once, even if the run was resumed from a checkpoint."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -603,16 +624,16 @@ def test_tensorboard(folder: Path, models: dict[str, str], tmp_path: Path) -> No
     shutil.rmtree(checkpoints(tmp_path / "out")[-1])
     (tmp_path / "out" / "finished.json").unlink()
     train(config)
-    found = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
-    found.Reload()
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
     lines = records(tmp_path / "out")
     for name in ("loss", "grad_norm"):
-        read = [(event.step, event.value) for event in found.Scalars(name)]
+        read = [(event.step, event.value) for event in events.Scalars(name)]
         assert read == [(line["step"], pytest.approx(line[name])) for line in lines]
-    assert "loss_by_level/1" in found.Tags()["scalars"]
+    assert "loss_by_level/1" in events.Tags()["scalars"]
 
 
-@pytest.mark.filterwarnings("ignore")  # wandb's own
+@pytest.mark.filterwarnings("ignore")  # wandb's own warnings
 def test_wandb_offline(folder: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -623,7 +644,9 @@ def test_wandb_offline(folder: Path, models: dict[str, str], tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_where_training_cannot_go(models: dict[str, str], pretrained: Path, folder: Path, tmp_path: Path) -> None:
+def test_unusable_output_folder_or_attention(
+    models: dict[str, str], pretrained: Path, folder: Path, tmp_path: Path
+) -> None:
     data = str(folder / "q.tar")
     with pytest.raises(UserError, match="--out is the same folder as --init, which would be overwritten"):
         train(finetuning({"init": str(pretrained)}, data, pretrained))
@@ -635,8 +658,8 @@ def test_a_large_seed(folder: Path, models: dict[str, str], tmp_path: Path) -> N
     assert train(pretraining(models, str(folder / "c.tar"), tmp_path, seed=2**62, max_steps=1)).steps == 1
 
 
-def test_beginning_anew_deletes_the_old_checkpoints(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
-    """Otherwise an old one of more steps would pass for the newest."""
+def test_no_resume_deletes_the_old_checkpoints(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """Otherwise an old checkpoint with more steps would be taken for the newest."""
     config = pretraining(models, str(folder / "c.tar"), tmp_path / "out", epochs=3, keep=1)
     train(config)
     train(config.replace(epochs=1, resume=False))
@@ -645,7 +668,7 @@ def test_beginning_anew_deletes_the_old_checkpoints(folder: Path, models: dict[s
     assert_close(weights(tmp_path / "out"), weights(tmp_path / "fresh"), 0)
 
 
-def test_a_run_without_learning_rate_says_so(
+def test_notice_if_the_learning_rate_is_always_zero(
     folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The warm-up starts at 0, so a single step changes nothing."""

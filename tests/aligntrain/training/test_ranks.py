@@ -1,4 +1,4 @@
-"""Two ranks do what one does: replicated (DDP) and sharded (FSDP2), resumed from one rank, and in their errors."""
+"""Two ranks (DDP, FSDP2) give the same results as one, resume its checkpoints, and stop on each other's errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from aligntrain import StageConfig, train
 from aligntrain.data.index import Index
 from aligntrain.data.reader import BatchReader
-from aligntrain.model.build import build_model, build_processor
+from aligntrain.data.schedule import plan_epoch
+from aligntrain.training.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
-from aligntrain.training.loop import plan_epoch
 from tests.aligntrain.training.test_loop import assert_close, records, weights
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, write_tar
 
@@ -29,7 +29,7 @@ FEW = {"max_steps": 2, "save_every": 1, "keep": 9, "learning_rate": 1e-3, "warmu
 
 
 def mixed(path: Path) -> str:
-    """Conversations of which most have no picture, so that some steps of some ranks have none at all."""
+    """Conversations, most without an image, so that some ranks have steps without any image."""
     samples: dict[str, Any] = {}
     for n in range(24):
         turns = [{"from": "human", "value": "what" + "?" * (n % 7)}, {"from": "gpt", "value": f"thing {n}"}]
@@ -45,7 +45,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageConfig]:
-    """Every job on one rank, and then in one go on two."""
+    """Every job on one rank, then all of them on two ranks in one process each."""
     folder = tmp_path_factory.mktemp("ranks")
     models = make_models(folder)
     data, tar = captions(folder / "c.tar"), mixed(folder / "q.tar")
@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageConfig]:
     for name, config in jobs.items():
         two[name] = config.replace(out=f"{config.out}_two")
         train(config)
-    # The sharded stage once more, from what one rank left after a step.
+    # The sharded stage again, resumed from the checkpoint that one rank saved after a step.
     shutil.copytree(jobs["finetune_fsdp"].out, folder / "resumed_two")
     shutil.rmtree(checkpoints(folder / "resumed_two")[-1])
     (folder / "resumed_two" / "finished.json").unlink()
@@ -73,12 +73,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageConfig]:
     for name in ("reading", "writing", "weights"):  # what the workers break, by the folder's name
         two[name] = jobs["finetune_fsdp"].replace(out=str(folder / name))
     (folder / "jobs.json").write_text(json.dumps([config.to_json() for config in two.values()]))
-    # What torchrun would say; its own start takes longer than all of this.
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    # The environment that torchrun would set; starting torchrun itself takes longer than all of this.
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(folder / "jobs.json")],
-            env={**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -101,7 +101,7 @@ def test_two_ranks_equal_one(runs: dict[str, StageConfig], name: str) -> None:
         assert ours["loss_by_level"] == pytest.approx(theirs["loss_by_level"], abs=1e-5)
 
 
-def test_moments_are_saved_whole(runs: dict[str, StageConfig]) -> None:
+def test_moments_are_saved_unsharded(runs: dict[str, StageConfig]) -> None:
     ours, theirs = (
         load_file(checkpoints(Path(runs[name].out))[-1] / "optimizer-00000.safetensors")
         for name in ("finetune_fsdp", "finetune_fsdp_two")
@@ -114,8 +114,8 @@ def test_resumed_on_another_number_of_ranks(runs: dict[str, StageConfig]) -> Non
 
 
 def test_bf16_shards_keep_float32_masters(runs: dict[str, StageConfig]) -> None:
-    kept = load_file(checkpoints(Path(runs["pretrain_fsdp_two"].out))[-1] / "weights-00000.safetensors")
-    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    saved = load_file(checkpoints(Path(runs["pretrain_fsdp_two"].out))[-1] / "weights-00000.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def first_gradients(config: StageConfig) -> dict[str, torch.Tensor]:
@@ -161,14 +161,14 @@ def test_gradients_of_two_ranks_equal_plain_autograd(runs: dict[str, StageConfig
 
 
 def test_bf16_lora_in_shards(runs: dict[str, StageConfig]) -> None:
-    """Frozen bfloat16 weights and learning float32 ones in the same shards."""
+    """Frozen bfloat16 and trained float32 weights in the same shards."""
     one, two = (Path(runs[name].out) for name in ("lora_bf16_fsdp", "lora_bf16_fsdp_two"))
     for ours, theirs in zip(records(one), records(two), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-2)
-    kept = load_file(checkpoints(two)[-1] / "weights-00000.safetensors")
-    assert any("lora_" in name for name in kept)
-    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    saved = load_file(checkpoints(two)[-1] / "weights-00000.safetensors")
+    assert any("lora_" in name for name in saved)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_bf16_lora_in_shards(runs: dict[str, StageConfig]) -> None:
     [
         ("reading", "the disk went away"),  # on the second rank, in the second step
         ("writing", "the checkpoint cannot be written (No space left on device)"),  # on the first, between exchanges
-        ("weights", "the memory is full"),  # on the second, while the model is made
+        ("weights", "the memory is full"),  # on the second, while the model is built
     ],
 )
-def test_the_error_of_one_rank_is_that_of_all(runs: dict[str, StageConfig], name: str, message: str) -> None:
+def test_an_error_on_one_rank_stops_all(runs: dict[str, StageConfig], name: str, message: str) -> None:
     out = Path(runs[f"{name}_two"].out)
     for rank in (0, 1):
         assert message in Path(f"{out}.error-{rank}").read_text()
@@ -208,8 +208,8 @@ def test_accelerate_launch(runs: dict[str, StageConfig], tmp_path: Path) -> None
     assert ours["packing_efficiency"] == theirs["packing_efficiency"]  # which counts the ranks
 
 
-def test_a_mistake_reaches_every_rank(runs: dict[str, StageConfig]) -> None:
+def test_every_rank_gets_the_same_user_error(runs: dict[str, StageConfig]) -> None:
     out = runs["mistake_two"].out
-    told = [Path(f"{out}.error-{rank}").read_text() for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert "but the model has 5 levels" in told[0]
+    errors = [Path(f"{out}.error-{rank}").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "but the model has 5 levels" in errors[0]

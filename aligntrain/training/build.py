@@ -1,4 +1,4 @@
-"""From a StageConfig to the model and processor that the stage trains."""
+"""Builds the model and the processor that a stage trains, from its StageConfig."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 from aligncurate.errors import UserError
+from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
@@ -164,12 +164,12 @@ def _own_template(config: StageConfig, before: AlignGPTProcessor) -> str | None:
     if before.template == "chat":
         return str(before.chat_template)
     if config.template == "chat":
-        raise UserError(f"{config.init}: the chat template of its LLM was not saved there; use --template v1.")
+        raise UserError(f"{config.init}: does not have its LLM's chat template; use --template v1.")
     return None
 
 
 def _given(config: StageConfig, *names: str) -> dict[str, Any]:
-    """The settings among ``names`` that are given, as arguments of AlignGPTConfig."""
+    """Those settings in ``names`` that are not None, as arguments of AlignGPTConfig."""
     values = {name: getattr(config, name) for name in names}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
 
@@ -203,16 +203,16 @@ def _load(config: StageConfig) -> AlignGPTForConditionalGeneration:
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("gate."))
     if missing or report["mismatched_keys"]:
         wrong = ", ".join([*missing, *map(str, report["mismatched_keys"])][:3])
-        raise UserError(f"{config.init}: its weights do not fit its configuration ({wrong}); give an intact model.")
+        raise UserError(f"{config.init}: its weights do not fit its configuration ({wrong}); use an intact model.")
     return model
 
 
 @contextmanager
 def _load_errors(config: StageConfig) -> Iterator[None]:
-    """Raise one UserError for whatever is wrong with the folders or names that the stage starts from."""
+    """Raise a UserError if the models that the stage starts from are missing or cannot be loaded."""
     if config.init is None and (config.llm is None or config.vision is None):
         missing = "--init, the pretrained model" if config.stage == "finetune" else "--llm and --vision"
-        raise UserError(f"there is no model to start from; give {missing}.")
+        raise UserError(f"no model to start from; pass {missing}.")
     sources = [str(config.init)] if config.init is not None else [str(llm_of(config)), str(vision_of(config))]
     for source in sources:
         check_model_exists(source)

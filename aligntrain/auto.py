@@ -1,6 +1,6 @@
 """Registers AlignGPT with transformers' Auto classes when it is imported.
 
-import aligntrain.model.auto
+import aligntrain.auto
 model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 """
