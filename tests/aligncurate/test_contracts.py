@@ -97,7 +97,7 @@ def test_a_source_that_grew_or_shrank_is_noticed(tmp_path, rows) -> None:
     file = table_of(tmp_path, {"a.jpg": "a", "b.jpg": "b"})
     aligncurate.ingest(file, tmp_path / "out", source=options, quiet=True)
     table_of(tmp_path, {f"{name}.jpg": "caption" for name in "abc"[:rows]})
-    with pytest.raises(UserError, match=r"rows\.csv has changed since"):
+    with pytest.raises(UserError, match=r"rows\.csv has changed since\); add --retry-errors"):
         aligncurate.ingest(file, tmp_path / "out", source=options, quiet=True)
     retried = aligncurate.ingest(file, tmp_path / "out", source=options, retry_errors=True, quiet=True).dataset
     assert frame_of(retried)["caption"].to_list() == ["caption"] * rows
