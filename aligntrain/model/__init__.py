@@ -1,1 +1,1 @@
-"""The AlignGPT model: configuration, alignment (level table and gate), vision, heads, loss, packing."""
+"""The AlignGPT model: configuration, alignment (level table and gate), vision, LLM parts, loss, packing."""

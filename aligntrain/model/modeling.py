@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from aligntrain.model.alignment import AlignmentGate, LevelEmbeddings, gate_dots, mean_text
 from aligntrain.model.configuration import AlignGPTConfig
-from aligntrain.model.heads import decoder_of, head_of
+from aligntrain.model.llm import decoder_of, head_of
 from aligntrain.model.loss import IGNORE, token_losses
 from aligntrain.model.packing import positions_of
 from aligntrain.model.vision import build_projector, vision_features

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from aligntrain.model.heads import decoder_of
+from aligntrain.model.llm import decoder_of
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
 

@@ -30,12 +30,12 @@ from aligntrain.training.checkpoint import Position
 from aligntrain.training.distributed import ParallelModel, World, attempt, world_of_environment
 from aligntrain.training.export import export
 from aligntrain.training.flops import Flops, trains_llm
-from aligntrain.training.health import ImageHealth, non_finite_error
+from aligntrain.training.interrupts import stop_signals
 from aligntrain.training.log import Log
 from aligntrain.training.metrics import Metrics, level_cosines
 from aligntrain.training.optimizer import clip_gradients, gradient_norms, learning_rate, make_optimizer, total_norm
 from aligntrain.training.prepare import StageData, prepare_data, warn_of_waste
-from aligntrain.training.signals import stop_signals
+from aligntrain.training.step_checks import ImageHealth, non_finite_error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.train_models import ALIGN, BOS, IMAGE, PATCHES, SIDE, Sample
+from tests.support.small_models import ALIGN, BOS, IMAGE, PATCHES, SIDE, Sample
 
 PARITY = Path(os.environ.get("ALIGN_PARITY", Path(__file__).parents[2].parent / "shared" / "parity"))
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPImageProcessor, C
 
 from aligntrain import StageConfig
 from tests.support import inputs
-from tests.support.train_models import CLIP, LLAMA
+from tests.support.small_models import CLIP, LLAMA
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
 FAST: dict[str, Any] = {

@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from aligntrain import AlignGPTProcessor
 from aligntrain.inputs.tokenizer import load_tokenizer
-from tests.support.train_models import CLIP, tiny
+from tests.support.small_models import CLIP, tiny
 
 PATCHES, SIDE = 9, 24
 CHATML = (

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from aligntrain.model.alignment import AlignmentGate, LevelEmbeddings, gate_dots, mean_text
-from tests.support import train_naive
-from tests.support.train_models import PATCHES, Sample, batch, gradients, packed, tiny
+from tests.support import naive_alignment
+from tests.support.small_models import PATCHES, Sample, batch, gradients, packed, tiny
 
 MODES = ["gated", "local", "global", "average", "fixed:1", "fixed:3", "fixed:5"]
 
@@ -22,10 +22,10 @@ def test_every_mode_equals_the_loop(mode: str, num_levels: int, num_patches: int
     text, owner = torch.randn(8, 6), torch.tensor([0, 1, 1, -1, 0, 1, -1, 0])
     lists = [[t for t, o in zip(text, owner.tolist(), strict=True) if o == i] for i in range(3)]
     dots = gate_dots(features, mean_text(text, owner, 3))
-    torch.testing.assert_close(dots, train_naive.gate_dots(features, lists))
+    torch.testing.assert_close(dots, naive_alignment.gate_dots(features, lists))
     alpha = gate(dots)
-    torch.testing.assert_close(alpha, train_naive.alpha(gate, dots))
-    torch.testing.assert_close(table.mix(mode, alpha, 3), train_naive.align(mode, table.weight, alpha))
+    torch.testing.assert_close(alpha, naive_alignment.alpha(gate, dots))
+    torch.testing.assert_close(table.mix(mode, alpha, 3), naive_alignment.align(mode, table.weight, alpha))
 
 
 def test_levels_count_from_one() -> None:
@@ -53,7 +53,7 @@ def test_gate_text(gate_text: str, layout: str, samples: list[Sample], pixels: t
     words = {"instruction": [[5, 6, 7, 8, 9], [30, 31, 32]], "all": [[5, 6, 7, 8, 9, 10, 11, 12, 13], [30, 31, 32, 33]]}
     table = model.get_input_embeddings().weight
     features = model.projector(model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
-    expected = train_naive.gate_dots(features, [[table[word] for word in row] for row in words[gate_text]])
+    expected = naive_alignment.gate_dots(features, [[table[word] for word in row] for row in words[gate_text]])
     torch.testing.assert_close(output.gate_dots, expected, rtol=1e-5, atol=1e-5)
     assert output.gate_dots.shape == (2, PATCHES)
 
@@ -67,7 +67,7 @@ def test_explicit_gate_mask_wins(samples: list[Sample], pixels: torch.Tensor) ->
     output = model(**inputs, pixel_values=pixels, gate_mask=mask)
     table = model.get_input_embeddings().weight
     features = model.projector(model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
-    torch.testing.assert_close(output.gate_dots, train_naive.gate_dots(features, [[table[5]], []]))
+    torch.testing.assert_close(output.gate_dots, naive_alignment.gate_dots(features, [[table[5]], []]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -79,7 +79,7 @@ def test_each_mode_in_the_model(mode: str, samples: list[Sample], pixels: torch.
     )
     output = model(**batch(samples), pixel_values=pixels)
     weights = output.gate_weights if mode in ("gated", "local") else torch.zeros(2, 4)
-    expected = train_naive.align(mode, model.level_embeddings.weight, weights)
+    expected = naive_alignment.align(mode, model.level_embeddings.weight, weights)
     torch.testing.assert_close(seen[0][[0, 2], 1], expected)
 
 

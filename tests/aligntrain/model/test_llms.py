@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from aligntrain.model.heads import decoder_of, head_of
+from aligntrain.model.llm import decoder_of, head_of
 from aligntrain.model.packing import can_pack
-from tests.support import train_naive
-from tests.support.train_models import SIDE, Sample, batch, gradients, packed, tiny
+from tests.support import naive_alignment
+from tests.support.small_models import SIDE, Sample, batch, gradients, packed, tiny
 
 SMALL = {
     "vocab_size": 64,
@@ -61,7 +61,7 @@ def test_llm(family: str, samples: list[Sample], pixels: torch.Tensor, tmp_path:
     labels = inputs.pop("labels")
     mask = (labels == -100).cumprod(1).bool()
     logits = model(**inputs, pixel_values=pixels, gate_mask=mask).logits
-    torch.testing.assert_close(output.token_losses, train_naive.token_losses(logits, labels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.token_losses, naive_alignment.token_losses(logits, labels), rtol=1e-5, atol=1e-5)
 
     assert can_pack(model.language_model) == (family not in UNPACKABLE)
     if family not in UNPACKABLE:
@@ -110,7 +110,7 @@ def test_multi_scale_equals_the_loop(samples: list[Sample]) -> None:
     seen: list[torch.Tensor] = []
     model.projector.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     model(**batch(samples), pixel_values=pixels).loss.backward()
-    expected = train_naive.s2(model.vision_tower, pixels, [24, 48, 72], -2, 8)
+    expected = naive_alignment.s2(model.vision_tower, pixels, [24, 48, 72], -2, 8)
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
     rows = batch(samples, "left")
     del rows["labels"]

@@ -23,8 +23,8 @@ from transformers import (
 from aligntrain import AlignGPTConfig, AlignGPTForConditionalGeneration
 from aligntrain.model.loss import token_losses
 from aligntrain.model.packing import can_pack, positions_of, sequence_ids_of
-from tests.support import train_naive
-from tests.support.train_models import ALIGN, BOS, IMAGE, PATCHES, SIDE, Sample, batch, gradients, packed, tiny
+from tests.support import naive_alignment
+from tests.support.small_models import ALIGN, BOS, IMAGE, PATCHES, SIDE, Sample, batch, gradients, packed, tiny
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -167,7 +167,7 @@ def test_loss_is_over_the_step(samples: list[Sample], pixels: torch.Tensor) -> N
     labels = inputs["labels"]
     output = model(**inputs)
     full = model(**{k: v for k, v in inputs.items() if k != "labels"}, gate_mask=before_answers(samples)).logits
-    expected = train_naive.token_losses(full, labels)
+    expected = naive_alignment.token_losses(full, labels)
     torch.testing.assert_close(output.token_losses, expected, **CLOSE)
     torch.testing.assert_close(output.loss, expected.mean(), **CLOSE)
     assert output.logits is None

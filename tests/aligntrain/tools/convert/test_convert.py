@@ -28,7 +28,7 @@ from aligntrain.tools.convert.convert import convert, load_any
 from aligntrain.tools.convert.official import save_official
 from aligntrain.tools.convert.projector import load_projector, save_projector
 from aligntrain.tools.convert.tensors import read_tensors
-from tests.support.train_models import SIDE, tiny
+from tests.support.small_models import SIDE, tiny
 
 Tensors = dict[str, torch.Tensor]
 
