@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from aligncurate.dataset.record import FINE, Status
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY
+from aligncurate.io.parquet import first_line
 
 _FACTS = b"aligncurate.facts"
 SCORE_COUNTS = "score_counts"
@@ -67,19 +68,19 @@ def part_name(index: int) -> str:
 
 def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
-    with readable(file) as part:
+    with open_part(file) as part:
         for group in range(part.num_row_groups):
             yield part.read_row_group(group, columns=columns, use_threads=False)
 
 
 @contextmanager
-def readable(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+def open_part(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
     """A part opened for reading; columns in `encoded` come as dictionaries. Raises UserError when it is damaged."""
     try:
         with pq.ParquetFile(file, read_dictionary=list(encoded), pre_buffer=False) as part:
             yield part
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: the part cannot be read ({error}); make the dataset again.") from None
+        raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
 
 
 class PartWriter:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION
-from aligncurate.dataset.part import SCORE_COUNTS, PartInfo, readable, row_groups
+from aligncurate.dataset.part import SCORE_COUNTS, PartInfo, open_part, row_groups
 from aligncurate.errors import UserError
 from aligncurate.io.files import read_json
 from aligncurate.levels import Counts
@@ -65,7 +64,10 @@ class Dataset:
     @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema that all parts share."""
-        return pq.read_schema(self.files[0]) if self.files else pa.schema([])
+        if not self.files:
+            return pa.schema([])
+        with open_part(self.files[0]) as part:
+            return part.schema_arrow
 
     @cached_property
     def files(self) -> list[Path]:
@@ -85,7 +87,8 @@ class Dataset:
             return int(thresholds["levels"])
         highest = 0
         for file in self.files:
-            metadata = pq.read_metadata(file)
+            with open_part(file) as part:
+                metadata = part.metadata
             # Parquet numbers the leaves of nested columns, so the number differs from that in the Arrow schema.
             column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "level")
             for group in range(metadata.num_row_groups):
@@ -125,7 +128,7 @@ class Dataset:
 
     def read(self, index: int, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()) -> pa.Table:
         """Part `index` as a table; columns in `encoded` as dictionaries. Raises UserError if the file is damaged."""
-        with readable(self.files[index], encoded) as part:
+        with open_part(self.files[index], encoded) as part:
             return part.read(columns=columns, use_threads=False)
 
     def groups(self, index: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from aligncurate.dataset.part import readable
+from aligncurate.dataset.part import open_part
 from aligncurate.dataset.pointers import POINTER_COLUMNS, read_images
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING
@@ -87,7 +87,7 @@ def _note(beside: Path) -> dict[str, Any]:
 def _tar_batches(dataset: Dataset, tar: Tar, per_level: bool) -> Iterator[pa.RecordBatch]:
     """The rows of a tar, a few hundred at a time."""
     for part, skip, left in tar.pieces:
-        with readable(dataset.files[part]) as file:
+        with open_part(dataset.files[part]) as file:
             for group in range(file.num_row_groups):
                 # All other columns, which may be embedded images, are read only if the group has rows for this tar.
                 mask = _matching(file.read_row_group(group, ["status", "level"], use_threads=False), tar, per_level)

@@ -131,6 +131,15 @@ def test_a_damaged_part_is_named(tmp_path) -> None:
         dataset.read(1)
 
 
+@pytest.mark.parametrize("content", [b"", b"PAR1 nothing PAR1", b"PAR1" + bytes(range(64)) + b"\x20\0\0\0PAR1"])
+def test_a_damaged_first_part_is_named_wherever_it_is_opened(tmp_path, content) -> None:
+    write(tmp_path / "out", ["ab", "cd"]).files[0].write_bytes(content)
+    dataset = aligncurate.open_dataset(tmp_path / "out")
+    for look in (lambda: dataset.schema, lambda: dataset.levels, lambda: aligncurate.inspect(dataset)):
+        with pytest.raises(UserError, match=r"part-00000\.parquet: the part is damaged"):
+            look()
+
+
 def _try_to_write(path: Path, answer) -> None:
     try:
         write(path, ["ab"])

@@ -257,6 +257,6 @@ def test_a_damaged_part_is_named_in_the_error(tmp_path, scored) -> None:
     dataset = aligncurate.filter(scored, tmp_path / "copy", top_fraction=1.0, quiet=True)
     dataset.files[1].write_bytes(dataset.files[1].read_bytes()[:-100])
     frozen = aligncurate.bucket(scored, tmp_path / "first", quiet=True).path
-    with pytest.raises(UserError, match=r"part-00001\.parquet: the part cannot be read"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet: the part is damaged"):
         aligncurate.bucket(dataset, tmp_path / "out", thresholds=frozen, quiet=True)
     assert not list((tmp_path / "out").glob(".tmp-*"))
