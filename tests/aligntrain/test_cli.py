@@ -44,14 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
     result = run("train", "finetune", path / "q.tar", *start, "--out", path / "second", *SMALL)
     assert result.exit_code == 0, result.output
     assert "finetuned in 6 steps" in result.output
-    (path / "second.txt").write_text(result.output)
+    (path / "second" / "printed.txt").write_text(result.output)
     return path
 
 
 def test_the_loss_at_the_start_and_at_the_end_is_printed(folder: Path) -> None:
     losses = [json.loads(line)["loss"] for line in (folder / "second" / "log.jsonl").read_text().splitlines()]
     assert losses[0] != losses[-1]
-    printed = (folder / "second.txt").read_text()
+    printed = (folder / "second" / "printed.txt").read_text()
     assert f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; the model is in {folder / 'second'}" in printed
 
 
