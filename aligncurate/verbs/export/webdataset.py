@@ -141,12 +141,12 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
 
 
 def _start_flush(file: BinaryIO, start: int) -> int:
-    """Let the disk write what follows byte `start` while the next pairs are read; returns where that ends.
+    """Start writing the file's bytes from `start` on to disk, without waiting; returns where they end.
 
-    Without it, the disk would idle until the tar is synced, and we while it is. Linux starts writing when told that
-    the data will not be needed; bytes that are on their way to the disk stay in the cache.
+    Otherwise the disk idles until the final sync, and this process idles during it. Linux starts to write data that it
+    is told will not be needed.
     """
-    end = file.tell()
+    end = os.fstat(file.fileno()).st_size
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
     return end
