@@ -4,8 +4,8 @@
     ├── UserError (a ValueError)     what the user gave cannot be used; exit code 2
     ├── RunError (a RuntimeError)    a run could not finish; what it committed is kept; exit code 1
     │   ├── ShardError               an input shard could not be read; the other shards go on
-    │   ├── WorkerError              a worker process died, for example out of memory
-    │   └── NonFiniteError           the training loss or its gradient is not a finite number
+    │   └── WorkerError              a worker process died, for example out of memory
+    ├── NonFiniteError (a RuntimeError)  the training loss or its gradient is not finite; exit code 1
     └── ImageError                   one image cannot be used; it becomes the status of its row
 
 The command line handles the tree in one place (`aligncurate.cli.app`): one sentence, no traceback. Every message is
@@ -35,7 +35,7 @@ class WorkerError(RunError):
     """A worker process ended before its work did, for example because the system ran out of memory."""
 
 
-class NonFiniteError(RunError):
+class NonFiniteError(AlignCurateError, RuntimeError):
     """The training loss or its gradient is not finite; the message names the step and the samples' keys."""
 
 

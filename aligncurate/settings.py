@@ -38,6 +38,7 @@ def setting(
     at_most: float | None = None,
     shown: str | None = None,
     flag: str | None = None,
+    none_is_value: bool = False,
 ) -> Any:
     """A dataclass field that is a setting.
 
@@ -49,6 +50,7 @@ def setting(
         at_least, at_most: smallest and largest number allowed.
         shown: the default as `--help` shows it, where the value itself says little.
         flag: the option's name, where it is not that of the field.
+        none_is_value: `none` is one of its values, so it does not clear the setting.
     """
     metadata = {
         "help": help,
@@ -58,6 +60,7 @@ def setting(
         "at_most": at_most,
         "shown": shown,
         "flag": flag,
+        "none_is_value": none_is_value,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -129,8 +132,11 @@ def recorded(settings: Any) -> dict[str, Any]:
     return found
 
 
-def parse(settings: type, name: str, text: str) -> Any:
+def parse(settings: type, name: str, text: str, *, clears: bool = True) -> Any:
     """A setting's value as written on a command line: `3`, `1e-4`, `true`, `a,b`, `1:0,2:0.5`.
+
+    Args:
+        clears: `none` and `null` stand for None in an optional setting that has no value of that name.
 
     Raises UserError when the text is not a value of the setting's type. An unknown name is left to `check_names`.
     """
@@ -138,7 +144,8 @@ def parse(settings: type, name: str, text: str) -> Any:
     if kind is None:
         return text
     optional, kind = NoneType in typing.get_args(kind), without_none(kind)
-    if optional and (text.lower() == "null" or (text.lower() == "none" and kind is not str)):
+    none_is_value = settings.__dataclass_fields__[name].metadata["none_is_value"]  # type: ignore[attr-defined]
+    if clears and optional and not none_is_value and text.lower() in ("none", "null"):
         return None
     try:
         if kind is bool:

@@ -37,7 +37,7 @@ train_app = typer.Typer(
 app.add_typer(train_app, name="train")
 
 _stdout = make_console()
-_with_stage_settings = with_settings(StageConfig, leave_out=("stage", "data"))
+_with_stage_settings = with_settings(StageConfig, leave_out=("stage", "data"), over_file=True)
 
 Data = Annotated[
     list[str],

@@ -40,7 +40,7 @@ class StageConfig:
 
     num_levels: int | None = setting("Number of alignment levels N (8 for a new model).", None, at_least=2)
     align_mode: str | None = setting(
-        "Alignment vector: gated (default), global, local, average, fixed:k or none.", None
+        "Alignment vector: gated (default), global, local, average, fixed:k or none.", None, none_is_value=True
     )
     gate_text: Literal["instruction", "all"] | None = setting(
         "Text that the gate sees: instruction (default) or all, answers included.", None

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from aligncurate import __version__
 from aligncurate.cli import curate
-from aligncurate.errors import RunError, UserError
+from aligncurate.errors import NonFiniteError, RunError, UserError
 from aligncurate.progress import make_console
 
 _MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
@@ -29,11 +29,14 @@ def _one_sentence() -> Iterator[None]:
         _print_error(str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        _print_error("Interrupted. Finished parts are kept; rerun to resume.")
+        make_console(stderr=True).print("Interrupted. Finished work is kept; rerun to resume.")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants
         raise typer.Exit(0) from None
+    except NonFiniteError as error:
+        _print_error(str(error))
+        raise typer.Exit(1) from None
     except RunError as error:  # no other RuntimeError: those are bugs, whose traceback helps
         _print_error(f"{str(error).rstrip('.')}. Finished parts are kept; rerun to resume.")
         raise typer.Exit(1) from None

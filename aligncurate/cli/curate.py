@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ def score(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> N
     from aligncurate.verbs.score import score as run
 
     result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
-    _end_of_run("scored", result, out, f"aligncurate bucket {out} --out LEVELLED", quiet)
+    _end_of_run("scored", result, out, f"aligncurate bucket {shlex.quote(str(out))} --out LEVELLED", quiet)
 
 
 @app.command()
@@ -38,7 +39,7 @@ def ingest(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> 
     from aligncurate.verbs.ingest import ingest as run
 
     result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
-    _end_of_run("ingested", result, out, f"aligncurate score {out} --out SCORED", quiet)
+    _end_of_run("ingested", result, out, f"aligncurate score {shlex.quote(str(out))} --out SCORED", quiet)
 
 
 @app.command()
@@ -68,7 +69,7 @@ def bucket(
 
         inspection = measure(levelled, score_column=score_column)
         make_console().print(render(inspection))
-        following = f"{next_command(inspection)}, or aligncurate export {out} --out SHARDS"
+        following = f"{next_command(inspection)}, or aligncurate export {shlex.quote(inspection.path)} --out SHARDS"
         make_console().print(render_next(following), soft_wrap=True)
 
 

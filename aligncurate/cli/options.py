@@ -31,7 +31,7 @@ ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
 
 
 def with_settings(
-    *classes: type, leave_out: Collection[str] = ()
+    *classes: type, leave_out: Collection[str] = (), over_file: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command gets an option for every field of the settings dataclasses.
 
@@ -40,6 +40,8 @@ def with_settings(
     Args:
         classes: dataclasses whose fields are `aligncurate.settings.setting`s.
         leave_out: fields that get no option.
+        over_file: the options go over those of a settings file, so each switch can be turned off too, and `none` clears
+            an optional setting.
     """
 
     def decorate(command: Command) -> Command:
@@ -47,7 +49,7 @@ def with_settings(
         own = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
         homes = {name: cls for cls in classes for name in field_types(cls) if name not in leave_out}
         quiet = [p for p in own if p.name == "quiet"]  # last, as everywhere
-        parameters = [p for p in own if p.name != "quiet"] + _parameters(homes) + quiet
+        parameters = [p for p in own if p.name != "quiet"] + _parameters(homes, over_file) + quiet
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
 
         @wraps(command)
@@ -57,7 +59,9 @@ def with_settings(
                 if name not in homes:
                     options[name] = value
                 elif value is not None:
-                    options[name] = parse(homes[name], name, value) if isinstance(value, str) else value
+                    options[name] = (
+                        parse(homes[name], name, value, clears=over_file) if isinstance(value, str) else value
+                    )
             command(**options)
 
         wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -67,7 +71,7 @@ def with_settings(
     return decorate
 
 
-def _parameters(homes: dict[str, type]) -> list[inspect.Parameter]:
+def _parameters(homes: dict[str, type], over_file: bool) -> list[inspect.Parameter]:
     """A Typer option for each field; None where the user does not give it."""
     parameters, group = [], None
     for name, cls in homes.items():
@@ -78,18 +82,18 @@ def _parameters(homes: dict[str, type]) -> list[inspect.Parameter]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=_annotation(field, field_types(cls)[name], group),
+                annotation=_annotation(field, field_types(cls)[name], group, over_file),
             )
         )
     return parameters
 
 
-def _annotation(field: dataclasses.Field[Any], kind: Any, group: str | None) -> Any:
+def _annotation(field: dataclasses.Field[Any], kind: Any, group: str | None, over_file: bool) -> Any:
     plain = without_none(kind)
     flag = field.metadata["flag"] or option_name(field.name)
     names = [flag]
-    if plain is bool:  # a switch that is off needs no word to turn it off
-        names = [flag] if field.default is False else [f"{flag}/--no-{flag.removeprefix('--')}"]
+    if plain is bool:
+        names = [flag] if field.default is False and not over_file else [f"{flag}/--no-{flag.removeprefix('--')}"]
     elif field.name == "out":
         names = [flag, "-o"]
     repeated = typing.get_origin(plain) is tuple and typing.get_args(plain)[0] is str and field.name in _REPEATED

@@ -17,7 +17,7 @@ from aligncurate.cli.render import render
 from aligncurate.dataset.reader import Dataset
 from aligncurate.demo import scenes
 from aligncurate.errors import UserError
-from aligncurate.io.files import LOCK, claim
+from aligncurate.io.files import claim
 from aligncurate.progress import duration, make_console
 
 SEED = 20_241_124  # far from the seeds that the built-in encoder was trained on
@@ -28,6 +28,8 @@ NAMES = {
     "unrelated": "unrelated",
 }
 _MARK = "made-by-aligncurate-demo"
+# What both halves of the demo write, and what its last lines suggest to write.
+_FOLDERS = ("scenes", "scored", "levelled", "best", "shards", "pretrained", "questions", "finetuned", "odd")
 
 console = make_console()
 
@@ -89,10 +91,7 @@ def correctness_table(levelled: Dataset) -> Table:
 
 
 def _delete_earlier(out: Path) -> None:
-    """Delete what an earlier demo left in the claimed folder."""
-    for path in out.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    """Delete what an earlier demo left in the claimed folder, and nothing else."""
+    for name in _FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
     (out / _MARK).touch()

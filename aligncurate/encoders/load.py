@@ -63,7 +63,7 @@ def load(
     """Load an encoder.
 
     Args:
-        model: `tiny`, an open_clip architecture, or `hf-hub:organisation/name`.
+        model: `tiny`, an open_clip architecture, or `hf-hub:organization/name`.
         pretrained: an open_clip tag, or a file of weights.
         model_config: an open_clip JSON config; its file name is the model's name.
         device: `auto`, `cpu`, `cuda` or `cuda:i`.

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,19 @@ def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         if not any((folder / name).is_file() for name in own):
-            others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            names = sorted(path.name for path in folder.iterdir())
+            others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
             if others:
                 raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")
-        for leftover in folder.rglob(f"{TEMPORARY}*"):
-            if not leftover.is_dir():
-                leftover.unlink(missing_ok=True)
+        delete_unfinished(folder.glob(f"{TEMPORARY}*"))  # not below: other runs may write to folders inside this one
         yield
+
+
+def delete_unfinished(files: Iterable[Path]) -> None:
+    """Delete temporary files that a killed run left."""
+    for file in files:
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

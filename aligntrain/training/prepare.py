@@ -53,13 +53,13 @@ def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageD
     """
     out = Path(config.out)
     world.together(lambda: _check_conflicts(config, world))
-    start = world.first_does(lambda: checkpoint.start_of(config))
-    earlier = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
     processor = world.together(lambda: build_processor(config))
     shape = world.together(lambda: build_config(config))
     levels = shape.num_levels if shape.align_mode != "none" else 0
+    world.first_does(lambda: claims.enter_context(claim(out, _OWN)))  # before reading what another run may change
+    start = world.first_does(lambda: checkpoint.start_of(config))
+    earlier = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
     index_file = out / "index.arrow"
-    world.first_does(lambda: claims.enter_context(claim(out, _OWN)))
     world.first_does(lambda: _write_index(config, processor, levels, index_file))
     index = world.together(lambda: Index(index_file, processor))
     if earlier is not None and earlier.data != index.digest:

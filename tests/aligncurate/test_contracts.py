@@ -40,6 +40,19 @@ def test_a_retry_scores_a_row_again_if_its_caption_has_changed(tmp_path, mini) -
     assert frame_of(retried.dataset).equals(frame_of(fresh.dataset))
 
 
+def test_a_retry_scores_a_row_again_if_it_points_at_another_image(tmp_path, mini) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(seed))
+    file = tmp_path / "rows.csv"
+    file.write_text("id,image,caption\n1,a.jpg,a square\n2,c.jpg,x\n")
+    aligncurate.score(file, tmp_path / "out", **mini, quiet=True)
+    (tmp_path / "c.jpg").write_bytes(jpeg(3))
+    file.write_text("id,image,caption\n1,b.jpg,a square\n2,c.jpg,x\n")  # of the same size
+    retried = aligncurate.score(file, tmp_path / "out", **mini, retry_errors=True, quiet=True)
+    fresh = aligncurate.score(file, tmp_path / "fresh", **mini, quiet=True)
+    assert frame_of(retried.dataset).equals(frame_of(fresh.dataset))
+
+
 def test_parts_of_a_changed_tar_are_made_again_though_the_retry_is_interrupted(tmp_path, monkeypatch) -> None:
     tars = [tmp_path / "0.tar", tmp_path / "1.tar"]
     for tar in tars:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from aligncurate.errors import UserError
-from aligncurate.settings import option_name, parse, recorded
+from aligncurate.settings import field_types, option_name, parse, recorded
 from aligntrain import StageConfig
+from aligntrain.cli import train_app
 
 
 def test_the_papers_settings() -> None:
@@ -100,3 +102,22 @@ def test_unreadable_settings() -> None:
     for name, text in (("epochs", "3.5"), ("compile", "perhaps"), ("level_weights", "1=0"), ("s2_scales", "x")):
         with pytest.raises(UserError, match=f"{option_name(name)} {text}: use"):
             parse(StageConfig, name, text)
+
+
+def test_every_switch_can_be_turned_off_over_a_file() -> None:
+    """On the command line each boolean setting has both forms, and what is given goes over the TOML file."""
+    switches = [name for name, kind in field_types(StageConfig).items() if kind is bool]
+    assert {"stratified", "checkpointing", "compile", "resume"} <= set(switches)
+    options = {o for p in get_command(train_app).commands["pretrain"].params for o in (*p.opts, *p.secondary_opts)}
+    for name in switches:
+        flag = name.replace("_", "-")
+        assert {f"--{flag}", f"--no-{flag}"} <= options
+
+
+@pytest.mark.parametrize(("name", "value"), [("init", None), ("max_steps", None), ("align_mode", "none")])
+def test_none_clears_a_setting_unless_it_is_a_value(name: str, value: str | None) -> None:
+    assert parse(StageConfig, name, "none") == value
+
+
+def test_none_can_be_the_name_of_a_column() -> None:
+    assert parse(StageConfig, "caption_column", "none", clears=False) == "none"

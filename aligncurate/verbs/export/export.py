@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
-from aligncurate.io.files import atomic_file, claim, read_json, write_json
+from aligncurate.io.files import TEMPORARY, atomic_file, claim, delete_unfinished, read_json, write_json
 from aligncurate.progress import meter, notice
 from aligncurate.verbs.export.datacomp import write_datacomp
 from aligncurate.verbs.export.llava import write_llava
@@ -70,6 +70,7 @@ def export(
     record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
     with ExitStack() as stack:
         stack.enter_context(claim(done.path, [RECORD]))
+        delete_unfinished(done.path.rglob(f"{TEMPORARY}*"))  # levels and images have folders of their own
         _check_record(done.path, record)
         progress = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
         if format == "webdataset":

@@ -164,10 +164,19 @@ def test_the_demo_shows_that_levels_follow_correctness(tmp_path) -> None:
     assert (tmp_path / "demo/shards/00000.tar").is_file()
     again = run("demo", "--out", tmp_path / "demo", "--count", 400)
     assert again.exit_code == 0
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").touch()
-    refused = run("demo", "--out", tmp_path / "mine")
-    assert refused.exit_code == 2 and (tmp_path / "mine/thesis.txt").exists()
+    for name in ("thesis.txt", ".env"):
+        mine = tmp_path / f"mine-{name}"
+        mine.mkdir()
+        (mine / name).touch()
+        assert run("demo", "--out", mine).exit_code == 2
+        assert [path.name for path in mine.iterdir() if path.name != ".lock"] == [name]
+
+
+def test_the_demo_deletes_only_what_it_made(tmp_path) -> None:
+    assert run("demo", "--out", tmp_path, "--count", 100, "--no-train", "--quiet").exit_code == 0
+    (tmp_path / "notes.txt").touch()
+    assert run("demo", "--out", tmp_path, "--count", 100, "--no-train", "--quiet").exit_code == 0
+    assert (tmp_path / "notes.txt").exists()
 
 
 def test_a_run_without_a_good_row_says_so_and_sends_nobody_on(tmp_path) -> None:

@@ -13,11 +13,11 @@ def test_claim_makes_the_folder_and_deletes_leftovers(tmp_path) -> None:
     with claim(folder, ["record.json"]):
         write_json(folder / "record.json", {"a": 1})
         (folder / "level-1").mkdir()
-        for leftover in (folder / ".tmp-b", folder / "level-1/.tmp-c"):
-            leftover.touch()
+        (folder / ".tmp-b").touch()
+        (folder / "level-1/.tmp-c").touch()  # of a run that writes to a folder inside this one
     with claim(folder, ["record.json"]), pytest.raises(UserError, match="another run"), claim(folder, ["record.json"]):
         pass
-    assert sorted(p.name for p in folder.rglob("*")) == ["level-1", "record.json"]
+    assert sorted(p.name for p in folder.rglob("*")) == [".tmp-c", "level-1", "record.json"]
     assert read_json(folder / "record.json") == {"a": 1}
 
 
@@ -29,6 +29,15 @@ def test_claim_refuses_what_is_not_its_own(tmp_path) -> None:
     with pytest.raises(UserError, match="this is a file"), claim(tmp_path / "notes.txt", ["record.json"]):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == [".tmp-of-somebody", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", [".env", ".git/config"])
+def test_hidden_files_are_somebody_elses_too(tmp_path, name) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match="holds other files"), claim(tmp_path, ["record.json"]):
+        pass
+    assert (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])

@@ -241,12 +241,12 @@ def test_several_encoders_share_one_pass(tmp_path, data_root, flickr_clip, monke
     assert levelled.manifest["thresholds"]["encoder"]["model"] == alone.manifest["encoder"]["model"]
     column = {"score_column": "score_flickr-clip", "quiet": False}
     aligncurate.bucket(levelled, tmp_path / "same", thresholds=levelled.path, **column)
-    assert "the thresholds come from" not in capsys.readouterr().err
+    assert "the thresholds are for scores of" not in capsys.readouterr().err
     file = json.loads((levelled.path / "thresholds.json").read_text())
     file["encoder"]["weights_sha256"] = "0" * 64
     (tmp_path / "thresholds.json").write_text(json.dumps(file))
     aligncurate.bucket(levelled, tmp_path / "other", thresholds=tmp_path / "thresholds.json", **column)
-    assert "the thresholds come from" in capsys.readouterr().err.replace("\n", " ")
+    assert "the thresholds are for scores of" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_retry_keeps_and_completes_all_scores_and_their_counts(tmp_path, dev, flickr_clip) -> None:
