@@ -61,8 +61,8 @@ def check_model(model: str) -> None:
     if model.startswith(HUB) or model in open_clip.list_models():
         return
     close = get_close_matches(model, [*open_clip.list_models(), TINY], n=1)
-    hint = f"; did you mean {close[0]}" if close else ""
-    raise UserError(f"--model {model}: there is no such model{hint}; `aligncurate models` lists them.")
+    hint = f"; did you mean {close[0]}?" if close else "."
+    raise UserError(f"--model {model}: there is no such model{hint} `aligncurate models` lists them.")
 
 
 def check_weights(model: str, pretrained: str | None) -> None:

@@ -255,15 +255,15 @@ def expand(pattern: str) -> list[str]:
         elif exists(uri):
             files.append(uri)
         else:
-            raise UserError(f"{uri}: there is no such file or folder{_nearby(uri)}.")
+            raise UserError(f"{uri}: there is no such file or folder{_nearby(uri)}")
     return files
 
 
 def _nearby(uri: str) -> str:
-    """A suggestion of a similar name in the same folder, as the end of a message."""
+    """The end of a message: a similar name in the same folder, if there is one."""
     from difflib import get_close_matches
 
     if is_remote(uri) or not Path(parent(uri)).is_dir():
-        return ""
+        return "."
     close = get_close_matches(basename(uri), os.listdir(parent(uri)), n=1)
-    return f"; did you mean {join(parent(uri), close[0])}" if close else ""
+    return f"; did you mean {join(parent(uri), close[0])}?" if close else "."

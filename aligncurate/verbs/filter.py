@@ -221,9 +221,9 @@ def _check_where(dataset: Dataset, where: str) -> None:
     except pl.exceptions.ColumnNotFoundError as error:
         name = str(error).partition('"')[2].partition('"')[0]
         close = get_close_matches(name, dataset.schema.names, n=1)
-        hint = f"; did you mean {close[0]}" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "."
         columns = ", ".join(dataset.schema.names)
-        raise UserError(f"--where {where}: no column {name}{hint}. Columns: {columns}.") from None
+        raise UserError(f"--where {where}: no column {name}{hint} Columns: {columns}.") from None
     except pl.exceptions.SQLSyntaxError as error:
         first = str(error).splitlines()[0]
         if "GROUP BY" in first:

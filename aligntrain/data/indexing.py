@@ -171,7 +171,7 @@ def _check(config: StageConfig, facts: Facts, num_levels: int) -> None:
     cause, count = facts.skipped.most_common(1)[0]
     if set(facts.skipped) <= {"no level", "no image, which pretraining needs"} and "no level" in facts.skipped:
         raise UserError(
-            f"{where}: pretraining needs levels, but the data has none; score it and then run "
+            f"{where}: pretraining needs levels, but the data has none; if it is scored, run "
             f"`aligncurate bucket {config.data[0]} --levels {num_levels} --out LEVELLED`."
         )
     raise UserError(f"{where}: no usable rows; {count:,} failed with: {cause} (such as {facts.examples[cause]}).")

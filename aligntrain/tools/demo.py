@@ -13,6 +13,7 @@ from rich.table import Table
 
 from aligncurate.demo import scenes
 from aligncurate.demo.curation import SEED, announce, console
+from aligncurate.errors import UserError
 from aligntrain.stage import StageConfig
 from aligntrain.tools.evaluate import Question, answer_accuracy
 from aligntrain.tools.generate import load
@@ -29,15 +30,20 @@ _SMALL: dict[str, Any] = {
 def train_and_ask(out: Path, *, count: int = 4_000, quiet: bool = False) -> None:
     """Train both stages on the datasets that `aligncurate.demo.curation.curate` wrote, then ask about fresh scenes.
 
-    Raises UserError when training was interrupted.
+    Raises UserError when training was interrupted; the demo starts over when run again.
     """
     announce(6, "Pretrain AlignGPT on all levels (aligncurate train pretrain … --llm tiny --vision tiny)")
-    train(pretraining(out)).raise_if_stopped()
+    _train(pretraining(out))
     announce(7, f"Draw {count // 2:,} more scenes with questions, and finetune (aligncurate train finetune)")
     scenes.write_conversations(out / "questions", count // 2, SEED + 1)
-    train(finetuning(out)).raise_if_stopped()
+    _train(finetuning(out))
     announce(8, "Ask about scenes that were not used in training (aligncurate generate, aligncurate chat)")
     _ask(out, quiet=quiet)
+
+
+def _train(config: StageConfig) -> None:
+    if train(config).stopped:
+        raise UserError("interrupted; the demo starts over when it is run again.")
 
 
 def pretraining(out: Path) -> StageConfig:

@@ -39,7 +39,7 @@ def test_levels(results, monkeypatch, tmp_path) -> None:
         "numpy.sort",
     ]
     assert all(row["peak MiB"] > 10 for row in rows[:4])
-    assert {row["what"] for row in rows[4:]} == {"labels, parts of 10,000", "labels, parts of 100,000"}
+    assert {row["what"] for row in rows[4:]} == {"labels, parts of 10,000", "labels, parts of 200,000"}
 
 
 def test_variants_that_disagree_are_an_error() -> None:
