@@ -114,8 +114,12 @@ def test_resumed_on_another_number_of_ranks(runs: dict[str, StageConfig]) -> Non
 
 
 def test_bf16_shards_keep_float32_masters(runs: dict[str, StageConfig]) -> None:
-    saved = load_file(checkpoints(Path(runs["pretrain_fsdp_two"].out))[-1] / "weights-00000.safetensors")
-    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    one, two = (
+        load_file(checkpoints(Path(runs[name].out))[-1] / "weights-00000.safetensors")
+        for name in ("pretrain_fsdp", "pretrain_fsdp_two")
+    )
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+    assert_close(one, two, 3e-3)  # autocast and FSDP2 round in different places; a step moves 1e-3
 
 
 def first_gradients(config: StageConfig) -> dict[str, torch.Tensor]:
