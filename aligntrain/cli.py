@@ -160,7 +160,8 @@ def convert(
         typer.Argument(metavar="DST", help="Output folder, or .bin file for the projector alone.", show_default=False),
     ],
     llm: Annotated[
-        Path | None, typer.Option(help="LLM of a projector .bin: a folder or Hub name.", show_default=False)
+        Path | None,
+        typer.Option(help="LLM of a projector .bin or of LoRA adapters: a folder or Hub name.", show_default=False),
     ] = None,
     vision: Annotated[
         Path | None,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from aligncurate.errors import UserError
+from aligncurate.io.files import TEMPORARY, atomic_file, claim, sync
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.configuration import AlignGPTConfig
-from aligntrain.model.loading import model_errors
+from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.tools.convert.llava_hf import load_llava_hf
 from aligntrain.tools.convert.official import find_tower, load_official, save_official
+from aligntrain.tools.convert.processor import copy_sentencepiece, has_tokenizer, save_official_processor
 from aligntrain.tools.convert.projector import load_projector, save_projector
 from aligntrain.tools.convert.tensors import read_config
 
@@ -23,8 +28,8 @@ def convert(
 
     Args:
         source: any checkpoint that ``load_any`` reads, or an official ``mm_projector_align.bin``.
-        target: a folder; a name ending in ``.bin`` writes only the projector and the level embeddings.
-        llm: the LLM that belongs to a projector file.
+        target: a new or empty folder; a name ending in ``.bin`` writes only the projector and the level embeddings.
+        llm: the LLM of a projector file or of LoRA adapters; also where the tokenizer is, if ``source`` has none.
         vision: the vision tower, for a projector file or where an official folder's own path to it is wrong.
 
     Returns:
@@ -34,33 +39,48 @@ def convert(
         UserError: the checkpoint is not of a known format, is incomplete, or cannot be written as asked.
     """
     source, target = Path(source), Path(target)
-    with model_errors(source):
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder.")
+    for name in (llm, vision):
+        if name is not None:
+            check_model_exists(str(name))
+    with model_errors(source), quiet_transformers():
+        if target.suffix == ".bin":
+            return _to_projector(source, target, llm=llm, vision=vision)
         if source.is_file():
             if llm is None or vision is None:
                 raise UserError(f"{source} contains only a projector; pass --llm and --vision too.")
             model = load_projector(source, llm=llm, vision=vision)
-            _save_ours(model, target, tokenizer=Path(llm), tower=str(vision))
-            return "official projector and level embeddings, with an LLM and a vision tower, to a model"
+            with _publish(target) as folder:
+                note = _save_ours(model, folder, tokenizer=str(llm), tower=str(vision))
+            return f"official projector and level embeddings, with an LLM and a vision tower, to a model{note}"
         config = read_config(source)
-        model = load_any(source, vision=vision)
-        if target.suffix == ".bin":
-            save_projector(model, target)
-            return "a model to the official projector and level embeddings"
-        if _is_ours(config):
-            save_official(model, target)
-            return "a model to the official layout"
-        tower = str(source) if "text_config" in config else find_tower(source, config, vision)
-        image_mode = "pad" if config.get("image_aspect_ratio") == "pad" else "crop"
-        _save_ours(model, target, tokenizer=source, tower=tower, image_mode=image_mode)
-        return f"{'LLaVA' if model.config.align_mode == 'none' else 'official AlignGPT'} to a model"
+        model = load_any(source, llm=llm, vision=vision)
+        with _publish(target) as folder:
+            if _is_ours(config):
+                save_official(model, folder)
+                note = save_official_processor(source, folder, model.config)
+                return f"a model to the official layout{note}"
+            note = _save_ours(
+                model,
+                folder,
+                tokenizer=str(source if llm is None or has_tokenizer(source) else llm),
+                tower=str(source) if "text_config" in config else find_tower(source, config, vision),
+                image_mode="pad" if config.get("image_aspect_ratio") == "pad" else "crop",
+                template=config.get("conversation_template", "v1"),
+            )
+    return f"{'LLaVA' if model.config.align_mode == 'none' else 'official AlignGPT'} to a model{note}"
 
 
-def load_any(source: str | Path, *, vision: str | Path | None = None) -> AlignGPTForConditionalGeneration:
+def load_any(
+    source: str | Path, *, llm: str | Path | None = None, vision: str | Path | None = None
+) -> AlignGPTForConditionalGeneration:
     """Load a checkpoint folder of any known format.
 
     Args:
-        source: a folder of this package, of the official AlignGPT or LLaVA code, or of Hugging Face's LLaVA; weights
-            as ``.bin`` or safetensors, in one file or in shards.
+        source: a folder of this package, of the official AlignGPT or LLaVA code (whole models, or LoRA adapters), or of
+            Hugging Face's LLaVA; weights as ``.bin`` or safetensors, in one file or in shards.
+        llm: the LLM's folder or name, for LoRA adapters.
         vision: the vision tower's folder or name, where an official folder's ``mm_vision_tower`` does not lead to it.
 
     Returns:
@@ -74,7 +94,9 @@ def load_any(source: str | Path, *, vision: str | Path | None = None) -> AlignGP
     if _is_ours(config):
         model: AlignGPTForConditionalGeneration = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
         return model
-    return load_llava_hf(folder, config) if "text_config" in config else load_official(folder, config, vision)
+    if "text_config" in config:
+        return load_llava_hf(folder, config)
+    return load_official(folder, config, llm=llm, vision=vision)
 
 
 def _is_ours(config: dict[str, Any]) -> bool:
@@ -82,15 +104,51 @@ def _is_ours(config: dict[str, Any]) -> bool:
     return "text_config" in config and config.get("model_type") == AlignGPTConfig.model_type
 
 
+def _to_projector(source: Path, target: Path, *, llm: str | Path | None, vision: str | Path | None) -> str:
+    if target.exists():
+        raise UserError(f"{target}: this file exists already; choose a new name.")
+    if source.is_file():
+        raise UserError(f"{source} is a projector already; give the folder of a model, or a folder to write to.")
+    model = load_any(source, llm=llm, vision=vision)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as temporary:
+        save_projector(model, temporary)
+    return "a model to the official projector and level embeddings"
+
+
+@contextmanager
+def _publish(target: Path) -> Iterator[Path]:
+    """A temporary folder whose files move to ``target`` when the block ends without an error, config.json last."""
+    with claim(target, own=()):
+        temporary = target / f"{TEMPORARY}model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(target / path.name)
+            sync(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _save_ours(
-    model: AlignGPTForConditionalGeneration, target: Path, *, tokenizer: Path, tower: str, image_mode: str = "pad"
-) -> None:
-    """Save the model and, if ``tokenizer`` is a folder with a tokenizer, its processor."""
-    if any((tokenizer / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    model: AlignGPTForConditionalGeneration,
+    folder: Path,
+    *,
+    tokenizer: str,
+    tower: str,
+    image_mode: str = "pad",
+    template: str = "v1",
+) -> str:
+    """Save the model and, if there is a tokenizer, its processor; what is missing then, in words."""
+    note = f", without a processor: {tokenizer} has no tokenizer (pass --llm, the LLM that it was trained from)"
+    if not Path(tokenizer).is_dir() or has_tokenizer(Path(tokenizer)):
         config = model.config
         processor = AlignGPTProcessor.from_components(
             tokenizer,
             tower,
+            template=template,
             num_patches=config.num_patches,
             pixel_size=config.pixel_size,
             image_mode=image_mode,
@@ -98,5 +156,8 @@ def _save_ours(
             gate_text=config.gate_text,
         )
         config.image_token_id, config.align_token_id = processor.image_token_id, processor.align_token_id
-        processor.save_pretrained(target)
-    model.save_pretrained(target)
+        processor.save_pretrained(folder)
+        copy_sentencepiece(Path(tokenizer), folder)
+        note = ""
+    model.save_pretrained(folder)
+    return note

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from aligncurate.errors import UserError
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
-from aligntrain.tools.convert.official import FROM_OFFICIAL, TO_OFFICIAL
+from aligntrain.tools.convert.official import FROM_OFFICIAL, from_scaled_inputs, to_official, to_scaled_inputs
 from aligntrain.tools.convert.tensors import check_tensors, load_tower, read_bin, rename
 
 
@@ -30,7 +30,7 @@ def load_projector(
         UserError: the file contains something else, or does not fit the LLM and the vision tower.
     """
     tensors = rename(read_bin(Path(file)), FROM_OFFICIAL)
-    depth = len({name for name in tensors if re.fullmatch(r"projector\.(\d+\.)?weight", name)})
+    depth = len({name for name in tensors if re.fullmatch(r"projector\.\d+\.weight", name)})
     if depth == 0:
         raise UserError(f"{file} contains no mm_projector; give an official mm_projector_align.bin.")
     settings.setdefault("projector_type", "linear" if depth == 1 else f"mlp{depth}x_gelu")
@@ -42,11 +42,12 @@ def load_projector(
         AutoModelForCausalLM.from_pretrained(llm, dtype="auto"), load_tower(vision), **settings
     )
     check_tensors(tensors, model, Path(file), partial=True)
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(from_scaled_inputs(tensors, model.config.text_config), strict=False)
     return model
 
 
 def save_projector(model: AlignGPTForConditionalGeneration, file: str | Path) -> None:
     """Save projector and level embeddings in bfloat16, as the official code does after pretraining."""
-    tensors = {k: v.bfloat16() for k, v in model.state_dict().items() if re.match(r"projector\.|level_embeddings\.", k)}
-    torch.save(rename(tensors, TO_OFFICIAL), file)
+    tensors = {k: v for k, v in model.state_dict().items() if re.match(r"projector\.|level_embeddings\.", k)}
+    tensors = {k: v.bfloat16() for k, v in to_scaled_inputs(tensors, model.config.text_config).items()}
+    torch.save(rename(tensors, to_official(model.config.projector_type)), file)

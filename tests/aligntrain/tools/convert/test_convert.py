@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -22,12 +24,15 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+import aligntrain
 from aligncurate.errors import UserError
-from aligntrain import AlignGPTProcessor
+from aligntrain import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from aligntrain.inputs.tokenizer import load_tokenizer
 from aligntrain.tools.convert.convert import convert, load_any
 from aligntrain.tools.convert.official import save_official
 from aligntrain.tools.convert.projector import load_projector, save_projector
 from aligntrain.tools.convert.tensors import read_tensors
+from aligntrain.tools.generate import answer, load
 from tests.support.small_models import SIDE, tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -46,9 +51,10 @@ def official(parity: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def test_official_there_and_back(official: Path, tmp_path: Path) -> None:
-    assert convert(official, tmp_path / "ours") == "official AlignGPT to a model"
+    assert convert(official, tmp_path / "ours").startswith("official AlignGPT to a model, without a processor: ")
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").config.gate_text == "all"
-    assert convert(tmp_path / "ours", tmp_path / "official") == "a model to the official layout"
+    written = convert(tmp_path / "ours", tmp_path / "official")
+    assert written.startswith("a model to the official layout, without a tokenizer: ")
     # The official file also has inverse frequencies, which are recomputed here and must be the same.
     assert_same(read_tensors(tmp_path / "official"), read_tensors(official))
     written, read = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "official", official))
@@ -271,15 +277,61 @@ def test_transformers_errors_become_user_errors(official: Path, tmp_path: Path) 
     tmp_path.joinpath("config.json").write_text((official / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").symlink_to(official / "pytorch_model.bin")
     with pytest.raises(UserError, match=f"{tmp_path}: the model cannot be loaded"):
+        convert(tmp_path, tmp_path / "ours", vision=Path(__file__).parent)
+    with pytest.raises(UserError, match="not a name: no such folder"):
         convert(tmp_path, tmp_path / "ours", vision="not a name")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="the model cannot be loaded"):
         convert(tmp_path, tmp_path / "ours")
 
 
-def test_only_llama_goes_official(tmp_path: Path) -> None:
-    model = tiny({"model_type": "mistral"})
-    with pytest.raises(UserError, match="Llama only, not mistral"):
+def test_llms_that_the_official_code_lacks(tmp_path: Path) -> None:
+    model = tiny({"model_type": "granite"})
+    with pytest.raises(UserError, match="supports llama, gemma, mistral, phi, qwen2, not granite"):
         save_official(model, tmp_path)
     save_projector(model, tmp_path / "p.bin")
     assert "align_indicators.indicator_embs" in torch.load(tmp_path / "p.bin", weights_only=True)
+    with pytest.raises(UserError, match="supports llama, mistral, not phi"):
+        save_official(tiny({"model_type": "phi"}, align_mode="none"), tmp_path)
+
+
+@pytest.mark.parametrize("template", ["v1", "chat"])
+def test_a_model_that_was_there_and_back_answers_as_before(template: str, tmp_path: Path) -> None:
+    builtin = Path(aligntrain.__file__).parent / "builtin"
+    llm, vision = str(builtin / "tiny-llm"), str(builtin / "tiny-vision")
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(llm)
+    tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m['content'] + '</s>' }}{% endfor %}"
+    processor = AlignGPTProcessor.from_components(tokenizer, vision, template=template, gate_text="all")
+    model = AlignGPTForConditionalGeneration.from_components(
+        llm,
+        vision,
+        image_token_id=processor.image_token_id,
+        align_token_id=processor.align_token_id,
+        gate_text="all",
+    )
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "official") == "a model to the official layout"
+    official = AutoTokenizer.from_pretrained(tmp_path / "official")
+    assert len(official) == len(AutoTokenizer.from_pretrained(llm)) <= model.config.text_config.vocab_size
+    assert convert(tmp_path / "official", tmp_path / "back") == "official AlignGPT to a model"
+
+    image = Image.new("RGB", (48, 48), "red")
+    turns = [{"role": "user", "content": "what is in the picture?"}]
+    answers = [answer(*load(tmp_path / name), turns, image, max_new_tokens=8) for name in ("ours", "back")]
+    assert answers[0] == answers[1]
+    read = AutoProcessor.from_pretrained(tmp_path / "back")
+    assert (read.template, read.image_mode, read.chat_template) == (template, "pad", processor.chat_template)
+
+
+def test_other_files_are_not_overwritten(official: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds other files \(thesis\.txt\)"):
+        convert(official, tmp_path)
+    (tmp_path / "projector.bin").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        convert(official, tmp_path / "projector.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["projector.bin", "thesis.txt"]
+    with pytest.raises(UserError, match="no such file or folder"):
+        convert(tmp_path / "nothing", tmp_path / "ours")
