@@ -29,6 +29,7 @@ from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import IGNORE
 
 TEMPLATES = ("plain", "v1", "chat")
+_PROMPT_OPTIONS = ("padding", "padding_side", "truncation")
 
 
 @dataclass(frozen=True)
@@ -183,26 +184,33 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        *,
+        padding: bool | str = True,
         padding_side: str = "left",
+        truncation: bool = False,
         return_tensors: str | None = "pt",
-        **_: Any,
     ) -> BatchFeature:
         """Encode prompts, with ``<image>`` in the place of an image, for ``generate``.
 
         Args:
             images: one image (PIL, path or URL), or a list in the order of the prompts that have ``<image>``.
             text: one prompt or several, complete: no template is applied (see ``apply_chat_template``).
+            padding: pad to the longest prompt; False refuses prompts of different lengths.
             padding_side: side on which shorter prompts are padded.
-            return_tensors: only "pt".
+            truncation: only False: a cut prompt could lose its image or its question.
+            return_tensors: ``pt``, ``np``, or None for lists.
 
         Returns:
             ``input_ids``, ``attention_mask`` [B, L], ``gate_mask`` and, with images, ``pixel_values`` [I, 3, H, H].
 
         Raises:
-            ValueError: the numbers of images and of ``<image>`` differ, or a prompt has two.
+            ValueError: the numbers of images and of ``<image>`` differ, a prompt has two, or an option is not
+                supported.
         """
+        how: dict[str, Any] = {"padding": padding, "padding_side": padding_side, "truncation": truncation}
         prompts = [text] if isinstance(text, str) else list(text or [])
-        return self._prompts([self._tokenize(Rendered(p, []), IMAGE in p) for p in prompts], images, padding_side)
+        samples = [self._tokenize(Rendered(p, []), IMAGE in p) for p in prompts]
+        return self._prompts(samples, images, return_tensors, **how)
 
     def apply_chat_template(
         self,
@@ -213,35 +221,60 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         return_dict: bool = False,
         return_tensors: str | None = "pt",
         images: Any = None,
-        **kwargs: Any,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> Any:
         """Turn messages in transformers' form into text or (``tokenize``) inputs of ``generate``.
 
         Content is a string with ``<image>`` or a list of ``{"type": "text" | "image", ...}``; images are given there
         (``image``, ``url`` or ``path``) or as ``images``. With ``gate_text`` "instruction" the gate averages the text
-        before the first answer of the conversation, as in training.
+        before the first answer of the conversation, as in training. ``processor_kwargs`` are options of ``__call__``;
+        other arguments are variables of the template.
+
+        Raises:
+            ValueError: as ``__call__``.
         """
+        if variables.pop("continue_final_message", False):
+            raise ValueError("continue_final_message is not supported.")
+        how = {name: variables.pop(name) for name in _PROMPT_OPTIONS if name in variables} | dict(
+            processor_kwargs or {}
+        )
         batched = not isinstance(conversation[0], Mapping)
         conversations = conversation if batched else [conversation]
         pictures = _as_list(images) or [image for turns in conversations for image in parse_conversation(turns)[1]]
         encoded, texts = [], []
         for turns in conversations:
             messages = messages_of(turns, None)
-            rendered = render(messages, lambda m, cue: self._apply(m, cue, chat_template), self._ends)
+            rendered = render(messages, lambda m, cue: self._apply(m, cue, chat_template, **variables), self._ends)
             if messages[-1]["role"] == "user" and not add_generation_prompt:
-                rendered = Rendered(self._apply(messages, False, chat_template), rendered.answers)
+                rendered = Rendered(self._apply(messages, False, chat_template, **variables), rendered.answers)
             texts.append(rendered.text)
             if tokenize:
                 encoded.append(self._tokenize(rendered, IMAGE in rendered.text))
         if not tokenize:
             return texts if batched else texts[0]
-        features = self._prompts(encoded, pictures or None, kwargs.get("padding_side", "left"))
+        features = self._prompts(encoded, pictures or None, return_tensors, **how)
         return features if return_dict else features["input_ids"]
 
-    def _prompts(self, samples: list[Encoded], images: Any, side: str) -> BatchFeature:
+    def _prompts(
+        self,
+        samples: list[Encoded],
+        images: Any,
+        return_tensors: str | None,
+        *,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        truncation: bool = False,
+    ) -> BatchFeature:
         if not samples:
             raise ValueError("no prompt given; pass at least one as text.")
-        batch = self.pad(samples, side)
+        if truncation:
+            raise ValueError("truncation is not supported: it could cut the image or the question; shorten the text.")
+        if padding not in (True, "longest", False, "do_not_pad"):
+            raise ValueError(f"padding={padding!r} is not supported; use True or False.")
+        if padding in (False, "do_not_pad") and len({len(sample.input_ids) for sample in samples}) > 1:
+            raise ValueError("the prompts have different lengths; use padding=True.")
+        batch = self.pad(samples, padding_side)
         del batch["labels"]
         if self.gate_text == "all":
             batch["gate_mask"] = batch["attention_mask"].bool()
@@ -251,14 +284,22 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             raise ValueError(f"{marked} prompts have {IMAGE}, but {len(pictures)} images were given.")
         if pictures:
             batch["pixel_values"] = self.process_images([load_image(picture) for picture in pictures])
-        return BatchFeature(batch)
+        if return_tensors in ("pt", "auto"):
+            return BatchFeature(batch)
+        if return_tensors not in ("np", None):
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt', 'np' or None.")
+        as_lists = return_tensors is None
+        return BatchFeature({name: t.tolist() if as_lists else t.numpy() for name, t in batch.items()})
 
-    def _apply(self, messages: Sequence[Mapping[str, str]], cue: bool, chat_template: str | None = None) -> str:
+    def _apply(
+        self, messages: Sequence[Mapping[str, str]], cue: bool, chat_template: str | None = None, **variables: Any
+    ) -> str:
         text: str = self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=chat_template or self.chat_template,
             tokenize=False,
             add_generation_prompt=cue,
+            **variables,
         )
         return text
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from aligntrain.model.remote_code import AUTO_MAP, write_code
 
 ALIGN_MODES = ("gated", "global", "local", "average", "none")
 GATE_TEXTS = ("instruction", "all")
@@ -71,6 +74,12 @@ class AlignGPTConfig(PreTrainedConfig):  # type: ignore[misc]
         # transformers ties a composite model's embeddings only if the outer configuration is set too.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; also writes the model's code, for ``trust_remote_code=True``."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_code(Path(save_directory))
 
     def _check(self) -> None:
         if self.num_levels < 2:

@@ -15,13 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from aligntrain.model.alignment import AlignmentGate, LevelEmbeddings, gate_dots, mean_text
+from aligntrain.model.card import write_card
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.llm import decoder_of, head_of
 from aligntrain.model.loss import IGNORE, token_losses
 from aligntrain.model.packing import positions_of
+from aligntrain.model.prompt_lookup import suppress_placeholders
+from aligntrain.model.remote_code import write_code
 from aligntrain.model.vision import build_projector, vision_features
 
 
@@ -182,7 +185,7 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
             position_ids: int64 [B, L]; default: derived from the mask or the sequence ids.
             past_key_values: cache of earlier tokens, which include the images.
             inputs_embeds: [B, L, D] instead of ``input_ids``; for text, or with images already in place.
-            labels: int64 [B, L], unshifted token ids or -100.
+            labels: int64 [B, L], unshifted token ids or -100; placeholders never count.
             levels: int64 [I], 1..N: ``<align>`` is H[level] (pretraining). Default: as ``config.align_mode`` says.
             gate_mask: bool [B, L], the tokens that the gate averages; BOS, placeholders and padding never count.
                 Default: the tokens before the sample's first label (``gate_text`` "instruction"), or all ("all", or
@@ -208,6 +211,9 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
             if past_key_values is not None:
                 position_ids = position_ids[:, past_key_values.get_seq_length() :]
         gate: dict[str, Tensor] = {}
+        if labels is not None:
+            placeholders = (labels == self.config.image_token_id) | (labels == self.config.align_token_id)
+            labels = labels.masked_fill(placeholders, IGNORE)
         if input_ids is not None:
             samples_BL = sequence_ids if sequence_ids is not None else _samples_of(input_ids, attention_mask)
             inputs_embeds, gate = self._embed(input_ids, samples_BL, pixel_values, levels, gate_mask, labels)
@@ -328,12 +334,38 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
             zero = zero + align_ID[:0].sum()
         return zero.to(embeds_BLD.dtype)
 
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Features of images as the LLM reads them, as transformers' other models give them.
+
+        Args:
+            pixel_values: [I, 3, H, H].
+            kwargs: ignored; other models take settings here that this one has in its configuration.
+
+        Returns:
+            ``last_hidden_state``: the projector's input [I, P, S*C]; ``pooler_output``: its output, a list of [P, D].
+        """
+        features_IPC = vision_features(self.vision_tower, pixel_values, self.config)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features_IPC, pooler_output=list(self.projector(features_IPC))
+        )
+
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """As in transformers. The gate averages the prompt only, not the generated tokens."""
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("gate_mask") is None:
             kwargs["gate_mask"] = torch.ones_like(input_ids, dtype=torch.bool)
         return super().generate(inputs, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        return suppress_placeholders(generator, (self.config.image_token_id, self.config.align_token_id))
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; also writes the model's code, and a model card if there is none yet."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_code(Path(save_directory))
+            write_card(Path(save_directory), self.config)
 
 
 def _samples_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
