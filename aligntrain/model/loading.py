@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,14 @@ _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, Safete
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turn off transformers' progress bars and its warnings about newly initialised weights."""
+    """Turn off transformers' progress bars and its warnings: new weights, old settings in others' checkpoints."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="transformers")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

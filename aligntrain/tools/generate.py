@@ -13,6 +13,7 @@ from transformers import TextStreamer
 from aligncurate.errors import ImageError, UserError
 from aligncurate.images.decode import load_rgb
 from aligncurate.sources.conversations import IMAGE
+from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
@@ -28,6 +29,8 @@ def load(folder: str | Path) -> tuple[AlignGPTForConditionalGeneration, AlignGPT
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no model here (no config.json); pass the --out folder of a finished training run.")
+    if not (Path(folder) / "processor_config.json").is_file():
+        raise UserError(f"{folder}: the model has no processor, so it cannot read text; convert it again with --llm.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with model_errors(folder), quiet_transformers():
         model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")

@@ -10,6 +10,8 @@ from typing import Any
 
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, atomic_file, claim, sync
+from aligncurate.progress import notice
+from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its tokenizer
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
@@ -52,16 +54,16 @@ def convert(
                 raise UserError(f"{source} contains only a projector; pass --llm and --vision too.")
             model = load_projector(source, llm=llm, vision=vision)
             with _publish(target) as folder:
-                note = _save_ours(model, folder, tokenizer=str(llm), tower=str(vision))
-            return f"official projector and level embeddings, with an LLM and a vision tower, to a model{note}"
+                _save_ours(model, folder, tokenizer=str(llm), tower=str(vision))
+            return "official projector and level embeddings, with an LLM and a vision tower, to a model"
         config = read_config(source)
         model = load_any(source, llm=llm, vision=vision)
         with _publish(target) as folder:
             if _is_ours(config):
                 save_official(model, folder)
-                note = save_official_processor(source, folder, model.config)
-                return f"a model to the official layout{note}"
-            note = _save_ours(
+                save_official_processor(source, folder, model.config)
+                return "a model to the official layout"
+            _save_ours(
                 model,
                 folder,
                 tokenizer=str(source if llm is None or has_tokenizer(source) else llm),
@@ -69,7 +71,7 @@ def convert(
                 image_mode="pad" if config.get("image_aspect_ratio") == "pad" else "crop",
                 template=config.get("conversation_template", "v1"),
             )
-    return f"{'LLaVA' if model.config.align_mode == 'none' else 'official AlignGPT'} to a model{note}"
+    return f"{'LLaVA' if model.config.align_mode == 'none' else 'official AlignGPT'} to a model"
 
 
 def load_any(
@@ -140,10 +142,14 @@ def _save_ours(
     tower: str,
     image_mode: str = "pad",
     template: str = "v1",
-) -> str:
-    """Save the model and, if there is a tokenizer, its processor; what is missing then, in words."""
-    note = f", without a processor: {tokenizer} has no tokenizer (pass --llm, the LLM that it was trained from)"
-    if not Path(tokenizer).is_dir() or has_tokenizer(Path(tokenizer)):
+) -> None:
+    """Save the model and, if there is a tokenizer, its processor."""
+    if Path(tokenizer).is_dir() and not has_tokenizer(Path(tokenizer)):
+        notice(
+            f"{tokenizer} has no tokenizer, so the model gets no processor and cannot be used with `generate`; "
+            "pass --llm, the LLM that it was trained from."
+        )
+    else:
         config = model.config
         processor = AlignGPTProcessor.from_components(
             tokenizer,
@@ -158,6 +164,4 @@ def _save_ours(
         config.image_token_id, config.align_token_id = processor.image_token_id, processor.align_token_id
         processor.save_pretrained(folder)
         copy_sentencepiece(Path(tokenizer), folder)
-        note = ""
     model.save_pretrained(folder)
-    return note

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from aligncurate.progress import notice
 from aligncurate.sources.conversations import IMAGE
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.inputs.templates import ALIGN
@@ -21,8 +22,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
-def save_official_processor(source: Path, folder: Path, config: AlignGPTConfig) -> str:
-    """Write what the official code needs beside the weights; what is missing then, in words.
+def save_official_processor(source: Path, folder: Path, config: AlignGPTConfig) -> None:
+    """Write what the official code needs beside the weights, if the model has a processor.
 
     That is the LLM's own tokenizer, without the placeholders that this package adds, and the image settings in the
     vision tower's folder.
@@ -33,7 +34,8 @@ def save_official_processor(source: Path, folder: Path, config: AlignGPTConfig) 
         config: the model's.
     """
     if not has_tokenizer(source):
-        return f", without a tokenizer: {source} has none"
+        notice(f"{source} has no tokenizer; copy that of its LLM into the new folder.")
+        return
     processor = AlignGPTProcessor.from_pretrained(source)
     processor.tokenizer.save_pretrained(folder)
     _remove_placeholders(folder / "tokenizer.json", config.text_config.vocab_size)
@@ -47,7 +49,6 @@ def save_official_processor(source: Path, folder: Path, config: AlignGPTConfig) 
     settings |= {"image_aspect_ratio": "pad" if processor.image_mode == "pad" else "square"}
     settings |= {"conversation_template": processor.template, "tokenizer_model_max_length": processor.max_length}
     file.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    return ""
 
 
 def copy_sentencepiece(source: Path, folder: Path) -> None:

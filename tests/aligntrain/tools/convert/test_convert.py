@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,13 @@ def official(parity: Path, request: pytest.FixtureRequest) -> Path:
     return parity / request.param / "checkpoint"
 
 
-def test_official_there_and_back(official: Path, tmp_path: Path) -> None:
-    assert convert(official, tmp_path / "ours").startswith("official AlignGPT to a model, without a processor: ")
+def test_official_there_and_back(official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(official, tmp_path / "ours") == "official AlignGPT to a model"
+    assert "no tokenizer, so the model gets no processor" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="the model has no processor"):
+        load(tmp_path / "ours")
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").config.gate_text == "all"
-    written = convert(tmp_path / "ours", tmp_path / "official")
-    assert written.startswith("a model to the official layout, without a tokenizer: ")
+    assert convert(tmp_path / "ours", tmp_path / "official") == "a model to the official layout"
     # The official file also has inverse frequencies, which are recomputed here and must be the same.
     assert_same(read_tensors(tmp_path / "official"), read_tensors(official))
     written, read = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "official", official))
@@ -316,6 +320,11 @@ def test_a_model_that_was_there_and_back_answers_as_before(template: str, tmp_pa
     official = AutoTokenizer.from_pretrained(tmp_path / "official")
     assert len(official) == len(AutoTokenizer.from_pretrained(llm)) <= model.config.text_config.vocab_size
     assert convert(tmp_path / "official", tmp_path / "back") == "official AlignGPT to a model"
+
+    # In a new process, where nothing has registered the model yet: no question about custom code.
+    command = [sys.executable, "-m", "aligncurate", "convert", tmp_path / "ours", tmp_path / "again"]
+    run = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert run.stderr == "" and "custom code" not in run.stdout
 
     image = Image.new("RGB", (48, 48), "red")
     turns = [{"role": "user", "content": "what is in the picture?"}]
