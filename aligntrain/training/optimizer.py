@@ -32,10 +32,14 @@ def make_optimizer(model: nn.Module, config: StageConfig, device: torch.device) 
 
 
 def learning_rate(config: StageConfig, step: int, total: int) -> float:
-    """Linear warm-up from 0, then half a cosine down to 0, like `get_cosine_schedule_with_warmup` of transformers."""
+    """Linear warm-up, then half a cosine down towards 0; 0 in no step.
+
+    Like `get_cosine_schedule_with_warmup` of transformers, but the warm-up is one step ahead: there the first step has
+    learning rate 0, and a run of one step would change nothing.
+    """
     warmup = math.ceil(total * config.warmup_ratio)
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 

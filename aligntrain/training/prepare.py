@@ -16,13 +16,13 @@ from aligncurate.progress import count, notice
 from aligntrain.data.index import Index
 from aligntrain.data.indexing import build_index
 from aligntrain.data.plan import Plan
+from aligntrain.data.schedule import shortfall
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
 from aligntrain.training.build import build_config, build_processor
 from aligntrain.training.checkpoint import Position
 from aligntrain.training.distributed import World
-from aligntrain.training.optimizer import learning_rate
 
 _OWN = {"index.arrow", "stage.json"}  # files by which a folder is recognised as one of ours
 
@@ -70,18 +70,20 @@ def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageD
 
 
 def warn_of_waste(config: StageConfig, first: Plan, total: int, ranks: int) -> None:
-    """Warn if the first steps compute mostly padding, or if the learning rate is 0 in every step."""
+    """Warn if there are fewer steps than asked for, if the first compute mostly padding, or if nothing is learned."""
+    if short := shortfall(config, total):
+        notice(short)
+    if len(first.order) < config.batch_size:
+        samples = count(len(first.order), "sample")
+        notice(f"an epoch has {samples}, fewer than --batch-size {config.batch_size}, so it is a single step")
     if (efficiency := first.efficiency(range(min(50, len(first))))) < 0.8:
         notice(
             f"only {efficiency:.0%} of the computed tokens are data, the rest is padding: a batch of "
             f"{config.batch_size} does not fill the micro-batches ({config.token_budget} tokens) of "
             f"{count(ranks, 'rank')} evenly; raise --batch-size or change --token-budget"
         )
-    if not any(learning_rate(config, step, total) for step in range(total)):
-        notice(
-            f"the learning rate is 0 in {'the only step' if total == 1 else 'every step'} (warm-up starts at 0), so "
-            "the weights will not change; train for more steps, or pass --warmup-ratio 0"
-        )
+    if config.learning_rate == 0:
+        notice("--learning-rate 0: the weights will not change")
 
 
 def _check_conflicts(config: StageConfig, world: World) -> None:
