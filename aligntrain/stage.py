@@ -38,7 +38,9 @@ class StageConfig:
     vision: str | None = setting("Vision tower (CLIP, SigLIP) for a new model: a folder, a Hub name, or tiny.", None)
     init: str | None = setting("Model folder to start from, such as the pretrained one.", None)
 
-    num_levels: int | None = setting("Number of alignment levels N (8 for a new model).", None, at_least=2)
+    num_levels: int | None = setting(
+        "Number of alignment levels N of a new model (that of the data, or 8).", None, at_least=2
+    )
     align_mode: str | None = setting(
         "Alignment vector: gated (default), global, local, average, fixed:k or none.", None, none_is_value=True
     )

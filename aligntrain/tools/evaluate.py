@@ -19,7 +19,7 @@ from aligncurate.progress import meter
 from aligncurate.sources.conversations import IMAGE
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
-from aligntrain.data.indexing import build_index
+from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.data.schedule import plan_epoch
 from aligntrain.inputs.processor import AlignGPTProcessor
@@ -60,7 +60,7 @@ def held_out_loss(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
-        index = build_index(config, processor, levels, Path(folder) / "index.arrow")
+        index = build_index(open_data(config), config, processor, levels, Path(folder) / "index.arrow")
         packed = config.packing == "on" or (config.packing == "auto" and can_pack(model.language_model))
         everything = config.replace(level_weights=None, stratified=False)
         epoch = plan_epoch(everything, index, 0, packed=packed, world_size=1)

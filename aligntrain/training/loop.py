@@ -95,6 +95,7 @@ def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
     started = time.perf_counter()
     out = Path(config.out)
     data = prepare_data(config, world, claims)
+    config = data.config
     if data.earlier is not None and checkpoint.read_finished(out) is not None:
         done, unreadable = data.earlier.step, data.earlier.unreadable
         seconds = time.perf_counter() - started
