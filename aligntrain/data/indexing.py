@@ -154,6 +154,7 @@ def _row(
     facts.tokens += len(sample.input_ids)
     facts.supervised += sum(label != IGNORE for label in sample.labels)
     facts.truncated += sample.truncated > 0
+    facts.moved_system += processor.moves_system and any(t["role"] == "system" for t in pair.conversations or [])
     facts.levels[pair.level or 0] += 1
     row = {name: getattr(pair, name) for name in ("key", "source", "image_offset", "image_length", "row")}
     row |= {"image_path": pair.image_path if has_image else None, "level": pair.level or 0}

@@ -133,5 +133,10 @@ def _write_index(
     if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
         notice("the data has no levels, so --level-weights and --stratified have no effect")
     warn_of_levels(config, facts, levels)
+    if facts.moved_system:
+        notice(
+            "the chat template has no place for a system turn, so it became the start of the first question in "
+            f"{count(facts.moved_system, 'sample')}"
+        )
     if facts.truncated:
         notice(f"{count(facts.truncated, 'sample')} truncated at {config.max_length:,} tokens")
