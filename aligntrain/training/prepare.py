@@ -89,7 +89,7 @@ def warn_of_waste(config: StageConfig, first: Plan, total: int, ranks: int) -> N
             f"{config.batch_size} does not fill the micro-batches ({config.token_budget} tokens) of "
             f"{count(ranks, 'rank')} evenly; raise --batch-size or change --token-budget"
         )
-    if config.learning_rate == 0:
+    if config.learning_rate == 0 and not config.projector_lr:
         notice("--learning-rate 0: the weights will not change")
 
 
