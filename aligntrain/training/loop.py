@@ -297,7 +297,8 @@ class _Run:
             "step": self.step, "epoch": (self.step - 1) // self.per_epoch, **metrics,
             "lr": share * self.config.learning_rate,
             "lr_by_module": {name: share * peak_of(name, self.config) for name in self.modules},
-            "grad_norm": total_norm(norms), "grad_norm_by_module": norms, **cosines, "unreadable_images": self.health.unreadable,
+            "grad_norm": total_norm(norms), "grad_norm_by_module": norms, **cosines,
+            "unreadable_images": self.health.unreadable,
         }  # fmt: skip
 
     def save(self) -> None:
