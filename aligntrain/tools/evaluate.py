@@ -67,9 +67,12 @@ def held_out_loss(
         reader = BatchReader(index, processor, packed=packed, with_levels=config.stage == "pretrain" and levels > 0)
         sums = torch.zeros(int(index.levels.max()) + 1, 2, dtype=torch.float64)
         steps = (epoch[number].ranks[0] for number in range(len(epoch)))
+        half = torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bf16")  # as in training
         for step in read_ahead(steps, reader, workers=config.workers, ahead=config.prefetch):
             for micro in step:
-                losses_M = model(**micro.to(model.device).inputs).token_losses.double().cpu()
+                with half:
+                    output = model(**micro.to(model.device).inputs)
+                losses_M = output.token_losses.double().cpu()
                 sums.index_add_(0, micro.token_levels, torch.stack([losses_M, torch.ones_like(losses_M)], 1))
     for module, was_training in modes:
         module.training = was_training
