@@ -223,6 +223,7 @@ def _train(config: StageConfig) -> None:
     import os
 
     from aligncurate.progress import count, duration
+    from aligntrain.data.schedule import shortfall
     from aligntrain.training.loop import train
 
     result = train(config)
@@ -241,6 +242,8 @@ def _train(config: StageConfig) -> None:
             "to train again use another --out, or pass --no-resume",
             soft_wrap=True,
         )
+        if short := shortfall(config, result.total):
+            _stdout.print(f"[yellow]{short}[/]", soft_wrap=True)
         return
     done = {"pretrain": "pretrained", "finetune": "finetuned"}[config.stage]
     loss = ""
@@ -251,6 +254,8 @@ def _train(config: StageConfig) -> None:
         f"[bold]{done}[/] in {count(result.total, 'step')} ({duration(result.seconds)}){loss}; the model is in {out}",
         soft_wrap=True,
     )
+    if short := shortfall(config, result.total):
+        _stdout.print(f"[yellow]{short}[/]", soft_wrap=True)
     if result.unreadable:
         _stdout.print(f"[yellow]{count(result.unreadable, 'image')}[/] could not be read; their samples were skipped")
     following = (
@@ -263,12 +268,15 @@ def _train(config: StageConfig) -> None:
 
 def _show_preview(plan: Preview, config: StageConfig, ranks: int) -> None:
     from aligncurate.progress import count, duration
+    from aligntrain.data.schedule import shortfall
 
     facts = plan.facts
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_row("stage", config.stage)
     table.add_row("samples", f"{facts.rows:,}")
     table.add_row("steps", f"{plan.steps:,} of {count(config.batch_size, 'sample')}, {count(config.epochs, 'epoch')}")
+    if short := shortfall(config, plan.steps):
+        table.add_row("", short)
     table.add_row("micro-batches", f"{plan.micro_batches:,} per epoch and rank, {count(ranks, 'rank')}")
     table.add_row("tokens", f"{plan.tokens:,} per epoch")
     table.add_row("images", f"{plan.images:,} per epoch")

@@ -38,7 +38,9 @@ class StageConfig:
     vision: str | None = setting("Vision tower (CLIP, SigLIP) for a new model: a folder, a Hub name, or tiny.", None)
     init: str | None = setting("Model folder to start from, such as the pretrained one.", None)
 
-    num_levels: int | None = setting("Number of alignment levels N (8 for a new model).", None, at_least=2)
+    num_levels: int | None = setting(
+        "Number of alignment levels N of a new model (that of the data, or 8).", None, at_least=2
+    )
     align_mode: str | None = setting(
         "Alignment vector: gated (default), global, local, average, fixed:k or none.", None, none_is_value=True
     )
@@ -61,6 +63,9 @@ class StageConfig:
 
     learning_rate: float = setting(
         "Peak learning rate.", at_least=0, group="Optimisation", shown="1e-3 for pretrain, 2e-5 for finetune"
+    )
+    projector_lr: float | None = setting(
+        "Peak learning rate of the projector.", None, at_least=0, shown="--learning-rate"
     )
     batch_size: int = setting(
         "Samples per optimizer step, over all ranks.", at_least=1, shown="256 for pretrain, 128 for finetune"
@@ -87,7 +92,9 @@ class StageConfig:
     stratified: bool = setting("Give every step the same mix of levels as the whole data.", False)
 
     lora_rank: int | None = setting("Train the LLM with LoRA adapters of this rank.", None, at_least=1, group="LoRA")
-    lora_alpha: float = setting("LoRA alpha (scale is alpha / rank).", 256.0, at_least=0)
+    lora_alpha: float | None = setting(
+        "LoRA alpha (scale is alpha / rank).", None, at_least=0, shown="twice the rank, so the scale is 2"
+    )
     lora_dropout: float = setting("LoRA dropout.", 0.05, at_least=0, at_most=1)
 
     parallel: Literal["auto", "ddp", "fsdp"] = setting(

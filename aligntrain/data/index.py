@@ -48,6 +48,7 @@ class Facts:
         tokens: tokens of all samples.
         supervised: tokens with a label.
         truncated: samples truncated at max_length.
+        moved_system: samples whose system turn became the start of the first question, for lack of a place for it.
         levels: samples by level, 0 without level.
         skipped: number of skipped rows by cause.
         examples: key of the first skipped row by cause.
@@ -58,6 +59,7 @@ class Facts:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
+    moved_system: int = 0
     levels: Counter[int] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)

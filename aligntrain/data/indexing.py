@@ -20,6 +20,7 @@ from aligncurate.sources.base import Source
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
+from aligntrain.data.levels import check_levels
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
 from aligntrain.stage import StageConfig
@@ -28,24 +29,32 @@ _ROWS = 2_000  # per record batch
 _NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
 
 
-def build_index(config: StageConfig, processor: AlignGPTProcessor, num_levels: int, file: Path) -> Index:
+def open_data(config: StageConfig) -> Source:
+    """The data of a stage as one source. Raises UserError when there is none, or when it cannot be read."""
+    if not config.data:
+        raise UserError("no data given; pass dataset folders, tars or another source.")
+    options = SourceOptions(config.format, config.caption_column, config.image_column, config.image_root)
+    return open_source(list(config.data), options)
+
+
+def build_index(
+    source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, file: Path
+) -> Index:
     """Tokenize the data of a stage, unless `file` is already the index of the same data and settings.
 
     Images are not read.
 
     Args:
-        config: the data, and how to read it.
+        source: the data, from `open_data`.
+        config: what it is used for.
         processor: tokenizes.
         num_levels: N of the model; 0 without alignment, so pretraining needs no levels.
         file: the index, `*.arrow`.
 
-    Raises UserError when the data is empty, has no usable row, lacks levels that pretraining needs, or has levels
-    above N.
+    Raises UserError when the data is empty, has no usable row, lacks levels that pretraining needs, or has other levels
+    than the model.
     """
-    if not config.data:
-        raise UserError("no data given; pass dataset folders, tars or another source.")
-    options = SourceOptions(config.format, config.caption_column, config.image_column, config.image_root)
-    source = open_source(list(config.data), options)
+    check_levels(source, config, num_levels)
     made_of = _fingerprint(source, config, processor, num_levels)
     notes = facts_file(file)
     if notes.is_file() and file.is_file() and json.loads(notes.read_text("utf-8"))["made_of"] == made_of:
@@ -145,6 +154,7 @@ def _row(
     facts.tokens += len(sample.input_ids)
     facts.supervised += sum(label != IGNORE for label in sample.labels)
     facts.truncated += sample.truncated > 0
+    facts.moved_system += processor.moves_system and any(t["role"] == "system" for t in pair.conversations or [])
     facts.levels[pair.level or 0] += 1
     row = {name: getattr(pair, name) for name in ("key", "source", "image_offset", "image_length", "row")}
     row |= {"image_path": pair.image_path if has_image else None, "level": pair.level or 0}

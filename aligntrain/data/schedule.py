@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aligncurate.errors import UserError
+from aligncurate.progress import count
 from aligntrain.data.index import Index
 from aligntrain.data.plan import Plan, plan
 from aligntrain.stage import StageConfig
@@ -32,3 +33,15 @@ def total_steps(config: StageConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole stage."""
     steps = steps_per_epoch * config.epochs
     return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def shortfall(config: StageConfig, total: int) -> str:
+    """Why a stage of `total` steps has fewer than --max-steps, and how to get more; empty if it has not."""
+    if config.max_steps is None or config.max_steps <= total:
+        return ""
+    per_epoch = total // config.epochs
+    enough = -(-config.max_steps // per_epoch)
+    return (
+        f"{count(config.epochs, 'epoch')} of the data {'has' if config.epochs == 1 else 'have'} "
+        f"{count(total, 'step')}, fewer than --max-steps {config.max_steps:,}; pass --epochs {enough} to reach it"
+    )

@@ -23,7 +23,7 @@ from transformers.image_utils import load_image
 
 from aligncurate.sources.conversations import IMAGE, parse_conversation
 from aligntrain.inputs.pixels import IMAGE_MODES, pixels_of
-from aligntrain.inputs.templates import ALIGN, PLAIN, V1, Rendered, messages_of, render
+from aligntrain.inputs.templates import ALIGN, PLAIN, V1, ChatTemplate, Rendered, messages_of
 from aligntrain.inputs.tokenizer import end_pattern, load_tokenizer, prepare_tokenizer
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import IGNORE
@@ -104,7 +104,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
         self.align_token_id: int = tokenizer.convert_tokens_to_ids(ALIGN)
         self._starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        self._ends = re.compile("\n") if template == "plain" else end_pattern(tokenizer)
+        self._chat = self._template(chat_template)
 
     @classmethod
     def from_components(cls, llm: Any, vision: str | Path, **settings: Any) -> AlignGPTProcessor:
@@ -149,7 +149,8 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
                 messages = messages[:-1]
             if training and not any(m["role"] == "assistant" for m in messages):
                 raise ValueError("the conversation has no answer.")
-            encoded = self._tokenize(render(messages, self._apply, self._ends), has_image)
+            rendered = self._chat.render(messages, cue=messages[-1]["role"] == "user")
+            encoded = self._tokenize(rendered, has_image)
             return self._cut(encoded) if training else encoded
         except ValueError as error:
             raise ValueError(f"sample {key!r}: {error}" if key else str(error)) from error
@@ -158,6 +159,21 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         """Encode an image's caption as a pretraining sample. Raises ValueError as ``encode`` does."""
         turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": caption}]
         return self.encode(turns, has_image=True, key=key)
+
+    @property
+    def moves_system(self) -> bool:
+        """Whether a system turn becomes the start of the first question, because the template cannot take one."""
+        return not self._chat.takes_system
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids of the tokens at which generation has to stop: the tokenizer's end token and that of the answers."""
+        example = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        sample = self._tokenize(self._chat.render(example, cue=False), False)
+        ends = {self.tokenizer.eos_token_id} - {None}
+        last = next(label for label in reversed(sample.labels) if label != IGNORE)
+        ends |= {last} & self.tokenizer.added_tokens_decoder.keys()
+        return sorted(ends)
 
     def process_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Images as normalised pixels, float32 [I, 3, H, H], H = pixel_size."""
@@ -242,12 +258,13 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         batched = not isinstance(conversation[0], Mapping)
         conversations = conversation if batched else [conversation]
         pictures = _as_list(images) or [image for turns in conversations for image in parse_conversation(turns)[1]]
+        template = self._chat if chat_template is None else self._template(chat_template)
         encoded, texts = [], []
         for turns in conversations:
             messages = messages_of(turns, None)
-            rendered = render(messages, lambda m, cue: self._apply(m, cue, chat_template, **variables), self._ends)
-            if messages[-1]["role"] == "user" and not add_generation_prompt:
-                rendered = Rendered(self._apply(messages, False, chat_template, **variables), rendered.answers)
+            rendered = template.render(
+                messages, cue=add_generation_prompt and messages[-1]["role"] == "user", **variables
+            )
             texts.append(rendered.text)
             if tokenize:
                 encoded.append(self._tokenize(rendered, IMAGE in rendered.text))
@@ -291,17 +308,9 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         as_lists = return_tensors is None
         return BatchFeature({name: t.tolist() if as_lists else t.numpy() for name, t in batch.items()})
 
-    def _apply(
-        self, messages: Sequence[Mapping[str, str]], cue: bool, chat_template: str | None = None, **variables: Any
-    ) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=chat_template or self.chat_template,
-            tokenize=False,
-            add_generation_prompt=cue,
-            **variables,
-        )
-        return text
+    def _template(self, text: str) -> ChatTemplate:
+        ends = re.compile("\n") if self.template == "plain" else end_pattern(self.tokenizer)
+        return ChatTemplate(self.tokenizer, text, ends)
 
     def _tokenize(self, rendered: Rendered, has_image: bool) -> Encoded:
         """Tokenize the text before and after the image separately, as in the official code."""

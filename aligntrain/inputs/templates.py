@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from aligncurate.sources.conversations import IMAGE, ROLES, parse_conversation
@@ -28,6 +30,13 @@ V1 = (
 )
 
 Message = dict[str, str]
+
+MARK = "\ufdd0"
+"""Put around answers while a template is applied: a code point that Unicode reserves for such uses inside programs."""
+
+_DATE = datetime(2024, 7, 26)  # the date that Llama 3.1's template prints by default
+_TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+_EXAMPLE: list[Message] = [{"role": "user", "content": "Q-1"}, {"role": "assistant", "content": "A-1"}]
 
 
 @dataclass(frozen=True)
@@ -83,37 +92,120 @@ def messages_of(conversation: Sequence[Mapping[str, Any]], has_image: bool | Non
     return system + turns
 
 
-def render(
-    messages: Sequence[Message], apply: Callable[[Sequence[Message], bool], str], ends: re.Pattern[str]
-) -> Rendered:
-    """Apply a chat template, and find the answers in its text.
+class ChatTemplate:
+    """A chat template (Jinja) of a tokenizer, and where the answers are in its text.
 
-    An answer starts right after the cue for the assistant, so that training learns exactly what is generated after
-    that cue.
+    Reasoning is switched off where a template can (Qwen 3, Granite, DeepSeek), because our answers have none. Templates
+    that print today's date get a fixed one, so that the same data gives the same tokens every day.
 
     Args:
-        messages: from ``messages_of``; after a final question the text ends with the cue for its answer.
-        apply: the template: (messages, whether to add the cue) -> text.
+        tokenizer: applies it, with its special tokens.
+        text: the template.
         ends: matches the end token of an answer.
-
-    Raises:
-        ValueError: the template rewrites earlier turns, so that the answers cannot be found.
     """
-    text = apply(messages, messages[-1]["role"] != "assistant")
-    answers = []
-    for number, message in enumerate(messages):
-        content = message["content"].strip()
-        if message["role"] != "assistant" or not content:
-            continue
-        before = apply(messages[:number], True)
-        start = text.find(content, len(before))
-        if not text.startswith(before) or start < 0:
+
+    def __init__(self, tokenizer: Any, text: str, ends: re.Pattern[str]) -> None:
+        self._tokenizer, self._ends = tokenizer, ends
+        self._text = _TODAY.sub(lambda call: repr(_DATE.strftime(call["format"])), text)
+
+    def apply(self, messages: Sequence[Message], cue: bool, **variables: Any) -> str:
+        """The messages as text. Raises ValueError if the template refuses them.
+
+        Args:
+            messages: with a system turn only if it `takes_system`.
+            cue: add the cue for the next answer.
+            variables: of the template.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._text,
+                tokenize=False,
+                add_generation_prompt=cue,
+                **{"enable_thinking": False, "thinking": False, **variables},
+            )
+        except Exception as error:  # a template is a program
+            raise ValueError(f"the chat template does not take the conversation ({error}).") from None
+        return text
+
+    def render(self, messages: Sequence[Message], *, cue: bool, **variables: Any) -> Rendered:
+        """Apply the template once, and find the answers in its text.
+
+        Each answer is put between two marks, which are removed again, so its place does not depend on its words. It
+        starts right after the cue for the assistant, so that training learns exactly what is generated after that cue.
+
+        Args:
+            messages: from `messages_of`.
+            cue: add the cue for the next answer.
+            variables: of the template.
+
+        Raises:
+            ValueError: the template refuses the messages, changes the answers, or does not put them behind the cue.
+        """
+        if not self.takes_system:
+            messages = _without_system(messages)
+        if any(MARK in message["content"] for message in messages):
+            raise ValueError("a turn has the character U+FDD0, which is no text; remove it.")
+        marked, contents = [], []
+        for message in messages:
+            content = message["content"]
+            if message["role"] == "assistant" and (words := content.strip()):
+                before, after = content.split(words, 1)  # spaces stay outside: some templates strip them, others do not
+                contents.append((before, words, after))
+                content = f"{before}{MARK}{words}{MARK}{after}"
+            marked.append({**message, "content": content})
+        pieces = self.apply(marked, cue, **variables).split(MARK)
+        if pieces[1::2] != [words for _, words, _ in contents]:
             raise ValueError("the chat template changes earlier turns or the answers; use another template.")
-        stop = start + len(content)
-        trailing = len(message["content"]) - len(message["content"].rstrip())
-        # Some templates strip the content, others do not.
-        if trailing and text.startswith(message["content"][-trailing:], stop):
-            stop += trailing
-        end = ends.match(text, stop)
-        answers.append((len(before), end.end() if end else stop))
-    return Rendered(text, answers)
+        text, answers = "".join(pieces), []
+        stop = 0
+        for number, (before, words, after) in enumerate(contents):
+            start = stop + len(pieces[2 * number])
+            stop = start + len(words)
+            first, last = start, stop
+            for spaces in (before, self.lead):
+                if text.endswith(spaces, 0, first):
+                    first -= len(spaces)
+            if text.startswith(after, last):
+                last += len(after)
+            end = self._ends.match(text, last)
+            answers.append((first, end.end() if end else last))
+        return Rendered(text, answers)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a system turn stays where it is.
+
+        Gemma's template refuses one; Mistral's moves it to the last question, and drops it once that is answered.
+        """
+        messages = [{"role": "system", "content": "S-Y-S"}, *_EXAMPLE]
+        try:
+            prompt, text = self.apply(messages[:2], True), self.apply(messages, False)
+        except ValueError:
+            return False
+        return text.startswith(prompt) and "S-Y-S" in text
+
+    @cached_property
+    def lead(self) -> str:
+        """Spaces that the template puts between the cue for an answer and the answer.
+
+        Raises:
+            ValueError: it puts text there that generation would not start with, such as reasoning.
+        """
+        prompt, text = self.apply(_EXAMPLE[:1], True), self.apply(_EXAMPLE, False)
+        lead, found, _ = text.removeprefix(prompt).partition(_EXAMPLE[1]["content"])
+        if not text.startswith(prompt) or not found or lead.strip():
+            raise ValueError("the chat template does not put answers right behind the cue for them; use --template v1.")
+        return lead
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the text of a system turn at the start of the first question, behind the image."""
+    if messages[0]["role"] != "system":
+        return list(messages)
+    system, question, *others = messages
+    content, image = question["content"], ""
+    if IMAGE in content:
+        content, image = content.removeprefix(IMAGE).lstrip("\n"), f"{IMAGE}\n"
+    joined = "\n\n".join(text for text in (system["content"], content) if text)
+    return [{**question, "content": f"{image}{joined}"}, *others]

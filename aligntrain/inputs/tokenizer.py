@@ -62,8 +62,11 @@ def prepare_tokenizer(tokenizer: Any) -> None:
 
 
 def end_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches a special token that ends an answer, with the space that some templates put before it."""
-    specials = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} - {IMAGE, ALIGN}
-    specials |= set(tokenizer.all_special_tokens) - {IMAGE, ALIGN}
-    longest_first = sorted(specials, key=len, reverse=True)
+    """Matches a token that ends an answer, with the space that some templates put before it.
+
+    All added tokens count, because some tokenizers do not declare the one that ends a turn as special.
+    """
+    added = {str(token).strip() for token in tokenizer.added_tokens_decoder.values()}
+    ends = (added | set(tokenizer.all_special_tokens)) - {IMAGE, ALIGN, ""}
+    longest_first = sorted(ends, key=len, reverse=True)
     return re.compile(rf" ?(?:{'|'.join(map(re.escape, longest_first))})")

@@ -19,7 +19,7 @@ from aligncurate.progress import meter
 from aligncurate.sources.conversations import IMAGE
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
-from aligntrain.data.indexing import build_index
+from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.data.schedule import plan_epoch
 from aligntrain.inputs.processor import AlignGPTProcessor
@@ -60,16 +60,19 @@ def held_out_loss(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with tempfile.TemporaryDirectory() as folder:
-        index = build_index(config, processor, levels, Path(folder) / "index.arrow")
+        index = build_index(open_data(config), config, processor, levels, Path(folder) / "index.arrow")
         packed = config.packing == "on" or (config.packing == "auto" and can_pack(model.language_model))
         everything = config.replace(level_weights=None, stratified=False)
         epoch = plan_epoch(everything, index, 0, packed=packed, world_size=1)
         reader = BatchReader(index, processor, packed=packed, with_levels=config.stage == "pretrain" and levels > 0)
         sums = torch.zeros(int(index.levels.max()) + 1, 2, dtype=torch.float64)
         steps = (epoch[number].ranks[0] for number in range(len(epoch)))
+        half = torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bf16")  # as in training
         for step in read_ahead(steps, reader, workers=config.workers, ahead=config.prefetch):
             for micro in step:
-                losses_M = model(**micro.to(model.device).inputs).token_losses.double().cpu()
+                with half:
+                    output = model(**micro.to(model.device).inputs)
+                losses_M = output.token_losses.double().cpu()
                 sums.index_add_(0, micro.token_levels, torch.stack([losses_M, torch.ones_like(losses_M)], 1))
     for module, was_training in modes:
         module.training = was_training

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from aligntrain.data.index import Facts
-from aligntrain.data.indexing import build_index
+from aligntrain.data.indexing import build_index, open_data
+from aligntrain.data.levels import warn_of_levels, with_levels_of
 from aligntrain.data.schedule import plan_epoch, total_steps
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
@@ -60,15 +61,18 @@ def preview(config: StageConfig, ranks: int = 1) -> Preview:
         UserError: the data, the model or the settings cannot be used, as in ``train``.
     """
     processor = build_processor(config)
+    source = open_data(config)
+    config = with_levels_of(source, config)
     model_config = build_config(config)
     levels = model_config.num_levels if model_config.align_mode != "none" else 0
     with tempfile.TemporaryDirectory() as folder:
-        index = build_index(config, processor, levels, Path(folder) / "index.arrow")
+        index = build_index(source, config, processor, levels, Path(folder) / "index.arrow")
         epoch = plan_epoch(config, index, 0, packed=config.packing != "off", world_size=ranks)
         steps = total_steps(config, len(epoch))
         taken = epoch.order
         tokens, images = int(index.lengths[taken].sum()), int(index.images[taken].sum())
         facts = index.facts
+    warn_of_levels(config, facts, levels)
     with torch.device("meta"):
         flops_of = Flops(AlignGPTForConditionalGeneration(model_config), trains_llm(config))
     labels = facts.supervised / facts.rows * len(taken)

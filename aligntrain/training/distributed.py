@@ -151,7 +151,7 @@ class ParallelModel:
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         model.to(self._world.device)
 
-    def forward_backward(self, inputs: dict[str, Tensor], count: Tensor, last: bool) -> Any:
+    def forward_backward(self, inputs: dict[str, Tensor], count: int, last: bool) -> Any:
         """Run one micro-batch; the gradients add up to those of the mean loss over the whole step.
 
         Args:
@@ -171,7 +171,8 @@ class ParallelModel:
         with no_exchange:
             half = self._half and not self.sharded  # FSDP2 casts by itself
             with torch.autocast(self._world.device.type, torch.bfloat16, enabled=half):
-                # DDP and FSDP average gradients over the ranks, but the step's loss is a sum over them.
+                # DDP and FSDP average gradients over the ranks, but the step's loss is a sum over them. The divisor is
+                # not a tensor, which FSDP2 would round to bfloat16.
                 output = self._forward(**inputs, num_items_in_batch=count / self._world.size)
             output.loss.backward()
         return output

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from aligncurate.io.files import TEMPORARY, sync
 from aligntrain.inputs.processor import AlignGPTProcessor
@@ -27,6 +28,7 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     if config.lora_rank is not None:
         merge_lora(model)
     model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    _complete_generation_config(model.generation_config, processor)
     out = Path(config.out)
     temporary = out / f"{TEMPORARY}model"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -41,3 +43,14 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
         path.replace(out / path.name)
     temporary.rmdir()
     sync(out)
+
+
+def _complete_generation_config(generation: GenerationConfig, processor: AlignGPTProcessor) -> None:
+    """Let generation stop at every token that ends an answer, and make the LLM's settings ones that can be saved."""
+    known = generation.eos_token_id
+    ends = {*(known if isinstance(known, list) else [known]), *processor.end_token_ids}
+    generation.eos_token_id = sorted(ends - {None})
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # Vicuna's has a temperature without sampling, which transformers loads but does not save
+        generation.do_sample = True

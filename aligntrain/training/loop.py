@@ -33,7 +33,7 @@ from aligntrain.training.flops import Flops, trains_llm
 from aligntrain.training.interrupts import stop_signals
 from aligntrain.training.log import Log
 from aligntrain.training.metrics import Metrics, level_cosines
-from aligntrain.training.optimizer import clip_gradients, gradient_norms, learning_rate, make_optimizer, total_norm
+from aligntrain.training.optimizer import clip_gradients, gradient_norms, make_optimizer, peak_of, schedule, total_norm
 from aligntrain.training.prepare import StageData, prepare_data, warn_of_waste
 from aligntrain.training.step_checks import ImageHealth, non_finite_error
 
@@ -95,6 +95,7 @@ def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
     started = time.perf_counter()
     out = Path(config.out)
     data = prepare_data(config, world, claims)
+    config = data.config
     if data.earlier is not None and checkpoint.read_finished(out) is not None:
         done, unreadable = data.earlier.step, data.earlier.unreadable
         seconds = time.perf_counter() - started
@@ -109,9 +110,9 @@ def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
             if counts.stopping:
                 stopped = signals[0] if signals else signal.SIGTERM
                 break
-            norms, rate = run.update(batch, counts)
+            norms, share = run.update(batch, counts)
             if run.step % config.log_every == 0 or run.step == run.total:
-                record = run.record(norms, rate)
+                record = run.record(norms, share)
                 losses.append(record["loss"])
                 log.write(record, run.total)
             if run.step % config.save_every == 0 or run.step == run.total:
@@ -250,7 +251,7 @@ class _Run:
     def update(self, batch: list[MicroBatch], counts: _StepCounts) -> tuple[dict[str, float], float]:
         """Forward and backward over the step's micro-batches, then the optimizer.
 
-        Returns the gradient norms by module, before clipping, and the learning rate.
+        Returns the gradient norms by module, before clipping, and the share of the peak learning rate.
 
         Raises NonFiniteError when the loss or a gradient is not finite.
         """
@@ -262,23 +263,22 @@ class _Run:
         if not math.isfinite(norm):
             raise non_finite_error(self.step + 1, batch, token_losses, self.data.index, self.last, self.world)
         clip_gradients(self.optimizer, norm, self.config.max_grad_norm)
-        rate = learning_rate(self.config, self.step, self.total)
+        share = schedule(self.config, self.step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["peak"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return norms, rate
+        return norms, share
 
     # ---- forward and backward ----------------------------------------------------------------------
 
     def _forward_backward(self, batch: list[MicroBatch], labels: int) -> list[Tensor]:
         """Accumulate the gradients of the mean loss over the step's labels; returns each micro-batch's token losses."""
         token_losses = []
-        divisor = torch.tensor(max(labels, 1), dtype=torch.float32, device=self.world.device)
         for number, micro in enumerate(batch, 1):
             micro = micro.to(self.world.device)
-            output = self.parallel.forward_backward(micro.inputs, divisor, last=number == len(batch))
+            output = self.parallel.forward_backward(micro.inputs, max(labels, 1), last=number == len(batch))
             self.metrics.add(micro, output)
             token_losses.append(output.token_losses)
         epoch, number = divmod(self.step, self.per_epoch)
@@ -289,14 +289,16 @@ class _Run:
 
     # ---- logging and saving ------------------------------------------------------------------------
 
-    def record(self, norms: dict[str, float], rate: float) -> dict[str, Any]:
+    def record(self, norms: dict[str, float], share: float) -> dict[str, Any]:
         """The log record of the step just done; every rank must call it."""
         metrics = self.metrics.take()
         cosines = level_cosines(self.model.level_embeddings.weight) if self.data.levels else {}
         return {
-            "step": self.step, "epoch": (self.step - 1) // self.per_epoch, **metrics, "lr": rate,
-            "lr_by_module": dict.fromkeys(self.modules, rate), "grad_norm": total_norm(norms),
-            "grad_norm_by_module": norms, **cosines, "unreadable_images": self.health.unreadable,
+            "step": self.step, "epoch": (self.step - 1) // self.per_epoch, **metrics,
+            "lr": share * self.config.learning_rate,
+            "lr_by_module": {name: share * peak_of(name, self.config) for name in self.modules},
+            "grad_norm": total_norm(norms), "grad_norm_by_module": norms, **cosines,
+            "unreadable_images": self.health.unreadable,
         }  # fmt: skip
 
     def save(self) -> None:

@@ -28,7 +28,7 @@ def add_lora(model: AlignGPTForConditionalGeneration, config: StageConfig, learn
     lora_config, inject, _ = _peft()
     adapters = lora_config(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=2 * (config.lora_rank or 0) if config.lora_alpha is None else config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=_linear_names(model.language_model),
     )

@@ -14,16 +14,22 @@ from aligntrain.training.distributed import World
 
 
 def make_optimizer(model: nn.Module, config: StageConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay applies to matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    """AdamW over the trainable parameters; weight decay applies to matrices only.
+
+    Each group's `peak` is the learning rate that `schedule` multiplies.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module, is_matrix = name.partition(".")[0], parameter.ndim > 1
+            new = {
+                "params": [],
+                "peak": peak_of(module, config),
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
+            }
+            groups.setdefault((module == "projector", is_matrix), new)["params"].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        list(groups.values()),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -31,12 +37,21 @@ def make_optimizer(model: nn.Module, config: StageConfig, device: torch.device) 
     )
 
 
-def learning_rate(config: StageConfig, step: int, total: int) -> float:
-    """Linear warm-up from 0, then half a cosine down to 0, like `get_cosine_schedule_with_warmup` of transformers."""
+def peak_of(module: str, config: StageConfig) -> float:
+    """Peak learning rate of a module of the model; the projector may have its own, as in LLaVA (`mm_projector_lr`)."""
+    return config.learning_rate if module != "projector" or config.projector_lr is None else config.projector_lr
+
+
+def schedule(config: StageConfig, step: int, total: int) -> float:
+    """The share of the peak learning rate in a step: linear warm-up, then half a cosine down towards 0; never 0.
+
+    Like `get_cosine_schedule_with_warmup` of transformers, but the warm-up is one step ahead: there the first step has
+    learning rate 0, and a run of one step would change nothing.
+    """
     warmup = math.ceil(total * config.warmup_ratio)
     if step < warmup:
-        return config.learning_rate * step / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 @torch.no_grad()

@@ -13,16 +13,18 @@ import aligncurate
 from aligncurate.errors import UserError
 from aligncurate.io.files import claim, write_json
 from aligncurate.progress import count, notice
+from aligncurate.sources.base import Source
 from aligntrain.data.index import Index
-from aligntrain.data.indexing import build_index
+from aligntrain.data.indexing import build_index, open_data
+from aligntrain.data.levels import warn_of_levels, with_levels_of
 from aligntrain.data.plan import Plan
+from aligntrain.data.schedule import shortfall
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
 from aligntrain.training.build import build_config, build_processor
 from aligntrain.training.checkpoint import Position
 from aligntrain.training.distributed import World
-from aligntrain.training.optimizer import learning_rate
 
 _OWN = {"index.arrow", "stage.json"}  # files by which a folder is recognised as one of ours
 
@@ -32,6 +34,7 @@ class StageData:
     """The tokenized data of a run, and what is known about the model it starts from.
 
     Attributes:
+        config: the settings, with the number of levels that the data has.
         processor: of the model.
         index: the tokenized samples.
         levels: number of levels N of the model; 0 without alignment.
@@ -39,6 +42,7 @@ class StageData:
         earlier: position of the run to resume, if any.
     """
 
+    config: StageConfig
     processor: AlignGPTProcessor
     index: Index
     levels: int
@@ -54,34 +58,39 @@ def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageD
     out = Path(config.out)
     world.together(lambda: _check_conflicts(config, world))
     processor = world.together(lambda: build_processor(config))
+    sources: list[Source] = []  # of the first rank, which reads for all
+    world.first_does(lambda: sources.append(open_data(config)))
+    config = world.first_does(lambda: with_levels_of(sources[0], config))
     shape = world.together(lambda: build_config(config))
     levels = shape.num_levels if shape.align_mode != "none" else 0
     world.first_does(lambda: claims.enter_context(claim(out, _OWN)))  # before reading what another run may change
     start = world.first_does(lambda: checkpoint.start_of(config))
     earlier = world.first_does(lambda: _earlier(out, config, start)) if config.resume else None
     index_file = out / "index.arrow"
-    world.first_does(lambda: _write_index(config, processor, levels, index_file))
+    world.first_does(lambda: _write_index(sources[0], config, processor, levels, index_file))
     index = world.together(lambda: Index(index_file, processor))
     if earlier is not None and earlier.data != index.digest:
         raise UserError(
             f"{out}: the data has changed since this run started; use another --out, or --no-resume to start over."
         )
-    return StageData(processor, index, levels, start, earlier)
+    return StageData(config, processor, index, levels, start, earlier)
 
 
 def warn_of_waste(config: StageConfig, first: Plan, total: int, ranks: int) -> None:
-    """Warn if the first steps compute mostly padding, or if the learning rate is 0 in every step."""
+    """Warn if there are fewer steps than asked for, if the first compute mostly padding, or if nothing is learned."""
+    if short := shortfall(config, total):
+        notice(short)
+    if len(first.order) < config.batch_size:
+        samples = count(len(first.order), "sample")
+        notice(f"an epoch has {samples}, fewer than --batch-size {config.batch_size}, so it is a single step")
     if (efficiency := first.efficiency(range(min(50, len(first))))) < 0.8:
         notice(
             f"only {efficiency:.0%} of the computed tokens are data, the rest is padding: a batch of "
             f"{config.batch_size} does not fill the micro-batches ({config.token_budget} tokens) of "
             f"{count(ranks, 'rank')} evenly; raise --batch-size or change --token-budget"
         )
-    if not any(learning_rate(config, step, total) for step in range(total)):
-        notice(
-            f"the learning rate is 0 in {'the only step' if total == 1 else 'every step'} (warm-up starts at 0), so "
-            "the weights will not change; train for more steps, or pass --warmup-ratio 0"
-        )
+    if config.learning_rate == 0 and not config.projector_lr:
+        notice("--learning-rate 0: the weights will not change")
 
 
 def _check_conflicts(config: StageConfig, world: World) -> None:
@@ -111,15 +120,23 @@ def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
     return position
 
 
-def _write_index(config: StageConfig, processor: AlignGPTProcessor, levels: int, index_file: Path) -> None:
+def _write_index(
+    source: Source, config: StageConfig, processor: AlignGPTProcessor, levels: int, index_file: Path
+) -> None:
     """Tokenize the data, record the settings, and report rows left out; for the first rank."""
     out = Path(config.out)
-    facts = build_index(config, processor, levels, index_file).facts
+    facts = build_index(source, config, processor, levels, index_file).facts
     versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
     write_json(out / "stage.json", {**config.to_json(), "versions": versions})
     for cause, rows in facts.skipped.most_common(5):
         notice(f"{count(rows, 'row')} skipped: {cause} (such as {facts.examples[cause]})")
     if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
         notice("the data has no levels, so --level-weights and --stratified have no effect")
+    warn_of_levels(config, facts, levels)
+    if facts.moved_system:
+        notice(
+            "the chat template has no place for a system turn, so it became the start of the first question in "
+            f"{count(facts.moved_system, 'sample')}"
+        )
     if facts.truncated:
         notice(f"{count(facts.truncated, 'sample')} truncated at {config.max_length:,} tokens")

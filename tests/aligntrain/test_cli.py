@@ -80,6 +80,16 @@ def test_plan(folder: Path, run: Run, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_fewer_steps_than_max_steps_are_said_in_plan_and_result(folder: Path, run: Run, tmp_path: Path) -> None:
+    new = ["--llm", folder / "llm", "--vision", folder / "vision", *SMALL, "--max-steps", "30"]
+    sentence = "1 epoch of the data has 3 steps, fewer than --max-steps 30; pass --epochs 10 to reach it"
+    assert sentence in " ".join(run("train", "plan", folder / "c.tar", *new).stdout.split())
+    for first in (True, False):
+        result = run("train", "pretrain", folder / "c.tar", *new, "--out", tmp_path / "out")
+        assert ("pretrained in 3 steps" if first else "all 3 steps are done") in result.stdout
+        assert sentence in " ".join(result.stdout.split())
+
+
 def test_a_finished_run_says_so(folder: Path, run: Run) -> None:
     again = ["--init", folder / "first", "--config", folder / "run.toml", "--set", "epochs=2", *SMALL]
     result = run("train", "finetune", folder / "q.tar", *again, "--out", folder / "second")

@@ -20,7 +20,7 @@ from aligncurate.images.decode import load_rgb
 from aligncurate.verbs.ingest import ingest
 from aligntrain import AlignGPTProcessor, StageConfig
 from aligntrain.data.index import Index
-from aligntrain.data.indexing import build_index
+from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.inputs import pixels
 from aligntrain.training.build import build_processor
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def index_of(config: StageConfig, levels: int = LEVELS) -> tuple[Index, AlignGPTProcessor]:
     processor = build_processor(config)
     Path(config.out).mkdir(exist_ok=True)
-    return build_index(config, processor, levels, Path(config.out) / "index.arrow"), processor
+    return build_index(open_data(config), config, processor, levels, Path(config.out) / "index.arrow"), processor
 
 
 def turns(*texts: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections import defaultdict
@@ -14,8 +15,9 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from aligncurate.errors import UserError
+from aligntrain import train
 from aligntrain.tools.evaluate import Question, answer_accuracy, held_out_loss, questions_of
-from aligntrain.tools.generate import answer
+from aligntrain.tools.generate import answer, load
 from aligntrain.training.build import build_model, build_processor
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions
 
@@ -87,6 +89,25 @@ def test_loss_of_conversations_is_that_of_a_plain_loop(models: dict[str, str], t
     losses = naive_losses(model, processor, samples)[0]
     assert result.by_level == {} and result.tokens == len(losses)
     assert result.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_loss_in_bfloat16(models: dict[str, str], tmp_path: Path, stage: str) -> None:
+    """The default type, with the model in training's mixture of types, and as it is saved."""
+    make, data = (pretraining, captions) if stage == "pretrain" else (finetuning, questions)
+    config = make(models, data(tmp_path / "c.tar"), tmp_path / "out", dtype="bf16", max_steps=1)
+    processor = build_processor(config)
+    plain = config.replace(dtype="fp32")
+    exact = held_out_loss(build_model(plain, processor)[0], processor, plain)
+    mixed = build_model(config, processor)[0]
+    assert {p.dtype for p in mixed.parameters()} == {torch.float32, torch.bfloat16}
+    for model in (mixed, copy.deepcopy(mixed).to(torch.bfloat16)):
+        result = held_out_loss(model, processor, config)
+        assert result.loss == pytest.approx(exact.loss, rel=1e-2)
+        assert result.tokens == exact.tokens
+        assert result.by_level.keys() == exact.by_level.keys()
+    train(config)
+    assert held_out_loss(*load(tmp_path / "out"), config).loss > 0
 
 
 def test_questions_come_one_by_one(tmp_path: Path) -> None:

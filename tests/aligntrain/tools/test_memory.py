@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aligntrain import StageConfig
-from aligntrain.data.indexing import build_index
+from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.reader import BatchReader
 from aligntrain.data.schedule import plan_epoch
 from aligntrain.model.loss import CHUNK_TOKENS, token_losses
@@ -86,7 +86,7 @@ def test_activations_are_about_what_autograd_keeps(models: dict[str, str], tmp_p
     config = config_of(models, tmp_path, "finetune", checkpointing=checkpointing, attention="sdpa")
     processor = build_processor(config)
     model, _ = build_model(config, processor)
-    index = build_index(config, processor, 8, tmp_path / "index.arrow")
+    index = build_index(open_data(config), config, processor, 8, tmp_path / "index.arrow")
     packs = plan_epoch(config, index, 0, packed=True, world_size=1)[0].ranks[0]
     batch = BatchReader(index, processor, packed=True, with_levels=False)(packs[0])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -27,7 +27,7 @@ from aligntrain.training import checkpoint, export
 from aligntrain.training import loop as trainer
 from aligntrain.training.build import build_model, build_processor
 from aligntrain.training.checkpoint import checkpoints
-from aligntrain.training.optimizer import learning_rate
+from aligntrain.training.optimizer import schedule
 from tests.support.stage_data import captions, finetuning, make_models, picture, pretraining, questions, write_tar
 
 ROOT = Path(__file__).parents[3]
@@ -270,9 +270,9 @@ def test_the_output_folder_is_locked_during_the_run(
         with pytest.raises(UserError, match="another run is writing to this folder"), claim(out, {"index.arrow"}):
             pass
         steps.append(step)
-        return learning_rate(config, step, total)
+        return schedule(config, step, total)
 
-    monkeypatch.setattr(trainer, "learning_rate", claim_and_rate)
+    monkeypatch.setattr(trainer, "schedule", claim_and_rate)
     config = pretraining(models, str(folder / "c.tar"), out, max_steps=1)
     train(config)
     assert steps == [0]
@@ -330,7 +330,7 @@ from aligntrain.training import checkpoint
 from aligntrain.training import loop as trainer
 folder, out, where = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 models = {"llm": str(folder / "llm"), "vision": str(folder / "vision")}
-rate, sync, calls = trainer.learning_rate, checkpoint.sync, []
+rate, sync, calls = trainer.schedule, checkpoint.sync, []
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -343,7 +343,7 @@ def sync_or_kill(path):  # the second checkpoint: its files are written, and not
     kill() if "step-00000010" in str(path) else sync(path)
 
 if where == "step":
-    trainer.learning_rate = rate_or_kill
+    trainer.schedule = rate_or_kill
 else:
     checkpoint.sync = sync_or_kill
 train(ten_steps(folder, models, out))
@@ -400,13 +400,13 @@ def test_signals_save_and_stop(folder: Path, models: dict[str, str], straight: S
     def rate_and_signal(config: StageConfig, step: int, total: int) -> float:
         if step == at - 1:
             os.kill(os.getpid(), sent)
-        return learning_rate(config, step, total)
+        return schedule(config, step, total)
 
     written: list[str] = []
     sync = checkpoint.sync
     monkeypatch.setattr(checkpoint, "sync", lambda path: (written.append(path.name), sync(path)))
     config = ten_steps(folder, models, tmp_path / "out")
-    monkeypatch.setattr(trainer, "learning_rate", rate_and_signal)
+    monkeypatch.setattr(trainer, "schedule", rate_and_signal)
     summary = train(config)
     assert (summary.stopped, summary.steps, summary.total) == (sent, at, 10)
     assert [path.name for path in checkpoints(tmp_path / "out")] == [f"step-{at:08d}"]
@@ -561,19 +561,22 @@ def test_start_model_errors(folder: Path, models: dict[str, str], pretrained: Pa
 
 def test_learning_rate() -> None:
     config = StageConfig.pretrain(warmup_ratio=0.1)
-    rates = [learning_rate(config, step, 100) for step in range(100)]
-    assert rates[0] == 0
-    assert max(rates) == rates[10] == 1e-3
+    rates = [1e-3 * schedule(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[9] == rates[10] == 1e-3
+    assert min(rates) > 0
     assert rates[55] == pytest.approx(5e-4)
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     from transformers import get_cosine_schedule_with_warmup
 
-    schedule = get_cosine_schedule_with_warmup(optimizer, 10, 100)
-    for rate in rates:
-        assert rate == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 10, 100)
+    theirs = []
+    for _ in rates:
+        theirs += scheduler.get_last_lr()
         optimizer.step()
-        schedule.step()
+        scheduler.step()
+    assert rates == pytest.approx(theirs[1:11] + theirs[10:], abs=1e-12)  # the warm-up is one step ahead
 
 
 def test_bf16_keeps_float32_masters(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
@@ -668,12 +671,65 @@ def test_no_resume_deletes_the_old_checkpoints(folder: Path, models: dict[str, s
     assert_close(weights(tmp_path / "out"), weights(tmp_path / "fresh"), 0)
 
 
-def test_notice_if_the_learning_rate_is_always_zero(
-    folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The warm-up starts at 0, so a single step changes nothing."""
-    for ratio, warned in ((0.03, True), (0.0, False)):
-        out = tmp_path / str(ratio)
-        train(pretraining(models, str(folder / "c.tar"), out, max_steps=1, warmup_ratio=ratio))
-        printed = " ".join(capsys.readouterr().err.split())
-        assert ("the learning rate is 0 in the only step (warm-up starts at 0)" in printed) == warned
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_learning_rate_for_the_projector(folder: Path, models: dict[str, str], tmp_path: Path, stage: str) -> None:
+    """Adam's first step moves every weight by the learning rate, whatever its gradient."""
+    make, data = (pretraining, "c.tar") if stage == "pretrain" else (finetuning, "q.tar")
+    config = make(models, str(folder / data), tmp_path / "out", max_steps=1, learning_rate=1e-4, projector_lr=3e-3)
+    train(config)
+    before, after = build_model(config, build_processor(config))[0].state_dict(), weights(tmp_path / "out")
+    moved = {name.split(".")[0]: 0.0 for name in after}
+    for name, tensor in after.items():
+        moved[name.split(".")[0]] = max(moved[name.split(".")[0]], float((tensor - before[name]).abs().max()))
+    other = {"pretrain": "level_embeddings", "finetune": "language_model"}[stage]
+    assert moved["projector"] == pytest.approx(3e-3, rel=1e-2)
+    assert moved[other] == pytest.approx(1e-4, rel=1e-2)
+    (line,) = records(tmp_path / "out")
+    assert (line["lr"], line["lr_by_module"]["projector"]) == (1e-4, 3e-3)
+    assert set(line["lr_by_module"]) - {"projector"} and line["lr_by_module"][other] == 1e-4
+    with pytest.raises(UserError, match="different settings"):
+        train(config.replace(projector_lr=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "scale"), [(4, None, 2.0), (16, None, 2.0), (4, 2.0, 0.5), (128, 256.0, 2.0)]
+)
+def test_lora_scale(models: dict[str, str], rank: int, alpha: float | None, scale: float) -> None:
+    pytest.importorskip("peft")
+    config = finetuning(models, "x", Path("y"), lora_rank=rank, lora_alpha=alpha)
+    model, _ = build_model(config, build_processor(config))
+    scales = [m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    assert scales and set(scales) == {scale}
+
+
+def test_a_single_step_changes_the_weights(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """With the default warm-up, whether --max-steps or the data allow one step only."""
+    for name, settings in (("steps", {"max_steps": 1}), ("data", {"batch_size": 256}), ("none", {"learning_rate": 0})):
+        config = pretraining(models, str(folder / "c.tar"), tmp_path / name, **settings)
+        assert train(config).steps == (1 if name != "none" else 3)
+        before = build_model(config, build_processor(config))[0].state_dict()
+        after = weights(tmp_path / name)
+        moved = {key.split(".")[0] for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+        assert moved == (set() if name == "none" else {"projector", "level_embeddings"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"max_steps": 1000}, "1 epoch of the data has 3 steps, fewer than --max-steps 1,000; pass --epochs 334"),
+        ({"max_steps": 7, "epochs": 2}, "2 epochs of the data have 6 steps, fewer than --max-steps 7; pass --epochs 3"),
+        ({"max_steps": 6, "epochs": 2}, None),
+        ({"batch_size": 25}, "an epoch has 24 samples, fewer than --batch-size 25, so it is a single step"),
+        ({"learning_rate": 0}, "--learning-rate 0: the weights will not change"),
+    ],
+)
+def test_what_is_less_than_asked_for_is_said_first(
+    folder: Path, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any], sentence: str | None,
+) -> None:  # fmt: skip
+    train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", **settings))
+    printed = " ".join(capsys.readouterr().err.split())
+    if sentence is None:
+        assert "fewer than" not in printed
+    else:
+        assert printed.index(f"note: {sentence}") < printed.index("loss ")

@@ -70,6 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageConfig]:
     (folder / "resumed_two" / "finished.json").unlink()
     two["resumed"] = jobs["finetune_fsdp"].replace(out=str(folder / "resumed_two"))
     two["mistake"] = jobs["pretrain_ddp"].replace(out=str(folder / "mistake"), num_levels=5)
+    two["divisor"] = jobs["pretrain_fsdp"].replace(out=str(folder / "divisor"), max_steps=1, batch_size=24)
     for name in ("reading", "writing", "weights"):  # what the workers break, by the folder's name
         two[name] = jobs["finetune_fsdp"].replace(out=str(folder / name))
     (folder / "jobs.json").write_text(json.dumps([config.to_json() for config in two.values()]))
@@ -120,6 +121,15 @@ def test_bf16_shards_keep_float32_masters(runs: dict[str, StageConfig]) -> None:
     )
     assert {tensor.dtype for tensor in two.values()} == {torch.float32}
     assert_close(one, two, 3e-3)  # autocast and FSDP2 round in different places; a step moves 1e-3
+
+
+def test_the_divisor_of_the_loss_is_not_rounded(runs: dict[str, StageConfig]) -> None:
+    """Half the supervised tokens of the step; FSDP2 casts a tensor to bfloat16, which has 8 bits."""
+    out = Path(runs["divisor_two"].out)
+    index = Index(out / "index.arrow", build_processor(runs["divisor_two"]))
+    assert index.facts.supervised > 512
+    for rank in (0, 1):
+        assert float(Path(f"{out}.divisor-{rank}").read_text()) == index.facts.supervised / 2
 
 
 def first_gradients(config: StageConfig) -> dict[str, torch.Tensor]:
