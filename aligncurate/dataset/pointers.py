@@ -24,7 +24,8 @@ POINTER_COLUMNS = ("source", "image_path", "image_offset", "image_length", "row"
 """The columns that `Pointer.of` needs; with embedded images also `image`."""
 
 IMAGE_KEYS = ("bytes", "image_bytes", "path", "image_url", "url", "image", "image_path", "file_path", "file_name",
-              "filename", "uri", "file_uri", "src", "base64", "b64_json", "data", "inline_data", "file_data")  # fmt: skip
+              "filename", "uri", "file_uri", "src", "base64", "b64_json", "data", "inline_data",
+              "file_data")  # fmt: skip
 """The usual names of what an object of an image holds, the most direct first."""
 
 # Base64 of JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000, by their first bytes; a name has a dot, or is shorter.
@@ -195,13 +196,12 @@ def _read_cell(uri: str, column: str, row: int) -> bytes:
 def images_in(value: Any) -> list[str | bytes]:
     """The images in a field: names (paths, URLs) or bytes.
 
-    Reads text (also `data:` and base64, which become bytes), bytes, objects like Hugging Face's {bytes, path}, and lists
-    of these.
+    Reads text, in which `data:` and base64 become bytes, objects like Hugging Face's {bytes, path}, and lists of these.
     """
     if isinstance(value, str):
         value = value.strip()
         return [inline_image(value) or value] if value else []
-    if value is None:
+    if value is None or value != value:
         return []
     if isinstance(value, bytes):
         return [(inline_image(value.decode("ascii")) if value.isascii() else None) or value]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aligncurate.sources.conversations import IMAGE, ROLES, parse_conversation
+from aligncurate.sources.conversations import ROLES, parse_conversation
+from aligncurate.sources.marks import IMAGE
 
 ALIGN = "<align>"
 

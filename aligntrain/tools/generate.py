@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from aligncurate.errors import ImageError, UserError
 from aligncurate.images.decode import load_rgb
-from aligncurate.sources.conversations import IMAGE
+from aligncurate.sources.marks import IMAGE
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
