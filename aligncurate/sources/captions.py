@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from ast import literal_eval
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -112,6 +113,9 @@ def text_of(value: Any) -> str | None:
     if isinstance(value, str):
         return value
     if isinstance(value, bytes):
+        if value.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # as Windows writes "Unicode"
+            with suppress(UnicodeDecodeError):
+                return value.decode("utf-16")
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, bool):
         return "true" if value else "false"

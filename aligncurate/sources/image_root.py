@@ -82,7 +82,7 @@ class ImageRoot:
         if storage.is_remote(paths[0]):
             pair.load = partial(storage.read, paths[0])
             return
-        files = _existing(paths) or _with_ending(paths)
+        files = _files(paths)
         if len(files) == 1:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0])
         elif member := None if files else self._member(local):
@@ -109,6 +109,8 @@ class ImageRoot:
     def _hint(self, name: str, paths: Sequence[str]) -> str:
         """Where an image that was not found may be; empty if nothing is known."""
         for path in paths:
+            if os.path.islink(path):
+                return f"it is a link to {os.readlink(path)}, which does not exist"
             if near := _similar(path):
                 return f"there is {near}"
         if self.elsewhere and _existing(_paths(self.elsewhere, name)):
@@ -165,7 +167,7 @@ class ImageRoot:
 def _having(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """The folders that have some of the named images, those with the most first."""
     folders = [folder for folder in folders if storage.is_remote(folder) or os.path.isdir(folder)]
-    found = {folder: sum(bool(_existing(_paths(folder, name))) for name in names) for folder in folders}
+    found = {folder: sum(bool(_files(_paths(folder, name))) for name in names) for folder in folders}
     return sorted((folder for folder in folders if found[folder]), key=lambda folder: -found[folder])
 
 
@@ -224,9 +226,14 @@ def _existing(paths: Sequence[str]) -> list[str]:
     return []
 
 
+def _files(paths: Sequence[str]) -> list[str]:
+    """The file that one of `paths` means; several, if it lacks an ending and they differ by that."""
+    return _existing(paths) or _with_ending(paths)
+
+
 def _with_ending(paths: Sequence[str]) -> list[str]:
     """The image files that differ from the first of `paths` only by an ending that it lacks."""
-    if _ending(paths[0]) in EXTENSIONS:
+    if not paths or _ending(paths[0]) in EXTENSIONS:
         return []
     found = [file for ending in _ENDINGS for file in _existing([f"{paths[0]}.{ending}"])]
     return list({file.lower(): file for file in reversed(found)}.values())

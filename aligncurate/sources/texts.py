@@ -36,7 +36,7 @@ def with_texts(
         parsed, inside = parse_conversation(turns)
     except ValueError as error:
         pair.fail(Status.INVALID_ROW, str(error) if pair.row is None else f"row {pair.row}: {error}")
-        pair.extra["conversations"] = turns  # so that its texts are not lost
+        pair.extra["unread_turns"] = turns  # so that its texts are not lost
         return [pair], []
     set_conversation(pair, parsed)
     if rest := other_fields(turns):
