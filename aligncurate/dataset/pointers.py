@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from base64 import b64decode
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
 from typing import Any, Self
+from urllib.parse import unquote, unquote_to_bytes
 
 import pyarrow as pa
 
@@ -19,6 +22,17 @@ from aligncurate.io.parquet import open_parquet
 
 POINTER_COLUMNS = ("source", "image_path", "image_offset", "image_length", "row", "sha256")
 """The columns that `Pointer.of` needs; with embedded images also `image`."""
+
+IMAGE_KEYS = ("bytes", "image_bytes", "path", "image_url", "url", "image", "image_path", "file_path", "file_name",
+              "filename", "uri", "file_uri", "src", "base64", "b64_json", "data", "inline_data",
+              "file_data")  # fmt: skip
+"""The usual names of what an object of an image holds, the most direct first."""
+
+# Base64 of JPEG, PNG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000, by their first bytes; a name has a dot, or is shorter.
+_BASE64 = re.compile(
+    r"(?:[/_]9j[/_]|iVBORw0KGgo|R0lGOD[dl]h|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA[A-Z]GZ0eX|AAAADGpQ)[A-Za-z0-9+/_\-\s]{40,}={0,2}"
+)
+_FROM_URL = str.maketrans("-_", "+/")
 
 MAX_GAP = 1 << 16
 """Bytes between two images of a tar that are read along rather than skipped with a second read."""
@@ -180,16 +194,38 @@ def _read_cell(uri: str, column: str, row: int) -> bytes:
 
 
 def images_in(value: Any) -> list[str | bytes]:
-    """The images in a field: paths, bytes, Hugging Face's {bytes, path}, or a list of these."""
+    """The images in a field: names (paths, URLs) or bytes.
+
+    Reads text, in which `data:` and base64 become bytes, objects like Hugging Face's {bytes, path}, and lists of these.
+    """
     if isinstance(value, str):
         value = value.strip()
-    if value is None or value == "":
+        return [inline_image(value) or value] if value else []
+    if value is None or value != value:
         return []
-    if isinstance(value, (bytes, str)):
-        return [value]
+    if isinstance(value, bytes):
+        return [(inline_image(value.decode("ascii")) if value.isascii() else None) or value]
     if isinstance(value, Mapping):
-        data = value.get("bytes")
-        return [data] if data is not None else images_in(value.get("path"))
+        return next((images for key in IMAGE_KEYS if (images := images_in(value.get(key)))), [])
     if isinstance(value, (list, tuple)):
         return [image for item in value for image in images_in(item)]
     return [str(value)]
+
+
+def inline_image(text: str) -> bytes | None:
+    """The bytes of an image that is written as a `data:` URI or in base64; None for a name."""
+    head, comma, body = text.partition(",")
+    if text[:5].lower() == "data:" and comma:
+        if not head.lower().endswith(";base64"):
+            return unquote_to_bytes(body)
+        return _from_base64(unquote(body))
+    return _from_base64(text) if _BASE64.fullmatch(text) else None
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The bytes, from the usual alphabet or that for URLs, with or without padding; None if it is not base64."""
+    plain = "".join(text.split()).translate(_FROM_URL).rstrip("=")
+    try:
+        return b64decode(plain + "=" * (-len(plain) % 4), validate=True) or None
+    except ValueError:
+        return None

@@ -11,12 +11,10 @@ from aligncurate.dataset.record import Pair
 from aligncurate.errors import UserError
 from aligncurate.io import storage
 from aligncurate.sources.coerce import infer_extras
-from aligncurate.sources.image_root import ImageRoot, find_root
-from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
+from aligncurate.sources.fields import Naming
+from aligncurate.sources.rows import RowFile, RowReader, spread
 
 _PEEK = 1_000  # rows of a JSONL file from which the types of its extra columns are inferred
-_COCO_FOLDERS = ("images", "train2017", "val2017", "../images", "../train2017", "../val2017", "../train2014",
-                 "../val2014")  # fmt: skip
 
 
 class AnnotationRows(RowFile):
@@ -29,15 +27,14 @@ class AnnotationRows(RowFile):
         if not self.rows:
             raise UserError(f"{uri}: the file has no rows.")
         head = [row for row in self._rows.peek() if isinstance(row, dict)]
-        self.fields = find_fields(uri, dict.fromkeys(name for row in head for name in row), naming)
+        some = [row for row in self._rows.spread() if isinstance(row, dict)]
+        self.recognise(dict.fromkeys(name for row in head for name in row), some, naming)
         self.extras = infer_extras({k: v for k, v in row.items() if k not in self.fields.used} for row in head)
-        base, some = storage.parent(uri), image_names(head[:20], self.fields)
-        self.root = ImageRoot(naming.image_root or find_root(base, some, _COCO_FOLDERS))
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
         for number, row in enumerate(self._rows.read(start, stop), start):
             if isinstance(row, dict):
-                yield reader.pair(row, number)
+                yield from reader.pairs(row, number)
             else:
                 yield reader.broken(number, f"row {number} is not a JSON object ({row})")
 
@@ -52,6 +49,10 @@ class _MemoryRows:
     def peek(self) -> list[Any]:
         """Rows from which the types of the extra columns are inferred."""
         return self._items
+
+    def spread(self) -> list[Any]:
+        """Some rows from throughout the file."""
+        return [self._items[i] for i in spread(self.count)]
 
     def read(self, start: int, stop: int) -> Iterator[Any]:
         """Rows start..stop-1: dictionaries, or what is wrong with a row that is not one."""
@@ -77,6 +78,12 @@ class _JsonlRows(_MemoryRows):
 
     def peek(self) -> list[Any]:
         return list(self.read(0, min(self.count, _PEEK)))
+
+    def spread(self) -> list[Any]:
+        # Lines are found by the offsets of the shards' first ones, so some lines from there on are taken.
+        starts = {self._per_shard * shard for shard in spread(len(self._offsets), 32)}
+        ends = {start: min(start + (256 if start == 0 else 8), self.count) for start in sorted(starts)}
+        return [row for start, end in ends.items() for row in self.read(start, end)]
 
     def read(self, start: int, stop: int) -> Iterator[Any]:
         with storage.open_file(self._uri) as file:

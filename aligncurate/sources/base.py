@@ -45,12 +45,19 @@ class Source(ABC):
         shards: its shards, always in the same order.
         extras: extra input columns that are kept, with their types.
         notices: messages to show the user before the run.
+        remarks: messages to show the user after it, about what was read.
+        inline: whether images are inside texts (base64), so that they can't be pointed at.
     """
 
     kind: str
     shards: list[Shard]
     extras: dict[str, pa.DataType]
     notices: Sequence[str] = ()
+    inline: bool = False
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return ()
 
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Pair]:
@@ -77,6 +84,11 @@ class Sources(Source):
         self.shards = [replace(shard, index=n, origin=i) for n, (i, shard) in enumerate(pairs)]
         self.extras = merge_extras([source.extras for source in sources])
         self.notices = [notice for source in sources for notice in source.notices]
+        self.inline = any(source.inline for source in sources)
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return [remark for source in self._sources for remark in source.remarks]
 
     def read(self, shard: Shard) -> Iterator[Pair]:
         return self._sources[shard.origin].read(shard)

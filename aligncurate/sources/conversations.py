@@ -1,78 +1,141 @@
-"""Conversations in the usual forms (LLaVA, OpenAI, transformers) as turns with a role and a text."""
+"""Conversations in the usual forms (LLaVA, OpenAI, transformers, Cauldron) as turns with a role and a text."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from aligncurate.dataset.pointers import IMAGE_KEYS
 from aligncurate.dataset.record import Pair, Status
-from aligncurate.sources.captions import set_caption
-
-IMAGE = "<image>"
-"""Marks an image's place in a text."""
+from aligncurate.sources.captions import clean, parsed, set_caption, text_of
+from aligncurate.sources.marks import IMAGE, unify_marks
 
 ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "system": "system",
+    "human": "user", "user": "user", "prompter": "user", "question": "user", "query": "user", "instruction": "user",
+    "prompt": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant",
+    "chatgpt": "assistant", "chatbot": "assistant", "ai": "assistant", "answer": "assistant", "response": "assistant",
+    "output": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
-"""Usual names of roles, and what they are called here."""
+"""Usual names of roles, in lower case, and what they are called here."""
 
-_IMAGE_PARTS = ("image_url", "image")
-_IMAGE_KEYS = ("image_url", "image", "url", "path")
-_IMAGE_MARKS = re.compile(r"<image>|<IMG_CONTEXT>")
+_ROLE_KEYS = ("from", "role", "speaker", "author")
+_TEXT_KEYS = ("value", "content", "text", "message")
+_IMAGES = ("image", "image_url", "image_path", "image_file", "img")  # in a part without a type
 
 
 def parse_conversation(turns: Any) -> tuple[list[dict[str, str]], list[Any]]:
-    """Turns as `[{role, text}]`, and the images named inside them (paths, URLs or image objects).
+    """Turns as `[{role, text}]`, and the images named inside them (paths, URLs, bytes or image objects).
 
-    Reads LLaVA's `{from, value}`, and `{role, content}` whose content is text or a list of typed parts. Roles are
-    renamed by ROLES; unknown roles are kept.
+    Reads LLaVA's `{from, value}`, `{role, content}` whose content is text or a list of typed parts, Cauldron's `{user,
+    assistant}`, and any of these as JSON text. Roles are renamed by ROLES, whatever their case; unknown roles are kept.
+    Marks of images become `<image>`.
 
     Raises:
-        ValueError: not a list of turns, or a turn without role or text; turns count from 0.
+        ValueError: not a list of turns, a turn without role or text, or with a part that is no text or image; turns
+            count from 0.
     """
-    if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)):
-        raise ValueError("the conversation is not a list of turns")
-    parsed: list[dict[str, str]] = []
+    read: list[dict[str, str]] = []
     images: list[Any] = []
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(_turns(turns)):
         if not isinstance(turn, Mapping):
             raise ValueError(f"turn {number} is not an object")
-        role = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content", turn.get("text")))
-        if isinstance(text, list):
-            if not all(isinstance(part, Mapping) for part in text):
-                raise ValueError(f"turn {number} has a part that is not an object")
-            text, inside = _flatten(text)
-            images += inside
-        if not isinstance(text, str) or not isinstance(role, str):
-            raise ValueError(f"turn {number} has no role or no text")
-        parsed.append({"role": ROLES.get(role, role), "text": _IMAGE_MARKS.sub(IMAGE, text)})
-    return parsed, images
+        for role, content in _spoken(turn):
+            said, inside = _text(content, number)
+            if said is None or not isinstance(role, str):
+                raise ValueError(f"turn {number} has no role or no text")
+            role = role.strip()
+            text, named = unify_marks(said.replace("\ufeff", ""))
+            images += inside + named
+            read.append({"role": ROLES.get(role.lower(), role), "text": text})
+    return read, images
 
 
-def _flatten(parts: Sequence[Mapping[str, Any]]) -> tuple[str, list[Any]]:
-    """Typed parts as one text, and the images that they name.
+def is_conversation(value: Any) -> bool:
+    """Whether a field holds turns, rather than texts."""
+    value = parsed(value) if isinstance(value, str) else value
+    turns = [value] if isinstance(value, Mapping) else value
+    return isinstance(turns, (list, tuple)) and any(isinstance(turn, Mapping) for turn in turns)
+
+
+def other_fields(turns: Any) -> list[dict[str, Any]]:
+    """What the turns of a conversation hold besides roles and texts, for each turn; empty if there is nothing."""
+    rest = []
+    for turn in _turns(turns):
+        read = {*_ROLE_KEYS, *_TEXT_KEYS} if any(turn.get(key) is not None for key in _ROLE_KEYS) else set(ROLES)
+        rest.append({name: value for name, value in turn.items() if value is not None and name.lower() not in read})
+    return rest if any(rest) else []
+
+
+def _turns(value: Any) -> Sequence[Any]:
+    value = parsed(value) if isinstance(value, str) else value
+    if isinstance(value, Mapping):
+        columns = {name: column for name, column in value.items() if isinstance(column, (list, tuple))}
+        if not columns.keys() & _ROLE_KEYS or len({len(column) for column in columns.values()}) != 1:
+            return [value]
+        # A list of roles and one of texts, as Hugging Face stores lists of objects.
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("the conversation is not a list of turns")
+    return value
+
+
+def _spoken(turn: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(role, content) of what is said in a turn: once, or in a turn like `{user, assistant}` by each of them."""
+    role = next((turn[key] for key in _ROLE_KEYS if turn.get(key) is not None), None)
+    content = next((turn[key] for key in _TEXT_KEYS if turn.get(key) is not None), None)
+    roles = [name for name in turn if str(name).lower() in ROLES and turn[name] is not None]
+    if role is None and content is None and roles:
+        yield from ((name, turn[name]) for name in roles)
+    else:
+        yield role, content
+
+
+def _text(content: Any, number: int) -> tuple[str | None, list[Any]]:
+    """A turn's content as one text, and the images that its parts name.
 
     Each image part puts an IMAGE at the front, unless the text has its own: then the text says where images go.
     """
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, (list, tuple)):
+        return text_of(content), []
     texts, images, marks = [], [], 0
-    for part in parts:
-        if part.get("type") in _IMAGE_PARTS:
+    for part in content:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, Mapping):
+            raise ValueError(f"turn {number} has a part that is not an object")
+        kind = str(part.get("type") or "").lower()
+        image = _image(part, kind)
+        if "image" in kind or kind == "img" or image is not None:
             marks += 1
-            image = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-            image = image.get("url") if isinstance(image, Mapping) else image
             images += [image] if image is not None else []
+            text = part.get("text")
+        elif "video" in kind:
+            text = "<video>"
+        elif kind.endswith("text") or "text" in part:
+            text = next((part[key] for key in ("text", "content", "value") if part.get(key) is not None), None)
         else:
-            texts.append(str(part.get("text") or ""))
+            raise ValueError(f"turn {number} has a part of type {kind or 'unknown'}, which is neither text nor image")
+        texts.append(text_of(text) or "")
     text = "".join(texts)
-    return (text if _IMAGE_MARKS.search(text) else f"{IMAGE}\n" * marks + text), images
+    return (text if IMAGE in unify_marks(text)[0] else f"{IMAGE}\n" * marks + text), images
+
+
+def _image(part: Mapping[str, Any], kind: str) -> Any:
+    """The image that a part of this kind names; None if it names none."""
+    keys = (*_IMAGES, *IMAGE_KEYS, "source", "content", "value") if "image" in kind or kind == "img" else _IMAGES
+    if kind and keys is _IMAGES:
+        return None
+    image: Any = next((part[key] for key in keys if part.get(key) is not None), None)
+    while isinstance(image, Mapping):
+        image = next((image[key] for key in IMAGE_KEYS if image.get(key) is not None), None)
+    return image
 
 
 def set_conversation(pair: Pair, turns: list[dict[str, str]]) -> None:
     """Keep a conversation; one that is only an image and its text becomes a caption."""
-    if len(turns) == 2 and turns[0]["text"].strip() == IMAGE and [t["role"] for t in turns] == ["user", "assistant"]:
+    if len(turns) == 2 and clean(turns[0]["text"]) == IMAGE and [t["role"] for t in turns] == ["user", "assistant"]:
         set_caption(pair, turns[1]["text"])
         return
     for number, turn in enumerate(turns):

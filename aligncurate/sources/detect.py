@@ -12,9 +12,10 @@ from aligncurate.io import storage
 from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources
 from aligncurate.sources.curated import CuratedSource
+from aligncurate.sources.fields import Naming
 from aligncurate.sources.options import FORMATS, SourceOptions
 from aligncurate.sources.parquet import ParquetRows
-from aligncurate.sources.rows import Naming, RowFile, RowSource
+from aligncurate.sources.rows import RowFile, RowSource
 from aligncurate.sources.table import TableRows
 from aligncurate.sources.webdataset import WebDatasetSource
 
@@ -135,4 +136,4 @@ def _open(kind: str, files: list[str], options: SourceOptions) -> Source:
         "annotations": lambda uri: AnnotationRows(uri, naming, per_shard),
         "table": lambda uri: TableRows(uri, naming),
     }
-    return RowSource(kind, [make[kind](uri) for uri in files], per_shard)
+    return RowSource(kind, [make[kind](uri) for uri in files], per_shard, options.captions)

@@ -1,110 +1,280 @@
-"""Finds images by name, for tables and annotation files: files in a folder, or members of the tars in it."""
+"""Finds images by name, for tables and annotation files: files in folders, or members of the tars in them."""
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import PurePosixPath
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from posixpath import normpath
 from threading import Lock
+from typing import Self
+from unicodedata import is_normalized, normalize
+from urllib.parse import unquote
 
 from aligncurate.dataset.record import Pair, Status
-from aligncurate.errors import ShardError, UserError
+from aligncurate.errors import ShardError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.io.tar import tar_members
 
+_FOLDERS = ("images", "imgs", "img", "image", "train2017", "val2017", "train2014", "val2014", "../images",
+           "../train2017", "../val2017", "../train2014", "../val2014")  # fmt: skip
+# Where images usually are, relative to the file that names them.
+
+_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "JPG", "JPEG", "PNG")  # tried for names without one
+_MOST_FOLDERS = 64  # beside a file, in which its images are looked for
+_MOST_NAMES = 100_000  # of a folder, among which a similar name is looked for
+_MOST_MEMBERS = 5_000_000  # of tars; an index of more would not fit in memory
+
+Member = tuple[str, int, int]  # tar, offset, length
+
 
 class ImageRoot:
-    """The folder that image names are relative to.
+    """The folders that image names are relative to, the first being the first choice.
 
-    An image that is not there as a file is looked up in the folder's tars.
+    A name is found in every spelling that means the same file: with slashes of both kinds, `./`, `%20` or `file://`, in
+    either Unicode form, and without its ending if only one file has that name. An image that is not there as a file is
+    looked up in the folders' tars.
+
+    Args:
+        folders: where images are looked for.
+        elsewhere: a folder that has some of them, for messages.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self._members: dict[str, tuple[str, int, int]] | None = None
+    def __init__(self, folders: Sequence[str], elsewhere: str | None = None) -> None:
+        self.folders, self.elsewhere = folders, elsewhere
+        self._members: dict[str, Member] = {}
+        self._unread: Iterator[None] | None = None
+        self._faults: list[str] = []
         self._lock = Lock()
+
+    @classmethod
+    def near(cls, base: str, names: Sequence[str]) -> Self:
+        """The folders in or near `base` that have images with these `names`, those with the most first, then `base`."""
+        names = [name for name in dict.fromkeys(map(_without_scheme, names)) if "://" not in name and name[:1] != "/"]
+        if not names:
+            return cls([base])
+        if storage.is_remote(base):
+            names = names[:16]  # each costs a request
+        best = _having(names, [base, *(storage.join(base, folder) for folder in _FOLDERS)])
+        beside = _having(names, _folders_in(base)) if not best else []
+        return cls(list(dict.fromkeys([*map(storage.absolute, best), base])), beside[0] if beside else None)
 
     def attach(self, pair: Pair, name: str) -> None:
         """Point `pair` at the image called `name`, or set the status that says why it cannot be used.
 
-        Raises UserError if a tar in the folder is damaged.
+        Raises OSError if a folder or tar cannot be read now.
         """
-        path = self._resolve(pair, name)
-        if path is None:
-            return
-        if not storage.is_remote(path) and not _exists(path):
-            member = self._find_member(name)
-            if member is not None:
-                tar, offset, length = member
-                # `source` is now the tar, so the row number of the table no longer applies.
-                pair.source, pair.row, pair.image_path = tar, None, name
-                pair.image_offset, pair.image_length = offset, length
-                pair.load = partial(storage.read_range, tar, offset, length)
-                return
-        pair.image_path = path
-        pair.load = partial(storage.read, path)
-
-    def _resolve(self, pair: Pair, name: str) -> str | None:
-        if "://" in name:
+        local = _without_scheme(name)
+        if "://" in local or local[:5].lower() == "data:":
             # Not kept as image_path, so that nothing that reads the dataset later follows it.
-            pair.fail(Status.MISSING_IMAGE, f"{name} is a URL; download it first, for example with img2dataset")
-            return None
-        if ".." in PurePosixPath(name).parts:
+            what = "is a URL; download it first, for example with img2dataset"
+            what = what if "://" in local else "cannot be decoded"
+            pair.fail(Status.MISSING_IMAGE, f"{_short(local)} {what}")
+            return
+        paths = [path for folder in self.folders for path in _paths(folder, local)]
+        if not paths:
             pair.image_path = name
-            pair.fail(
-                Status.UNSAFE_PATH,
-                f"the image path {name} contains '..'; use --image-root and paths relative to it",
-            )
-            return None
-        if name.startswith("/") and not name.startswith(self.folder.rstrip("/") + "/"):
-            pair.image_path = name
-            pair.fail(
-                Status.UNSAFE_PATH,
-                f"the image path {name} is outside {self.folder}; set --image-root to a folder above it",
-            )
-            return None
-        return name if name.startswith("/") else storage.join(self.folder, name)
+            pair.fail(Status.UNSAFE_PATH, self._outside(local))
+            return
+        pair.image_path = paths[0]
+        if storage.is_remote(paths[0]):
+            pair.load = partial(storage.read, paths[0])
+            return
+        files = _files(paths)
+        if len(files) == 1:
+            pair.image_path, pair.load = files[0], partial(storage.read, files[0])
+        elif member := None if files else self._member(local):
+            tar, offset, length = member
+            # `source` is now the tar, so the row number of the table no longer applies.
+            pair.source, pair.row, pair.image_path = tar, None, name
+            pair.image_offset, pair.image_length = offset, length
+            pair.load = partial(storage.read_range, tar, offset, length)
+        else:
+            hint = f"there are {' and '.join(map(storage.basename, files))}" if files else self._hint(local, paths)
+            pair.fail(Status.MISSING_IMAGE, f"there is no image {_short(paths[0])}{hint and '; '}{hint}")
 
-    def _find_member(self, name: str) -> tuple[str, int, int] | None:
+    def _outside(self, name: str) -> str:
+        """Why a name is not in the folders."""
+        if not name.startswith("/"):
+            return f"the image path {name} contains '..'; use --image-root and paths relative to it"
+        if inside := self._trailing(name):
+            return f"the image path {name} is outside {self.folders[0]}, where there is {inside}; use relative paths"
+        return (
+            f"the image path {name} is outside {self.folders[0]}; set --image-root to a folder above it, such as "
+            f"{storage.parent(name)}"
+        )
+
+    def _hint(self, name: str, paths: Sequence[str]) -> str:
+        """Where an image that was not found may be; empty if nothing is known."""
+        for path in paths:
+            if os.path.islink(path):
+                return f"it is a link to {os.readlink(path)}, which does not exist"
+            if near := _similar(path):
+                return f"there is {near}"
+        if self.elsewhere and _existing(_paths(self.elsewhere, name)):
+            return f"there is one in {self.elsewhere}, so pass --image-root {self.elsewhere}"
+        if _existing([storage.absolute(name)]):
+            return f"there is one relative to the working folder, so pass --image-root {os.getcwd()}"
+        if inside := self._trailing(name):
+            return f"there is {inside}"
+        return "; ".join(self._faults[:3])
+
+    def _trailing(self, name: str) -> str | None:
+        """The file in the folders whose path is the end of `name`, the longest."""
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        for start in range(1, len(parts)):
+            paths = [p for folder in self.folders for p in _paths(folder, "/".join(parts[start:]))]
+            if paths and not storage.is_remote(paths[0]) and (files := _existing(paths)):
+                return files[0]
+        return None
+
+    def _member(self, name: str) -> Member | None:
+        """The member of the folders' tars with this name; tars are read only as far as needed, once."""
+        names = [_plain(spelling) for spelling in _spellings(name)]
         with self._lock:
-            if self._members is None:
-                self._members = self._index()
-        return self._members.get(name)
+            self._unread = self._unread or self._read_tars()
+            try:
+                while not (found := next((self._members[n] for n in names if n in self._members), None)):
+                    next(self._unread)
+            except StopIteration:
+                return None
+            except OSError:
+                self._unread = None  # begin again next time
+                raise
+            return found
 
-    def _index(self) -> dict[str, tuple[str, int, int]]:
-        members: dict[str, tuple[str, int, int]] = {}
-        files = storage.list_files(self.folder) if storage.is_folder(self.folder) else [self.folder]
-        for uri in files:
-            if not uri.endswith(".tar"):
-                continue
+    def _read_tars(self) -> Iterator[None]:
+        """Add the tars' images to `_members`, one after another."""
+        for uri in [file for folder in self.folders for file in _tars(folder)]:
             try:
                 with storage.open_file(uri) as file:
                     for member in tar_members(file, uri):
                         if isinstance(member, str):
-                            raise UserError(f"{uri}: {member}.")
+                            raise ShardError(f"{uri}: {member}")
                         if member.isfile() and member.name.rpartition(".")[2].lower() in EXTENSIONS:
-                            members.setdefault(member.name, (uri, member.offset_data, member.size))
-            except ShardError as error:
-                raise UserError(str(error)) from None
-        return members
+                            if len(self._members) == _MOST_MEMBERS:
+                                self._faults.append(f"only {_MOST_MEMBERS:,} images of the tars were looked through")
+                                return
+                            place = (uri, member.offset_data, member.size)
+                            if self._members.setdefault(_plain(member.name), place) is place:
+                                yield
+            except (ShardError, PermissionError) as error:  # what comes before the damage is used
+                self._faults.append(f"{str(error).rstrip('.')}, so it may be lost in there")
 
 
-def _exists(path: str) -> bool:
+def _having(names: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """The folders that have some of the named images, those with the most first."""
+    folders = [folder for folder in folders if storage.is_remote(folder) or os.path.isdir(folder)]
+    found = {folder: sum(bool(_files(_paths(folder, name))) for name in names) for folder in folders}
+    return sorted((folder for folder in folders if found[folder]), key=lambda folder: -found[folder])
+
+
+def _folders_in(folder: str) -> list[str]:
+    """Some of the folders in a local folder."""
+    if storage.is_remote(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in islice((e for e in entries if e.is_dir()), _MOST_FOLDERS))
+
+
+def _without_scheme(name: str) -> str:
+    """A path for a `file:` URI; any other name as it is."""
+    name = name.strip()
+    if name[:5].lower() != "file:":
+        return name
+    path = unquote(name[5:])
+    path = path[2:] if path.startswith("//") else path
+    return path.removeprefix("localhost") if path.startswith("localhost/") else path
+
+
+def _spellings(name: str) -> list[str]:
+    """The ways to write the same name, as it is given first."""
+    found = [name, name.replace("\\", "/")]
+    found += [unquote(spelling) for spelling in found]
+    found += [normalize(form, spelling) for spelling in found for form in ("NFC", "NFD")] if not name.isascii() else []
+    return list(dict.fromkeys(found))
+
+
+def _paths(folder: str, name: str) -> list[str]:
+    """The paths of `name` in `folder`, in its spellings; none if all lead out of it."""
+    paths = []
+    for spelling in _spellings(name):
+        path = normpath(spelling)
+        if path.startswith("/"):
+            inside = folder.rstrip("/") + "/"
+            if path.startswith(inside):
+                paths.append(path)
+            elif _existing([storage.join(folder, path.lstrip("/"))]):
+                paths.append(storage.join(folder, path.lstrip("/")))
+        elif path != ".." and not path.startswith("../"):
+            paths.append(storage.join(folder, path))
+    return paths
+
+
+def _existing(paths: Sequence[str]) -> list[str]:
+    """The first of `paths` that exists, or cannot be looked at: reading it reports why."""
+    for path in paths:
+        try:
+            if storage.exists(path):
+                return [path]
+        except (FileNotFoundError, ValueError):  # ValueError: an impossible name
+            continue
+        except OSError:
+            return [path]
+    return []
+
+
+def _files(paths: Sequence[str]) -> list[str]:
+    """The file that one of `paths` means; several, if it lacks an ending and they differ by that."""
+    return _existing(paths) or _with_ending(paths)
+
+
+def _with_ending(paths: Sequence[str]) -> list[str]:
+    """The image files that differ from the first of `paths` only by an ending that it lacks."""
+    if not paths or _ending(paths[0]) in EXTENSIONS:
+        return []
+    found = [file for ending in _ENDINGS for file in _existing([f"{paths[0]}.{ending}"])]
+    return list({file.lower(): file for file in reversed(found)}.values())
+
+
+def _similar(path: str) -> str | None:
+    """An image beside `path` whose name differs by its ending or by capitals; None if there is none."""
+    names = _names_in(storage.parent(path))
+    stem = storage.basename(path)
+    return names.get(_folded(stem)) or names.get(_folded(stem.rpartition(".")[0] or stem))
+
+
+@lru_cache(maxsize=16)
+def _names_in(folder: str) -> dict[str, str]:
+    """The images of a folder, by folded name and by folded name without ending."""
     try:
-        return storage.exists(path)
-    except OSError:  # reading the image reports why
-        return False
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in islice(entries, _MOST_NAMES) if _ending(entry.name) in EXTENSIONS)
+    except (OSError, ValueError):
+        return {}
+    return {_folded(n.rpartition(".")[0]): n for n in names} | {_folded(n): n for n in names}
 
 
-def find_root(base: str, names: list[str], candidates: tuple[str, ...] = ("images",)) -> str:
-    """The folder that has the named images: `base`, or one of the usual folders near it.
+def _folded(name: str) -> str:
+    return normalize("NFC", name).casefold()
 
-    Args:
-        base: folder of the table or annotation file.
-        names: some image names from it.
-        candidates: further folders to try, relative to `base`.
-    """
-    for folder in (base, *(storage.join(base, c) for c in candidates)):
-        if any(not n.startswith("/") and "://" not in n and _exists(storage.join(folder, n)) for n in names):
-            return storage.absolute(folder)
-    return base
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _plain(name: str) -> str:
+    """A member's name in the one form that all its spellings share."""
+    name = normpath(name.lstrip("/"))
+    return name if is_normalized("NFC", name) else normalize("NFC", name)
+
+
+def _tars(folder: str) -> list[str]:
+    files = storage.list_files(folder) if storage.is_folder(folder) else [folder]
+    return [file for file in files if file.endswith(".tar")]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 300 else f"{name[:300]}…"

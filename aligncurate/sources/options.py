@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from aligncurate.settings import check, setting
+from aligncurate.sources.captions import Several
 
 Format = Literal["webdataset", "parquet", "annotations", "table", "dataset"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -23,6 +24,7 @@ class SourceOptions:
         None,
         shown="next to the input file",
     )
+    captions: Several = setting("A row with several captions: a pair for each of them, or one for the first.", "all")
     rows_per_shard: int = setting("Rows of a big file that go into one part.", 10_000, at_least=1)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -11,11 +12,11 @@ import pyarrow.parquet as pq
 
 from aligncurate.dataset.record import Pair
 from aligncurate.errors import ShardError, UserError
-from aligncurate.io import storage
 from aligncurate.io.parquet import PARQUET_ERRORS, first_line, is_damage, open_parquet
-from aligncurate.sources.image_root import ImageRoot, find_root
-from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
+from aligncurate.sources.fields import Naming
+from aligncurate.sources.rows import RowFile, RowReader, spread
 
+_SOME_GROUPS, _SOME_ROWS = 8, 64  # that say what is in the file
 _BATCH = 256  # rows read at a time; the images of a whole row group may not fit in memory
 _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
 
@@ -28,25 +29,31 @@ class ParquetRows(RowFile):
         with open_parquet(uri) as file:
             schema = file.schema_arrow
             image = naming.image_column or _bytes_column(schema)
-            self.fields = find_fields(uri, schema.names, replace(naming, image_column=image))
             self.rows = file.metadata.num_rows
+            self.recognise(schema.names, _some(file), replace(naming, image_column=image))
             self.extras = {f.name: _in_microseconds(f.type) for f in schema if f.name not in self.fields.used}
-            self.root = ImageRoot(naming.image_root or self._find_root(file))
-
-    def _find_root(self, file: pq.ParquetFile) -> str:
-        base = storage.parent(self.uri)
-        if self.fields.image is None or self.rows == 0 or _has_bytes(file.schema_arrow, self.fields.image):
-            return base
-        first = [row for _, row in rows(file, 0, 8, [self.fields.image]) if isinstance(row, dict)]
-        return find_root(base, image_names(first, self.fields))
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
         try:
             with open_parquet(self.uri) as file:
                 for number, row in rows(file, start, stop):
-                    yield reader.pair(row, number) if isinstance(row, dict) else reader.unreadable(number, row)
+                    if isinstance(row, dict):
+                        yield from reader.pairs(row, number)
+                    else:
+                        yield reader.unreadable(number, row)
         except UserError as error:  # damaged since it was opened; other shards go on
             raise ShardError(str(error).rstrip(".")) from None
+
+
+def _some(file: pq.ParquetFile) -> list[dict[str, Any]]:
+    """Some rows from throughout the file, without columns that hold image bytes."""
+    schema = file.schema_arrow
+    columns = [name for name in schema.names if not _has_bytes(schema, name)]
+    ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+    starts = [0, *ends][: len(ends)]
+    chosen = [starts[i] for i in spread(len(starts), _SOME_GROUPS)]
+    found = [row for start in chosen for _, row in rows(file, start, start + _SOME_ROWS, columns)]
+    return [row for row in found if isinstance(row, dict)]
 
 
 def rows(

@@ -1,91 +1,32 @@
-"""Files of rows (Parquet, tables, annotations): find the image, text and key fields; make pairs of rows."""
+"""Files of rows (Parquet, tables, annotations): make pairs of rows."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
 from aligncurate.dataset.pointers import images_in
-from aligncurate.dataset.record import COLUMNS, Pair, Status
-from aligncurate.errors import UserError
+from aligncurate.dataset.record import EXTRA, Pair, Status
+from aligncurate.errors import AlignCurateError, UserError
 from aligncurate.images.formats import EXTENSIONS
+from aligncurate.io import storage
+from aligncurate.progress import count
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
-from aligncurate.sources.captions import CAPTIONS, set_caption
+from aligncurate.sources.captions import Several, captions_in, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score
-from aligncurate.sources.conversations import parse_conversation, set_conversation
+from aligncurate.sources.conversations import parse_conversation
+from aligncurate.sources.fields import Fields, Naming, find_fields, turns_of
 from aligncurate.sources.image_root import ImageRoot
+from aligncurate.sources.texts import listed, with_texts, without_image
 
-IMAGES = ("image", "image_bytes", "jpg", "png", "images", "image_path", "img", "img_path", "filename",
-          "file_name", "filepath", "file", "path")  # fmt: skip
-"""Usual names of image columns, the most likely first."""
-
-KEYS = ("key", "id", "uid", "image_id")
-TURNS = ("conversations", "messages")
-
-
-@dataclass(frozen=True)
-class Naming:
-    """How the user says the rows are to be read; None means auto-detect.
-
-    Attributes:
-        caption_column, image_column: names of the columns.
-        image_root: folder or tar with the images; by default the file's folder or one near it.
-    """
-
-    caption_column: str | None = None
-    image_column: str | None = None
-    image_root: str | None = None
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The names of the fields that a row's image, texts and key are in; None if it has no such field."""
-
-    image: str | None
-    caption: str | None
-    turns: str | None
-    key: str | None
-
-    @property
-    def used(self) -> frozenset[str]:
-        """Fields that are not kept as extra columns."""
-        named = {self.image, self.caption, self.turns} - {None}
-        return frozenset(n for n in named if n) | frozenset(COLUMNS)
-
-
-def find_fields(uri: str, names: Iterable[str], naming: Naming) -> Fields:
-    """Choose the fields among `names`: the columns that the user named, or those with the usual names.
-
-    Raises UserError, with the columns there are, if a named column is missing or none fits.
-    """
-    columns = list(names)
-    lower = {c.lower(): c for c in reversed(columns)}
-
-    def pick(given: str | None, usual: tuple[str, ...], option: str) -> str | None:
-        if given is None:
-            return next((lower[n.lower()] for n in usual if n.lower() in lower), None)
-        if given not in columns:
-            raise UserError(f"{uri}: {option} {given}: no such column; it has {', '.join(columns)}.")
-        return given
-
-    turns = pick(None, TURNS, "")
-    caption = pick(naming.caption_column, CAPTIONS, "--caption-column")
-    image = pick(naming.image_column, IMAGES, "--image-column")
-    if image == caption:
-        image = None
-    if turns is None and (caption is None or image is None):
-        missing = "captions (--caption-column)" if caption is None else "images (--image-column)"
-        hint = ""
-        if image is None and any(n in lower for n in ("url", "image_url", "urls")):
-            hint = " Its images are URLs; download them first, for example with img2dataset."
-        raise UserError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
-    return Fields(image, caption, turns, pick(None, KEYS, ""))
+_SPREAD = 512  # rows throughout a file that say what is in it
 
 
 class RowFile(ABC):
@@ -97,6 +38,8 @@ class RowFile(ABC):
         fields: the names of its fields.
         root: where images are found by name.
         extras: extra columns, with their types.
+        several: whether rows have several captions.
+        inline: whether images are inside texts (base64), so that they can't be pointed at.
     """
 
     uri: str
@@ -104,16 +47,47 @@ class RowFile(ABC):
     fields: Fields
     root: ImageRoot
     extras: dict[str, pa.DataType]
+    several: bool
+    inline: bool
 
     @abstractmethod
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
-        """Rows start..stop-1 as pairs, made by `reader`."""
+        """The pairs of rows start..stop-1, made by `reader`."""
+
+    def recognise(self, columns: Iterable[str], rows: Sequence[Mapping[str, Any]], naming: Naming) -> None:
+        """Set `fields`, `root`, `several` and `inline`.
+
+        Args:
+            columns: the file's columns.
+            rows: some rows from throughout the file (see `spread`); they may lack columns of image bytes.
+            naming: what the user named.
+
+        Raises UserError if no columns with images and texts are found.
+        """
+        self.fields = find_fields(self.uri, columns, naming, rows)
+        images = [_images(row, self.fields, _inside(row, self.fields)) for row in rows]
+        self.inline = any(isinstance(image, bytes) for some in images for image in some)
+        names = [image for some in images for image in some if isinstance(image, str)]
+        root = naming.image_root
+        self.root = ImageRoot([root]) if root else ImageRoot.near(storage.parent(self.uri), names)
+        caption = self.fields.caption
+        self.several = caption is not None and any(len(captions_in(row.get(caption))) > 1 for row in rows)
+
+    def count(self, start: int, stop: int, most: int | None = None) -> int:
+        """Number of pairs of rows start..stop-1, where rows have several captions; counting may stop at `most`."""
+        reader = RowReader(self.uri, self.fields, self.root)
+        return sum(1 for _ in islice(self.pairs(start, stop, reader), most))
+
+
+def spread(rows: int, most: int = _SPREAD) -> list[int]:
+    """At most `most` row numbers, in order: the first ones, and others from all of the file."""
+    return sorted({*range(min(rows, most // 2)), *(i * rows // (most // 2) for i in range(most // 2) if rows)})
 
 
 class RowSource(Source):
     """Files of one format, each cut into shards of `rows_per_shard` rows. Raises UserError if all are empty."""
 
-    def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int) -> None:
+    def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int, several: Several = "all") -> None:
         self.kind = kind
         self.shards = []
         for file in files:
@@ -121,17 +95,35 @@ class RowSource(Source):
         if not self.shards:
             raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows in the input.")
         self._files = {file.uri: file for file in files}
-        self.extras = merge_extras([file.extras for file in files])
+        self._several = several
+        self._readers: list[RowReader] = []
+        nested = kind == "parquet" or any(file.fields.turns for file in files)
+        self.extras = merge_extras([*(file.extras for file in files), {EXTRA: pa.string()} if nested else {}])
+        self.inline = any(file.inline for file in files)
 
     def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None
+        file = self._files[shard.uri]
+        if file.several and self._several == "all":
+            return file.count(shard.start, shard.stop, most)
         return shard.stop - shard.start
 
     def read(self, shard: Shard) -> Iterator[Pair]:
         assert shard.stop is not None
         stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
         file = self._files[shard.uri]
-        yield from file.pairs(shard.start, stop, RowReader(file.uri, file.fields, file.root))
+        reader = RowReader(file.uri, file.fields, file.root, self._several)
+        self._readers.append(reader)
+        yield from islice(file.pairs(shard.start, stop, reader), shard.limit)
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        several = sum(reader.counts["several"] for reader in self._readers)
+        repeated = sum(reader.counts["repeated"] for reader in self._readers)
+        remarks = [several_remark(several, self._several)] if several else []
+        if repeated:
+            remarks.append(f"{count(repeated, 'key')} occurred before; the row number was added to make them differ")
+        return remarks
 
 
 class RowReader:
@@ -141,77 +133,113 @@ class RowReader:
         uri: the file with the rows.
         fields: the names of its fields.
         root: where images are found by name.
+        several: what becomes of several captions in a row.
+
+    Attributes:
+        counts: rows with `several` captions and with `repeated` keys.
     """
 
-    def __init__(self, uri: str, fields: Fields, root: ImageRoot) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, fields: Fields, root: ImageRoot, several: Several = "all") -> None:
+        self.uri = uri
+        self.counts: Counter[str] = Counter()
         self._fields = fields
         self._root = root
+        self._several = several
         self._seen: set[str] = set()
 
-    def pair(self, row: Mapping[str, Any], number: int) -> Pair:
-        """The pair made of `row`, which has this number in the file."""
+    def pairs(self, row: Mapping[str, Any], number: int) -> list[Pair]:
+        """The pairs made of `row`, which has this number in the file: one for each of its captions.
+
+        Whatever is wrong with a row becomes its status. Raises OSError if images cannot be looked for.
+        """
+        try:
+            return self._pairs(row, number)
+        except (OSError, AlignCurateError):
+            raise
+        except Exception as error:  # nothing in one row may end the run
+            return [self.broken(number, f"row {number} cannot be read ({type(error).__name__}: {error})")]
+
+    def _pairs(self, row: Mapping[str, Any], number: int) -> list[Pair]:
         fields = self._fields
-        pair = Pair("", self._uri, row=number)
-        images = images_in(row.get(fields.image)) if fields.image else []
-        turns = row.get(fields.turns) if fields.turns else None
-        if turns:
-            try:
-                parsed, inside = parse_conversation(turns)
-                set_conversation(pair, parsed)
-                images = images or [str(image) for image in inside]
-            except ValueError as error:
-                pair.fail(Status.INVALID_ROW, f"row {number}: {error}")
-        else:
-            set_caption(pair, row.get(fields.caption) if fields.caption else None)
-        self._attach(pair, images)
-        pair.key = self._key(row, images, number)
-        pair.extra = {k: v for k, v in row.items() if k not in fields.used}
+        pair = Pair("", self.uri, row=number)
         pair.score, pair.level = as_score(row.get("score")), as_level(row.get("level"))
-        return pair
+        pair.extra = {k: v for k, v in row.items() if k not in fields.used}
+        caption = row.get(fields.caption) if fields.caption else None
+        pairs, inside = with_texts(pair, turns_of(row, fields), caption, self._several, row.get("similarity"))
+        images = _images(row, fields, inside)
+        key = self._key(row, images, number)
+        self.counts["several"] += len(pairs) > 1 or (pair.conversations is None and len(captions_in(caption)) > 1)
+        for one in pairs:
+            one.key = self._unique(f"{key}{one.key}", number)
+            self._attach(one, row, images)
+        return pairs
 
     def broken(self, number: int, error: str) -> Pair:
         """The pair for a row that cannot be parsed."""
-        pair = Pair(self._unique(f"{_stem(self._uri)}-{number}", number), self._uri, row=number)
+        pair = Pair(self._unique(f"{_stem(self.uri)}-{number}", number), self.uri, row=number)
         pair.fail(Status.INVALID_ROW, error)
         return pair
 
     def unreadable(self, number: int, error: str) -> Pair:
         """The pair for a row whose bytes are damaged."""
-        pair = Pair(self._unique(f"{_stem(self._uri)}-{number}", number), self._uri, row=number)
+        pair = Pair(self._unique(f"{_stem(self.uri)}-{number}", number), self.uri, row=number)
         pair.fail(Status.READ_ERROR, error)
         return pair
 
-    def _attach(self, pair: Pair, images: list[str | bytes]) -> None:
+    def _attach(self, pair: Pair, row: Mapping[str, Any], images: list[str | bytes]) -> None:
+        fields = self._fields
         if len(images) > 1:
-            pair.fail(
-                Status.MULTI_IMAGE,
-                f"{len(images)} images in one row; only one image per row is supported",
-            )
-        elif not images and pair.conversations is not None:
-            pair.fail(Status.TEXT_ONLY, "")
-            pair.error = None
-        elif not images:
-            pair.fail(Status.MISSING_IMAGE, "the row has no image")
-        elif isinstance(images[0], bytes):
+            pair.fail(Status.MULTI_IMAGE, f"{len(images)} images in one row; only one image per row is supported")
+        elif images and isinstance(images[0], bytes):
             pair.load = partial(bytes, images[0])
-            pair.image_path = self._fields.image
+            pair.image_path = fields.image or fields.turns
+        elif images:
+            self._root.attach(pair, str(images[0]))
+        elif fields.image and not _is_nothing(row.get(fields.image)):
+            pair.fail(Status.MISSING_IMAGE, f"{fields.image} holds nothing that can be read as an image")
+        elif fields.image:
+            without_image(pair, row, f"the row has no image ({fields.image} is empty)")
         else:
-            self._root.attach(pair, images[0])
+            without_image(pair, row, f"the row names none; it has {listed(fields.all)} (--image-column)")
 
     def _key(self, row: Mapping[str, Any], images: list[str | bytes], number: int) -> str:
-        given = row.get(self._fields.key) if self._fields.key else None
-        if given is not None and str(given):
-            return self._unique(str(given), number)
+        given = text_of(row.get(self._fields.key)) if self._fields.key else None
+        if given:
+            return given
         named = len(images) == 1 and isinstance(images[0], str)
-        stem = _stem(str(images[0])) if named else _stem(self._uri)
-        return self._unique(f"{stem}-{number}", number)
+        stem = _stem(str(images[0])) if named else _stem(self.uri)
+        return f"{stem}-{number}"
 
     def _unique(self, key: str, number: int) -> str:
+        self.counts["repeated"] += key in self._seen
         while key in self._seen:
             key = f"{key}-{number}"
         self._seen.add(key)
         return key
+
+
+def _images(row: Mapping[str, Any], fields: Fields, inside: Sequence[Any] = ()) -> list[str | bytes]:
+    """The images of a row: of its image field, or those `inside` its conversation, if these are more."""
+    images = images_in(row.get(fields.image)) if fields.image else []
+    named = images_in(inside)
+    return named if len(named) > len(images) else images
+
+
+def _inside(row: Mapping[str, Any], fields: Fields) -> list[Any]:
+    """The images that a row's conversation names."""
+    try:
+        turns = turns_of(row, fields)
+        return parse_conversation(turns)[1] if turns else []
+    except ValueError:
+        return []
+
+
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_nothing, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_nothing, value))
+    return value is None or value == "" or value != value
 
 
 def _stem(path: str) -> str:
@@ -220,17 +248,3 @@ def _stem(path: str) -> str:
     stem, _, ending = name.rpartition(".")
     known = ending.lower() in EXTENSIONS | {"parquet", "csv", "tsv", "json", "jsonl"}
     return (stem if stem and known else name).replace(".", "_")
-
-
-def image_names(rows: Iterable[Mapping[str, Any]], fields: Fields) -> list[str]:
-    """The image paths in some rows, for `find_root`."""
-    names = []
-    for row in rows:
-        images = images_in(row.get(fields.image)) if fields.image else []
-        if not images and fields.turns and row.get(fields.turns):
-            try:
-                images = [str(image) for image in parse_conversation(row[fields.turns])[1]]
-            except ValueError:
-                continue
-        names += [name for name in images if isinstance(name, str)]
-    return names

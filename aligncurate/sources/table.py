@@ -13,8 +13,8 @@ from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
-from aligncurate.sources.image_root import ImageRoot, find_root
-from aligncurate.sources.rows import Naming, RowFile, RowReader, find_fields, image_names
+from aligncurate.sources.fields import Naming
+from aligncurate.sources.rows import RowFile, RowReader, spread
 
 if TYPE_CHECKING:
     import polars as pl
@@ -33,22 +33,20 @@ class TableRows(RowFile):
         cells = _cells(uri, data)
         if cells.columns[0] == "column_1":
             naming = _guess(cells, naming)
-        self.fields = find_fields(uri, cells.columns, naming)
+        self.recognise(cells.columns, list(cells[spread(len(cells))].iter_rows(named=True)), naming)
         # Only extra columns are parsed as numbers; captions and keys stay as written.
-        texts = {self.fields.image, self.fields.caption, self.fields.key}
+        texts = {self.fields.image, self.fields.caption, self.fields.key, self.fields.turns, *(self.fields.asked or ())}
         self._frame = cells.with_columns(_typed(column) for column in cells if column.name not in texts)
         self.rows = len(self._frame)
         types = {f.name: f.type for f in self._frame.head(0).to_arrow().schema if f.name not in self.fields.used}
         self.extras = {n: pa.string() if pa.types.is_large_string(t) else t for n, t in types.items()}
-        names = image_names(self._frame.head(8).iter_rows(named=True), self.fields)
-        self.root = ImageRoot(naming.image_root or find_root(storage.parent(uri), names))
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
         for number, row in enumerate(self._frame[start:stop].iter_rows(named=True), start):
-            pair = reader.pair(row, number)
-            if self._damaged and "\ufffd" in (pair.caption or ""):
-                pair.status, pair.error = Status.INVALID_CAPTION, "the caption is not valid UTF-8"
-            yield pair
+            for pair in reader.pairs(row, number):
+                if self._damaged and "\ufffd" in (pair.caption or ""):
+                    pair.status, pair.error = Status.INVALID_CAPTION, "the caption is not valid UTF-8"
+                yield pair
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,9 @@ def make_dataset(
     """
     for text in source.notices:
         notice(text, quiet=quiet)
+    if source.inline and not options.embed_images:
+        notice("images are written inside the input (base64), so they are kept in the dataset too", quiet=quiet)
+        options = replace(options, embed_images=True)
     first = next(iter(encoders.values()), None)
     head = {
         "verb": verb,
@@ -129,6 +132,8 @@ def make_dataset(
             else:
                 failures.append(Failure(str(outcome.shard), str(outcome.error)))
         dataset = None if failures else writer.finish([parts[shard.index] for shard in shards])
+        for text in source.remarks:
+            notice(text, quiet=quiet)
         times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
         return ScoreResult(dataset, progress.done, progress.seconds, resumed, failures, times)
 

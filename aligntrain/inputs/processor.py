@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
-from aligncurate.sources.conversations import IMAGE, parse_conversation
+from aligncurate.sources.conversations import parse_conversation
+from aligncurate.sources.marks import IMAGE
 from aligntrain.inputs.pixels import IMAGE_MODES, pixels_of
 from aligntrain.inputs.templates import ALIGN, PLAIN, V1, ChatTemplate, Rendered, messages_of
 from aligntrain.inputs.tokenizer import end_pattern, load_tokenizer, prepare_tokenizer

@@ -9,7 +9,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from aligncurate.sources.conversations import IMAGE, ROLES, parse_conversation
+from aligncurate.sources.conversations import ROLES, parse_conversation
+from aligncurate.sources.marks import IMAGE
 
 ALIGN = "<align>"
 

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import normalizers
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from aligncurate.sources.conversations import IMAGE
+from aligncurate.sources.marks import IMAGE
 from aligntrain.inputs.templates import ALIGN
 
 

@@ -16,8 +16,8 @@ from aligncurate.dataset.record import FINE
 from aligncurate.errors import ImageError
 from aligncurate.images.decode import load_rgb
 from aligncurate.progress import meter
-from aligncurate.sources.conversations import IMAGE
 from aligncurate.sources.detect import open_source
+from aligncurate.sources.marks import IMAGE
 from aligncurate.sources.options import SourceOptions
 from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.reader import BatchReader, read_ahead

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from aligncurate.errors import ImageError, UserError
 from aligncurate.images.decode import load_rgb
-from aligncurate.sources.conversations import IMAGE
+from aligncurate.sources.marks import IMAGE
 from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import model_errors, quiet_transformers

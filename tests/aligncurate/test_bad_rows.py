@@ -18,7 +18,7 @@ def test_rows_that_cannot_be_parsed(tmp_path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg())
     good = '{"image": "0.jpg", "caption": "c"}'
     turns = ['"text"', "[1]", '[{"from": "human"}]', '[{"role": 1, "content": "x"}]',
-             '[{"role": "user", "content": ["x"]}]', '[{"role": "user", "content": {"a": 1}}]']  # fmt: skip
+             '[{"role": "user", "content": [7]}]', '[{"role": "user", "content": {"a": 1}}]']  # fmt: skip
     broken = ["{", "[1, 2]", "7", "null", '"text"', '{"image": "0.jpg", "caption": "cut o', "[" * 100_000, "{'a': 1}",
               *(f'{{"image": "0.jpg", "conversations": {t}}}' for t in turns)]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join([good, *broken, good]))

@@ -68,8 +68,8 @@ def test_missing_captions_in_rows(tmp_path) -> None:
     rows = [{"image": "0.jpg", "caption": c} for c in captions] + [{"image": "0.jpg"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     frame = ingested(tmp_path / "a.json", tmp_path / "json")
-    assert statuses(frame) == ["missing_caption"] * 4 + ["ok", "ok", "missing_caption", "ok", "missing_caption"]
-    assert frame["caption"].to_list()[4:8] == ["nan", "5", None, "first"]
+    assert statuses(frame) == ["missing_caption"] * 4 + ["ok", "ok", "missing_caption", "ok", "ok", "missing_caption"]
+    assert frame["caption"].to_list()[4:9] == ["nan", "5", None, "first", "second"]
     (tmp_path / "a.csv").write_text('image,caption\n0.jpg,\n0.jpg,""\n0.jpg,x\n0.jpg\n')
     assert statuses(ingested(tmp_path / "a.csv", tmp_path / "csv")) == ["missing_caption"] * 2 + [
         "ok",

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from aligncurate.progress import notice
-from aligncurate.sources.conversations import IMAGE
+from aligncurate.sources.marks import IMAGE
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.inputs.templates import ALIGN
 from aligntrain.model.configuration import AlignGPTConfig

@@ -67,7 +67,7 @@ def test_image_objects_are_passed_through() -> None:
     [
         ("hello", "not a list of turns"),
         (["hello"], "turn 0 is not an object"),
-        ([{"role": "user", "content": ["hello"]}], "turn 0 has a part that is not an object"),
+        ([{"role": "user", "content": [7]}], "turn 0 has a part that is not an object"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "turn 1 has no role or no text"),
         ([{"content": "a"}], "turn 0 has no role or no text"),
     ],
