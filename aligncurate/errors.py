@@ -2,6 +2,7 @@
 
     AlignCurateError
     ├── UserError (a ValueError)     what the user gave cannot be used; exit code 2
+    │   └── NoPairsError             a file holds no image-text pairs; in a folder it is skipped with a notice
     ├── RunError (a RuntimeError)    a run could not finish; what it committed is kept; exit code 1
     │   ├── ShardError               an input shard could not be read; the other shards go on
     │   └── WorkerError              a worker process died, for example out of memory
@@ -21,6 +22,10 @@ class AlignCurateError(Exception):
 
 class UserError(AlignCurateError, ValueError):
     """Something the user gave cannot be used. The command line prints it and exits with code 2."""
+
+
+class NoPairsError(UserError):
+    """A whole file that holds no image-text pairs, or is of another kind. In a folder it is skipped with a notice."""
 
 
 class RunError(AlignCurateError, RuntimeError):

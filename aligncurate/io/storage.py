@@ -212,11 +212,6 @@ def is_folder(uri: str) -> bool:
         return bool(filesystem.isdir(path))
 
 
-def has_folders(folder: str) -> bool:
-    """Whether a local folder contains folders."""
-    return not is_remote(folder) and any(p.is_dir() for p in Path(folder).iterdir())
-
-
 def list_files(folder: str) -> list[str]:
     """The files in `folder` itself, sorted by name, without those that begin with a dot or underscore."""
     if not is_remote(folder):
@@ -225,6 +220,17 @@ def list_files(folder: str) -> list[str]:
         with _remote(folder) as (filesystem, path):
             entries = filesystem.ls(path, detail=True)
         names = sorted(basename(e["name"]) for e in entries if e["type"] == "file")
+    return [join(folder, name) for name in names if not name.startswith((".", "_"))]
+
+
+def list_folders(folder: str) -> list[str]:
+    """The folders in `folder` itself, sorted by name, without those that begin with a dot or underscore."""
+    if not is_remote(folder):
+        names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir())
+    else:
+        with _remote(folder) as (filesystem, path):
+            entries = filesystem.ls(path, detail=True)
+        names = sorted(basename(e["name"]) for e in entries if e["type"] == "directory")
     return [join(folder, name) for name in names if not name.startswith((".", "_"))]
 
 

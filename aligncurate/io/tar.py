@@ -15,14 +15,17 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from functools import cache
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
+from aligncurate.errors import ShardError
 from aligncurate.io import storage
+from aligncurate.io.content import TAR, content_of
 
 Buffer = bytes | memoryview
 
 _NAME_BYTES = 100  # size of the header's name field
 _SIZE_LIMIT = 8**11  # sizes have eleven octal digits
+_HEADER_BYTES = 1 << 20  # of the largest header that is read: long names, extended attributes
 
 
 class Sink(Protocol):
@@ -84,28 +87,69 @@ def _slow_header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
 
 
+class _Headers:
+    """A tar as tarfile reads its headers: one of more than _HEADER_BYTES is damage, and is not read into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+
 def tar_members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
-    """The members of a tar; if it is damaged, the last item is a message that says how."""
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, closed below
-    except tarfile.ReadError:
-        what = "empty (0 bytes)" if storage.size(uri) == 0 else "not a tar"
-        yield f"the file is {what}; copy it again"
-        return
-    with tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.TarError as error:
-                yield f"the tar is damaged or truncated ({error}); copy it again"
-                return
-            if member is None:
-                break
-            if member.size < 0:  # tarfile would go back and read the same headers in an endless loop
-                yield f"the tar is damaged ({member.name} has a negative size); copy it again"
-                return
-            yield member
-        # tarfile treats a damaged header as the end, so check that there is an end marker.
-        file.seek(tar.offset)
-        if file.read(512) != bytes(512):
-            yield "the tar has no end marker, so it is damaged or truncated; copy it again"
+    """The members of a tar; if it is damaged, the last item is a message that says how.
+
+    A member may end beyond the end of the file; then it is the last one before the message.
+
+    Raises:
+        ShardError: the file is no tar.
+        OSError: it cannot be read.
+    """
+    end = storage.size(uri)
+    content = content_of(file, end)
+    if content is not TAR:
+        raise ShardError(f"{uri}: {content.instead_of('a tar')}")
+    tar = None
+    while True:
+        try:
+            # Only `next` is called, so tarfile reads nothing but headers.
+            tar = tar or tarfile.open(fileobj=cast("BinaryIO", _Headers(file)), mode="r:")  # noqa: SIM115, no file
+            member = tar.next()
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # tarfile raises nearly anything for crafted headers
+            cause = str(error) if isinstance(error, tarfile.TarError) else type(error).__name__
+            yield f"the tar is damaged or truncated ({cause}); copy it again"
+            return
+        if member is None:
+            break
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all
+        if member.size < 0:  # tarfile would go back and read the same headers in an endless loop
+            yield f"the tar is damaged ({readable(member.name)} has a negative size); copy it again"
+            return
+        yield member
+        data_end = tar.offset - tarfile.BLOCKSIZE + 1 if member.issparse() else member.offset_data + member.size
+        if tar.offset > member.offset_data and data_end > end:
+            yield f"the tar ends in the middle of {readable(member.name)} (of {member.size:,} bytes); copy it again"
+            return
+    # tarfile treats a damaged header as the end, so check that there is an end marker.
+    file.seek(tar.offset)
+    rest = file.read(2 * tarfile.RECORDSIZE)
+    if rest[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+        yield "the tar has no end marker, so it is damaged or truncated; copy it again"
+    elif any(rest):
+        yield "another tar or other data follows the end of this tar and is not read; split the file"
+
+
+def is_readable(member: tarfile.TarInfo, end: int) -> bool:
+    """Whether a member is a file whose bytes lie at `offset_data` in a tar of `end` bytes."""
+    return member.isfile() and not member.issparse() and member.offset_data + member.size <= end
+
+
+def readable(name: str) -> str:
+    """A member's name with what is not UTF-8 replaced."""
+    return name.encode("utf-8", "replace").decode()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aligncurate.dataset.record import Pair
-from aligncurate.errors import UserError
+from aligncurate.errors import NoPairsError, UserError
 from aligncurate.io import storage
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.fields import Naming
@@ -25,7 +25,7 @@ class AnnotationRows(RowFile):
         self._rows = _open(uri, rows_per_shard)
         self.rows = self._rows.count
         if not self.rows:
-            raise UserError(f"{uri}: the file has no rows.")
+            raise NoPairsError(f"{uri}: the file has no rows.")
         head = [row for row in self._rows.peek() if isinstance(row, dict)]
         some = [row for row in self._rows.spread() if isinstance(row, dict)]
         self.recognise(dict.fromkeys(name for row in head for name in row), some, naming)
@@ -132,9 +132,9 @@ def _open(uri: str, per_shard: int) -> _MemoryRows:
         lists = [v for v in data.values() if isinstance(v, list)]
         data = lists[0] if len(lists) == 1 else data
     if not isinstance(data, list):
-        raise UserError(f"{uri}: this JSON is neither a list of rows nor COCO captions.")
+        raise NoPairsError(f"{uri}: this JSON is neither a list of rows nor COCO captions.")
     if data and not any(isinstance(row, dict) for row in data):
-        raise UserError(f"{uri}: the items of this list are not objects; each needs an image and a caption.")
+        raise NoPairsError(f"{uri}: the items of this list are not objects; each needs an image and a caption.")
     return _MemoryRows(data)
 
 
@@ -143,7 +143,7 @@ def _coco(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     images = {image["id"]: image for image in data["images"] if isinstance(image, dict) and "id" in image}
     annotations = [item if isinstance(item, dict) else {} for item in data["annotations"]]
     if annotations and not any("caption" in annotation for annotation in annotations):
-        raise UserError(f"{uri}: this COCO file has no captions; use the captions_*.json file.")
+        raise NoPairsError(f"{uri}: this COCO file has no captions; use the captions_*.json file.")
     rows = []
     for annotation in annotations:
         number = annotation.get("image_id")

@@ -8,7 +8,7 @@ from typing import Any
 
 from aligncurate.dataset.pointers import images_in
 from aligncurate.dataset.record import COLUMNS
-from aligncurate.errors import UserError
+from aligncurate.errors import NoPairsError, UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.sources.captions import CAPTIONS, text_of
 from aligncurate.sources.conversations import is_conversation
@@ -107,7 +107,7 @@ def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[M
         hint = ""
         if image is None and any(n in lower for n in ("url", "image_url", "urls")):
             hint = " Its images are URLs; download them first, for example with img2dataset."
-        raise UserError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
+        raise NoPairsError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
     return Fields(image, caption, turns, pick(None, KEYS, ""), asked, tuple(columns))
 
 

@@ -16,7 +16,7 @@ from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import ShardError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
-from aligncurate.io.tar import tar_members
+from aligncurate.io.tar import is_readable, tar_members
 
 _FOLDERS = ("images", "imgs", "img", "image", "train2017", "val2017", "train2014", "val2014", "../images",
            "../train2017", "../val2017", "../train2014", "../val2014")  # fmt: skip
@@ -149,11 +149,12 @@ class ImageRoot:
         """Add the tars' images to `_members`, one after another."""
         for uri in [file for folder in self.folders for file in _tars(folder)]:
             try:
+                end = storage.size(uri)
                 with storage.open_file(uri) as file:
                     for member in tar_members(file, uri):
                         if isinstance(member, str):
                             raise ShardError(f"{uri}: {member}")
-                        if member.isfile() and member.name.rpartition(".")[2].lower() in EXTENSIONS:
+                        if is_readable(member, end) and member.name.rpartition(".")[2].lower() in EXTENSIONS:
                             if len(self._members) == _MOST_MEMBERS:
                                 self._faults.append(f"only {_MOST_MEMBERS:,} images of the tars were looked through")
                                 return

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from aligncurate.settings import check, setting
 from aligncurate.sources.captions import Several
 
-Format = Literal["webdataset", "parquet", "annotations", "table", "dataset"]
+Format = Literal["webdataset", "parquet", "annotations", "table", "imagefolder", "dataset"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -17,8 +17,8 @@ class SourceOptions:
     """How to read a source; None is auto-detected. Raises UserError for values that cannot be used."""
 
     format: Format | None = setting("Input format.", None, group="Source", shown="auto-detected")
-    caption_column: str | None = setting("Column or field with the caption.", None, shown="auto-detected")
-    image_column: str | None = setting("Column or field with the image.", None, shown="auto-detected")
+    caption_column: str | None = setting("Column, field or file ending of the caption.", None, shown="auto-detected")
+    image_column: str | None = setting("Column, field or file ending of the image.", None, shown="auto-detected")
     image_root: str | None = setting(
         "Folder that image paths are relative to, or a tar (or a folder of tars) that holds the images.",
         None,

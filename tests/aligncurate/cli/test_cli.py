@@ -136,16 +136,16 @@ def test_a_shard_that_cannot_be_read_is_a_fault(folder, monkeypatch) -> None:
     real = storage.open_file
 
     def fails(uri: str):
-        if uri.endswith("00000.tar"):
+        if uri.endswith("00001.tar"):
             raise OSError(5, "Input/output error", uri)
         return real(uri)
 
     monkeypatch.setattr(storage, "open_file", fails)
     result = run("ingest", folder / "tars", "--out", folder / "mixed-out")
     assert result.exit_code == 1
-    assert "00000.tar: cannot be read: Input/output error" in " ".join(result.stderr.split())
+    assert "00001.tar: cannot be read: Input/output error" in " ".join(result.stderr.split())
     assert "rerun to resume" in " ".join(result.stderr.split())
-    assert (folder / "mixed-out/part-00001.parquet").is_file()
+    assert (folder / "mixed-out/part-00000.parquet").is_file()
 
 
 def test_models_lists_the_default_and_the_built_in() -> None:

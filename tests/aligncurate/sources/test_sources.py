@@ -533,12 +533,13 @@ def test_a_folder_of_several_kinds_says_what_it_leaves_out(tmp_path) -> None:
 
 def test_the_format_can_be_forced(tmp_path) -> None:
     write_tar(tmp_path / "a.data", pairs(1))
+    (tmp_path / "a.txt").write_text("a caption")
     with pytest.raises(UserError, match="--format"):
-        open_source(str(tmp_path / "a.data"))
+        open_source(str(tmp_path / "a.txt"))
     assert [p.key for p in read_all(tmp_path / "a.data", format="webdataset")] == ["s0"]
     with pytest.raises(UserError, match="--format zip"):
         open_source(str(tmp_path / "a.data"), SourceOptions(format="zip"))
-    with pytest.raises(UserError, match="not a Parquet file"):
+    with pytest.raises(UserError, match="this is a tar, not a Parquet file; use --format webdataset"):
         open_source(str(tmp_path / "a.data"), SourceOptions(format="parquet"))
 
 
