@@ -114,7 +114,8 @@ def is_dataset(path: str) -> bool:
         return False
     with storage.open_file(manifest) as file:
         head = file.read(4096)
-    return b'"schema_version"' in head or not head.lstrip().startswith(b"{")
+    parts = (storage.join(path, part) for part in ("data/part-00000.parquet", "part-00000.parquet"))
+    return b'"schema_version"' in head or any(map(storage.exists, parts))
 
 
 def with_data(path: str, endings: Endings) -> list[str]:

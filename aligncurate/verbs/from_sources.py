@@ -25,6 +25,7 @@ from aligncurate.scoring.timing import STAGES, StageTimes
 from aligncurate.settings import recorded
 from aligncurate.sources.base import Shard, Source, limit_shards
 from aligncurate.sources.detect import open_source
+from aligncurate.sources.notes import limit_taken
 from aligncurate.sources.options import SourceOptions
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def make_dataset(
     columns = schema(source.extras | score_columns, embed_images=options.embed_images, embedding=width)
     writer = DatasetWriter(out, head, columns, retry_errors=options.retry_errors)
     shards = limit_shards(source, options.limit)
+    if options.limit is not None and (taken := limit_taken(source, shards, options.limit)):
+        notice(taken, quiet=quiet)
     with ExitStack() as stack:
         stack.enter_context(no_decoder_warnings())
         stack.enter_context(writer.open())
