@@ -81,7 +81,8 @@ class RowFile(ABC):
 
 def spread(rows: int, most: int = _SPREAD) -> list[int]:
     """At most `most` row numbers, in order: the first ones, and others from all of the file."""
-    return sorted({*range(min(rows, most // 2)), *(i * rows // (most // 2) for i in range(most // 2) if rows)})
+    half = most // 2
+    return sorted({*range(min(rows, half)), *(i * (rows - 1) // (half - 1) for i in range(half) if rows)})
 
 
 class RowSource(Source):
