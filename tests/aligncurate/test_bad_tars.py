@@ -168,8 +168,8 @@ def test_a_damaged_tar_in_the_image_root(tmp_path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "root/a.tar").write_bytes(b"garbage" * 300)
     (tmp_path / "a.csv").write_text("image,caption\n0.jpg,x\n")
-    result = cli("ingest", tmp_path / "a.csv", "--out", tmp_path / "out", "--image-root", tmp_path / "root")
-    assert "a.tar: the file is not a tar; copy it again" in complaint(result)
+    frame = ingested(tmp_path / "a.csv", tmp_path / "out", image_root=str(tmp_path / "root"))
+    assert statuses(frame) == ["missing_image"] and "a.tar: the file is not a tar; copy it again" in frame["error"][0]
 
 
 def test_sidecars_that_cannot_be_used_are_left_alone(tmp_path) -> None:
