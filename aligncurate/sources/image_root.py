@@ -183,7 +183,7 @@ def _folders_in(folder: str) -> list[str]:
 
 def _without_scheme(name: str) -> str:
     """A path for a `file:` URI; any other name as it is."""
-    name = name.strip()
+    name = name.strip().strip("\ufeff")
     if name[:5].lower() != "file:":
         return name
     path = unquote(name[5:])
