@@ -193,10 +193,11 @@ def _read_cell(uri: str, column: str, row: int) -> bytes:
     return images[0]
 
 
-def images_in(value: Any) -> list[str | bytes]:
+def images_in(value: Any, depth: int = 8) -> list[str | bytes]:
     """The images in a field: names (paths, URLs) or bytes.
 
-    Reads text, in which `data:` and base64 become bytes, objects like Hugging Face's {bytes, path}, and lists of these.
+    Reads text, in which `data:` and base64 become bytes, objects like Hugging Face's {bytes, path}, and lists of these,
+    nested up to `depth`.
     """
     if isinstance(value, str):
         value = value.strip()
@@ -206,9 +207,10 @@ def images_in(value: Any) -> list[str | bytes]:
     if isinstance(value, bytes):
         return [(inline_image(value.decode("ascii")) if value.isascii() else None) or value]
     if isinstance(value, Mapping):
-        return next((images for key in IMAGE_KEYS if (images := images_in(value.get(key)))), [])
+        fields = (value[key] for key in IMAGE_KEYS if key in value and depth)
+        return next((images for field in fields if (images := images_in(field, depth - 1))), [])
     if isinstance(value, (list, tuple)):
-        return [image for item in value for image in images_in(item)]
+        return [image for item in value if depth for image in images_in(item, depth - 1)]
     return [str(value)]
 
 

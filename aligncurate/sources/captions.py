@@ -9,6 +9,8 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from io import StringIO
+from tokenize import STRING, TokenError, generate_tokens
 from typing import Any, Literal
 
 from aligncurate.dataset.record import Pair, Status
@@ -53,11 +55,24 @@ def parsed(text: str) -> Any:
     text = text.strip()
     if not text.startswith(("[", "{")):
         return text
-    for read in (json.loads, literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+    for read in (json.loads, _from_python):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TokenError):
             value = read(text)
             return value if isinstance(value, (list, tuple, dict)) else text
     return text
+
+
+def _from_python(text: str) -> Any:
+    """The value of a Python literal, also without commas, as numpy prints lists: `['a' 'b']` has two items."""
+    words: list[str] = []
+    before = ""
+    for token in generate_tokens(StringIO(text).readline):
+        ends = before[-1:] and before[-1] in "'\"}])"
+        if ends and (token.type == STRING or token.string in ("{", "[", "(")):
+            words.append(",")
+        words.append(token.string.strip())
+        before = words[-1] or before
+    return literal_eval(" ".join(words))
 
 
 def with_captions(pair: Pair, value: Any, several: Several) -> list[Pair]:

@@ -13,14 +13,16 @@ from aligncurate.sources.marks import IMAGE, unify_marks
 ROLES = {
     "human": "user", "user": "user", "prompter": "user", "question": "user", "query": "user", "instruction": "user",
     "prompt": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", "chatbot": "assistant", "ai": "assistant", "answer": "assistant", "response": "assistant",
+    "chatgpt": "assistant", "chatbot": "assistant", "ai": "assistant", "gpt4": "assistant", "gpt-4": "assistant",
+    "gpt4v": "assistant", "gpt-4v": "assistant", "gpt-4o": "assistant", "answer": "assistant", "response": "assistant",
     "output": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
 """Usual names of roles, in lower case, and what they are called here."""
 
 _ROLE_KEYS = ("from", "role", "speaker", "author")
-_TEXT_KEYS = ("value", "content", "text", "message")
-_IMAGES = ("image", "image_url", "image_path", "image_file", "img")  # in a part without a type
+_TEXT_KEYS = ("value", "content", "text", "message", "parts")
+# In a part without a type.
+_IMAGES = ("image", "image_url", "image_path", "image_file", "img", "inline_data", "file_data")
 
 
 def parse_conversation(turns: Any) -> tuple[list[dict[str, str]], list[Any]]:
@@ -46,7 +48,7 @@ def parse_conversation(turns: Any) -> tuple[list[dict[str, str]], list[Any]]:
             role = role.strip()
             text, named = unify_marks(said.replace("\ufeff", ""))
             images += inside + named
-            read.append({"role": ROLES.get(role.lower(), role), "text": text})
+            read.append({"role": ROLES.get(role.rstrip(": ").lower(), role), "text": text})
     return read, images
 
 

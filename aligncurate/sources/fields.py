@@ -23,7 +23,8 @@ KEYS = ("key", "id", "uid", "image_id")
 
 _LAST_IMAGES = ("image_url", "img_url", "image_uri", "image_id", "img_id")  # if nothing else names images
 _TURNS = ("conversations", "messages")
-_MAYBE_TURNS = ("conversation", "dialog", "dialogs", "dialogue", "dialogues", "turns", "texts", "chat", "chats")
+_MAYBE_TURNS = ("conversation", "dialog", "dialogs", "dialogue", "dialogues", "turns", "texts", "chat", "chats",
+                "contents", "items")  # fmt: skip
 _ASKED = (("question", "answer"), ("query", "response"), ("instruction", "output"), ("prompt", "response"),
           ("prompt", "completion"), ("question", "response"), ("instruction", "response"))  # fmt: skip
 
@@ -120,7 +121,13 @@ def turns_of(row: Mapping[str, Any], fields: Fields) -> Any:
     context = text_of(row.get("input")) if fields.asked[0].lower() == "instruction" else None
     if context:
         question = f"{text_of(question) or ''}\n{context}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    history = row.get("history")
+    earlier = [turn for turn in history if len(turn) == 2] if isinstance(history, list) else []
+    return [
+        {"role": role, "content": content}
+        for said in (*earlier, (question, answer))
+        for role, content in zip(("user", "assistant"), said, strict=True)
+    ]
 
 
 def _named_by_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -133,6 +133,8 @@ class ImageRoot:
     def _member(self, name: str) -> Member | None:
         """The member of the folders' tars with this name; tars are read only as far as needed, once."""
         names = [_plain(spelling) for spelling in _spellings(name)]
+        if _ending(names[0]) not in EXTENSIONS:
+            names += [f"{names[0]}.{ending}" for ending in _ENDINGS]
         with self._lock:
             self._unread = self._unread or self._read_tars()
             try:
@@ -182,7 +184,7 @@ def _folders_in(folder: str) -> list[str]:
 
 def _without_scheme(name: str) -> str:
     """A path for a `file:` URI; any other name as it is."""
-    name = name.strip()
+    name = name.strip().strip("\ufeff")
     if name[:5].lower() != "file:":
         return name
     path = unquote(name[5:])
@@ -237,7 +239,7 @@ def _with_ending(paths: Sequence[str]) -> list[str]:
     if not paths or _ending(paths[0]) in EXTENSIONS:
         return []
     found = [file for ending in _ENDINGS for file in _existing([f"{paths[0]}.{ending}"])]
-    return list({file.lower(): file for file in reversed(found)}.values())
+    return sorted({file.lower(): file for file in reversed(found)}.values())
 
 
 def _similar(path: str) -> str | None:

@@ -24,6 +24,8 @@ _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
 class ParquetRows(RowFile):
     """A Parquet file. Raises UserError if it is not one, or has no columns with images and texts."""
 
+    has_cells = True
+
     def __init__(self, uri: str, naming: Naming) -> None:
         self.uri = uri
         with open_parquet(uri) as file:

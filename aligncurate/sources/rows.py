@@ -40,6 +40,7 @@ class RowFile(ABC):
         extras: extra columns, with their types.
         several: whether rows have several captions.
         inline: whether images are inside texts (base64), so that they can't be pointed at.
+        has_cells: whether a pointer can lead to one field of one row.
     """
 
     uri: str
@@ -49,6 +50,7 @@ class RowFile(ABC):
     extras: dict[str, pa.DataType]
     several: bool
     inline: bool
+    has_cells = False
 
     @abstractmethod
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
@@ -66,7 +68,8 @@ class RowFile(ABC):
         """
         self.fields = find_fields(self.uri, columns, naming, rows)
         images = [_images(row, self.fields, _inside(row, self.fields)) for row in rows]
-        self.inline = any(isinstance(image, bytes) for some in images for image in some)
+        written = [_inside(row, self.fields) for row in rows] if self.has_cells else images
+        self.inline = any(isinstance(image, bytes) for some in written for image in images_in(some))
         names = [image for some in images for image in some if isinstance(image, str)]
         root = naming.image_root
         self.root = ImageRoot([root]) if root else ImageRoot.near(storage.parent(self.uri), names)
@@ -75,13 +78,14 @@ class RowFile(ABC):
 
     def count(self, start: int, stop: int, most: int | None = None) -> int:
         """Number of pairs of rows start..stop-1, where rows have several captions; counting may stop at `most`."""
-        reader = RowReader(self.uri, self.fields, self.root)
+        reader = RowReader(self.uri, self.fields, None)
         return sum(1 for _ in islice(self.pairs(start, stop, reader), most))
 
 
 def spread(rows: int, most: int = _SPREAD) -> list[int]:
     """At most `most` row numbers, in order: the first ones, and others from all of the file."""
-    return sorted({*range(min(rows, most // 2)), *(i * rows // (most // 2) for i in range(most // 2) if rows)})
+    half = most // 2
+    return sorted({*range(min(rows, half)), *(i * (rows - 1) // (half - 1) for i in range(half) if rows)})
 
 
 class RowSource(Source):
@@ -96,7 +100,7 @@ class RowSource(Source):
             raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows in the input.")
         self._files = {file.uri: file for file in files}
         self._several = several
-        self._readers: list[RowReader] = []
+        self._counts: list[Counter[str]] = []  # of each shard that was read
         nested = kind == "parquet" or any(file.fields.turns for file in files)
         self.extras = merge_extras([*(file.extras for file in files), {EXTRA: pa.string()} if nested else {}])
         self.inline = any(file.inline for file in files)
@@ -113,13 +117,12 @@ class RowSource(Source):
         stop = shard.stop if shard.limit is None else min(shard.stop, shard.start + shard.limit)
         file = self._files[shard.uri]
         reader = RowReader(file.uri, file.fields, file.root, self._several)
-        self._readers.append(reader)
+        self._counts.append(reader.counts)
         yield from islice(file.pairs(shard.start, stop, reader), shard.limit)
 
     @property
     def remarks(self) -> Sequence[str]:
-        several = sum(reader.counts["several"] for reader in self._readers)
-        repeated = sum(reader.counts["repeated"] for reader in self._readers)
+        several, repeated = (sum(counts[name] for counts in self._counts) for name in ("several", "repeated"))
         remarks = [several_remark(several, self._several)] if several else []
         if repeated:
             remarks.append(f"{count(repeated, 'key')} occurred before; the row number was added to make them differ")
@@ -132,14 +135,14 @@ class RowReader:
     Args:
         uri: the file with the rows.
         fields: the names of its fields.
-        root: where images are found by name.
+        root: where images are found by name; None if they are not looked for.
         several: what becomes of several captions in a row.
 
     Attributes:
         counts: rows with `several` captions and with `repeated` keys.
     """
 
-    def __init__(self, uri: str, fields: Fields, root: ImageRoot, several: Several = "all") -> None:
+    def __init__(self, uri: str, fields: Fields, root: ImageRoot | None, several: Several = "all") -> None:
         self.uri = uri
         self.counts: Counter[str] = Counter()
         self._fields = fields
@@ -193,8 +196,10 @@ class RowReader:
         elif images and isinstance(images[0], bytes):
             pair.load = partial(bytes, images[0])
             pair.image_path = fields.image or fields.turns
-        elif images:
+        elif images and self._root is not None:
             self._root.attach(pair, str(images[0]))
+        elif images:
+            return
         elif fields.image and not _is_nothing(row.get(fields.image)):
             pair.fail(Status.MISSING_IMAGE, f"{fields.image} holds nothing that can be read as an image")
         elif fields.image:
@@ -230,7 +235,7 @@ def _inside(row: Mapping[str, Any], fields: Fields) -> list[Any]:
     try:
         turns = turns_of(row, fields)
         return parse_conversation(turns)[1] if turns else []
-    except ValueError:
+    except Exception:  # whatever is wrong with a row is said where it is read
         return []
 
 

@@ -33,7 +33,7 @@ class TableRows(RowFile):
         cells = _cells(uri, data)
         if cells.columns[0] == "column_1":
             naming = _guess(cells, naming)
-        self.recognise(cells.columns, list(cells[spread(len(cells))].iter_rows(named=True)), naming)
+        self.recognise(cells.columns, [cells.row(i, named=True) for i in spread(len(cells))], naming)
         # Only extra columns are parsed as numbers; captions and keys stay as written.
         texts = {self.fields.image, self.fields.caption, self.fields.key, self.fields.turns, *(self.fields.asked or ())}
         self._frame = cells.with_columns(_typed(column) for column in cells if column.name not in texts)
@@ -79,7 +79,11 @@ def _cells(uri: str, data: bytes) -> pl.DataFrame:
                 encoding="utf8-lossy",
                 infer_schema=False,
             )
-            names = [n.strip() for n in frame.columns] if header else [f"column_{i + 1}" for i in range(frame.width)]
+            names = (
+                [n.replace("\0", "").strip() for n in frame.columns]
+                if header
+                else [f"column_{i + 1}" for i in range(frame.width)]
+            )
             frame = frame.rename(dict(zip(frame.columns, names, strict=True)))
         except pl.exceptions.PolarsError as error:
             last = error

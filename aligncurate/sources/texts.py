@@ -38,6 +38,9 @@ def with_texts(
         pair.fail(Status.INVALID_ROW, str(error) if pair.row is None else f"row {pair.row}: {error}")
         pair.extra["unread_turns"] = turns  # so that its texts are not lost
         return [pair], []
+    if not parsed:
+        pair.fail(Status.MISSING_CAPTION, "the conversation is empty")
+        return [pair], []
     set_conversation(pair, parsed)
     if rest := other_fields(turns):
         pair.extra["turn_fields"] = rest

@@ -38,6 +38,9 @@ SCHEMA = pa.schema(
 )
 
 
+_CAUSES = 50  # that are counted apart; the names of roles could make any number of them
+
+
 @dataclass
 class Facts:
     """Statistics of the data: samples in the index, and rows that were skipped.
@@ -65,6 +68,7 @@ class Facts:
     examples: dict[str, str] = field(default_factory=dict)
 
     def skip(self, cause: str, key: str) -> None:
+        cause = cause if cause in self.skipped or len(self.skipped) < _CAUSES else "other causes"
         self.skipped[cause] += 1
         self.examples.setdefault(cause, key)
 

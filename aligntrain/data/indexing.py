@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from aligntrain.model.loss import IGNORE
 from aligntrain.stage import StageConfig
 
 _ROWS = 2_000  # per record batch
+_OF_ONE_ROW = re.compile(r"(?<=\bturn )\d+|\b\d+(?= times)")  # numbers in a cause, left out to count rows by cause
 _NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
 
 
@@ -101,6 +103,11 @@ def _rows(
     source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, facts: Facts
 ) -> Iterator[dict[str, Any]]:
     needs_level = config.stage == "pretrain" and num_levels > 0
+    if source.inline:
+        raise UserError(
+            f"{', '.join(config.data)}: images are written inside the data (base64); run `aligncurate ingest` first, "
+            "which makes a dataset of it."
+        )
     with meter("reading", None, unit="rows") as progress:
         for shard in source.shards:
             pairs = source.read(shard)
@@ -147,7 +154,7 @@ def _row(
         else:
             sample = processor.encode_caption(pair.caption or "")
     except ValueError as error:
-        facts.skip(str(error).rstrip("."), pair.key)
+        facts.skip(_OF_ONE_ROW.sub("…", str(error).rstrip(".")), pair.key)
         return None
     facts.rows += 1
     facts.images += has_image

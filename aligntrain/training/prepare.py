@@ -128,7 +128,7 @@ def _write_index(
     facts = build_index(source, config, processor, levels, index_file).facts
     versions = {library.__name__: library.__version__ for library in (aligncurate, torch, transformers)}
     write_json(out / "stage.json", {**config.to_json(), "versions": versions})
-    for cause, rows in facts.skipped.most_common(5):
+    for cause, rows in facts.skipped.most_common():
         notice(f"{count(rows, 'row')} skipped: {cause} (such as {facts.examples[cause]})")
     if (config.stratified or config.level_weights) and set(facts.levels) == {0}:
         notice("the data has no levels, so --level-weights and --stratified have no effect")

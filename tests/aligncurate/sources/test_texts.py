@@ -312,3 +312,42 @@ def test_levels_in_aligngpts_form(images) -> None:
     assert [row.get("similarity") for row in written] == [0, 7, None, None, None, None] and export.rows == 6
     back = ingested(images / "llava" / "annotations.json", images / "back")
     assert back["level"].to_list() == [1, 8, None, None, None, None]
+
+
+def test_base64_in_parquet_is_pointed_at(tmp_path) -> None:
+    texts = [base64.b64encode(jpeg(i)).decode() for i in range(3)]
+    pq.write_table(pa.table({"image_base64": texts, "text": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    frame = ingested(tmp_path / "a.parquet", tmp_path / "out")
+    assert statuses(frame) == ["ok"] * 3 and "image" not in frame.columns
+    assert frame["image_path"].to_list() == ["image_base64"] * 3
+
+
+LISTS = ["['a dog' 'a cat']", "['a dog'\n 'a cat']", '["a dog", "a cat"]', "('a dog', 'a cat')"]
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_lists_as_numpy_and_python_print_them(images, text) -> None:
+    (row, *more) = rows_of(images, [{"image": "0.jpg", "caption": text}])
+    assert [r["caption"] for r in (row, *more)] == (["a dog", "a cat"] if text[0] == "[" else [text])
+
+
+def test_gemini_and_history(images) -> None:
+    parts = [{"text": "What?"}, {"inline_data": {"mime_type": "image/jpeg", "data": DATA.partition(",")[2]}}]
+    contents = [{"role": "user", "parts": parts}, {"role": "model", "parts": [{"text": "A box."}]}]
+    (row,) = rows_of(images, [{"contents": contents}])
+    assert row["status"] == "ok" and row["conversations"][0]["text"] == "<image>\nWhat?"
+    asked = {"query": "And?", "response": "Blue.", "history": [["What?", "A box."]], "images": ["0.jpg"]}
+    (row,) = rows_of(images, [asked], "history")
+    assert [turn["text"] for turn in row["conversations"]] == ["What?", "A box.", "And?", "Blue."]
+
+
+def test_a_row_that_breaks_the_reader_is_invalid(images) -> None:
+    rows = [{"image": "0.jpg", "caption": "c"}, {"query": "q", "response": "a", "history": [3], "image": "0.jpg"}]
+    deep: Any = "x"
+    for _ in range(500):
+        deep = [deep]
+    rows += [{"image": deep, "caption": "c"}, {"image": "0.jpg", "caption": deep}]
+    found = rows_of(images, rows)
+    assert [row["status"] for row in found] == ["ok", "missing_caption", "invalid_row", "invalid_caption"]
+    (row,) = rows_of(images, rows[1:2], "one")
+    assert row["status"] == "invalid_row" and row["row"] == 0

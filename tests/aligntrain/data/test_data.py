@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import re
 import shutil
 import tarfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ from aligncurate.errors import UserError
 from aligncurate.images.decode import load_rgb
 from aligncurate.verbs.ingest import ingest
 from aligntrain import AlignGPTProcessor, StageConfig
-from aligntrain.data.index import Index
+from aligntrain.data.index import Facts, Index
 from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.reader import BatchReader, read_ahead
 from aligntrain.inputs import pixels
 from aligntrain.training.build import build_processor
+from aligntrain.training.distributed import World
+from aligntrain.training.prepare import prepare_data
 from tests.support.stage_data import (
     captions,
     finetuning,
@@ -107,6 +112,72 @@ def test_skipped_rows_are_counted_by_cause(models: dict[str, str], tmp_path: Pat
     assert index.lengths[2] == 96
     assert sorted(facts.examples.values()) == sorted(["only_answer", "no_answer", "two", "no_picture"])
     assert sum(facts.skipped.values()) == 4
+
+
+def rows_with_faults(folder: Path) -> tuple[Path, dict[str, int]]:
+    """LLaVA JSON in which rows cannot be trained on for many reasons, and how many for each."""
+    (folder / "0.jpg").write_bytes(picture(0))
+    ask, answer = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    faults: dict[str, list[list[dict[str, Any]]]] = {
+        "": [[ask, answer], [{"from": "USER", "value": "q"}, {"from": " Bot", "value": "a"}]],
+        "must alternate": [[ask, answer, answer], [ask, answer, ask, ask], [ask, ask, answer]],
+        "role 'tool'": [[ask, {"from": "tool", "value": "t"}, answer]] * 2,
+        "role 'observation'": [[ask, {"from": "observation", "value": "t"}, answer]],
+        "has no answer$": [[ask]],
+        "no question": [[answer]],
+        "… times": [[{"from": "human", "value": "<image>" * n}, answer, ask, answer] for n in (2, 3)],
+        "in a turn of the assistant": [[ask, {"from": "gpt", "value": "<image>"}]],
+        "no answer to learn": [[ask, {"from": "gpt", "value": ""}]],
+        "invalid_row": [[{"from": "human"}]],
+    }
+    rows = [{"image": "0.jpg", "conversations": some} for kind in faults.values() for some in kind]
+    rows += [{"image": "gone.jpg", "conversations": [ask, answer]}, {"conversations": [{**ask, "value": "<image>"}]}]
+    (folder / "a.json").write_text(json.dumps(rows))
+    return folder / "a.json", {cause: len(some) for cause, some in faults.items()} | {"missing_image": 2}
+
+
+def test_every_cause_of_a_skipped_row_is_counted_and_printed(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, expected = rows_with_faults(tmp_path)
+    config = finetuning(models, str(file), tmp_path / "out")
+    index, _ = index_of(config)
+    assert len(index) == expected.pop("")
+    skipped = index.facts.skipped
+    assert sum(skipped.values()) == sum(expected.values())
+    with ExitStack() as claims:
+        prepare_data(config, World(0, 1, torch.device("cpu")), claims)
+    printed = " ".join(capsys.readouterr().err.split())
+    for cause, rows in expected.items():
+        counts = {"must alternate": [1, 2]}.get(cause, [rows])  # one cause for each role
+        assert sorted(n for text, n in skipped.items() if re.search(cause, text)) == counts, (cause, skipped)
+    for cause, rows in skipped.items():
+        assert f"{rows} row{'' if rows == 1 else 's'} skipped: {cause}" in printed, cause
+
+
+def test_causes_are_counted_apart_up_to_a_number() -> None:
+    facts = Facts()
+    for n in range(1_000):
+        facts.skip(f"role {n}", f"k{n}")
+    assert len(facts.skipped) == 51 and sum(facts.skipped.values()) == 1_000
+
+
+def test_images_inside_texts_are_refused(models: dict[str, str], tmp_path: Path) -> None:
+    image = f"data:image/jpeg;base64,{base64.b64encode(picture(0)).decode()}"
+    (tmp_path / "a.json").write_text(json.dumps([{"image": image, **turns("q", "a")}]))
+    with pytest.raises(UserError, match=r"base64.*aligncurate ingest"):
+        index_of(finetuning(models, str(tmp_path / "a.json"), tmp_path / "out"))
+    ingest([str(tmp_path / "a.json")], tmp_path / "set", quiet=True)
+    index, _ = index_of(finetuning(models, str(tmp_path / "set"), tmp_path / "again"))
+    assert index.image(0) == picture(0)
+
+
+def test_levels_of_aligngpts_own_annotations(models: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    rows = [{"image": "0.jpg", "similarity": s, **turns("<image>", "a thing")} for s in (0, 3, 7)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    index, _ = index_of(pretraining(models, str(tmp_path / "a.json"), tmp_path / "out"))
+    assert index.levels.tolist() == [1, 4, 8]
 
 
 def test_images_are_never_truncated(models: dict[str, str], tmp_path: Path) -> None:
