@@ -36,7 +36,7 @@ class Log:
         path = Path(config.out) / "log.jsonl"
         kept = []
         if path.is_file() and step:
-            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+            kept = [line for line in path.read_text("utf-8", errors="replace").splitlines() if _step_of(line) <= step]
         path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
         self._file = path.open("a", encoding="utf-8")
 
