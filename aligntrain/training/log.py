@@ -96,7 +96,7 @@ def flatten(record: Mapping[str, Any]) -> dict[str, float]:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a killed run left incomplete
+    except (ValueError, KeyError, TypeError, RecursionError):  # a line that a killed run left incomplete
         return math.inf
 
 

@@ -37,20 +37,18 @@ def flipped(data: bytes) -> bytes:
 
 KINDS: dict[str, Callable[[bytes], bytes | None]] = {
     "truncated": lambda data: data[: len(data) * 2 // 3],
-    "longer": lambda data: data + data[-9:],
     "flipped": flipped,
     "missing": lambda _: None,
     "types": other_types,
     "empty": lambda _: b"",
     "garbage": lambda data: bytes((7 * n) % 251 for n in range(len(data))),
-    "null": lambda _: b"null",
-    "deep": lambda _: b"[" * 20_000,
 }
+OF_JSON = {**KINDS, "null": lambda _: b"null", "deep": lambda _: b"[" * 20_000, "longer": lambda data: data + b"}"}
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
 def damage(file: Path, kind: str) -> None:
-    made = KINDS[kind](file.read_bytes())
+    made = OF_JSON[kind](file.read_bytes())
     file.unlink()
     if made is not None:
         file.write_bytes(made)
@@ -125,12 +123,10 @@ def test_damaged_data_of_a_run(
     result = train(stopped)
     assert (result.steps, result.facts.rows) == (6, 8)
     assert_close(weights(out), weights(Path(done.out)), 0)
-    if name != "log.jsonl":
+    if name.startswith("index"):
         assert (out / name).read_bytes() == before
-    printed = capsys.readouterr().err
-    assert ("the index is damaged" in printed) == (
-        name == "index.arrow" or (name == "index.json" and kind != "missing")
-    )
+    said = name.startswith("index") and (name, kind) != ("index.json", "missing")
+    assert ("the index is damaged" in capsys.readouterr().err) == said
 
 
 @EVERY
@@ -165,7 +161,7 @@ def test_a_damaged_start_model(done: StageConfig, tmp_path: Path, kind: str) -> 
         train(config)
 
 
-@EVERY
+@pytest.mark.parametrize("kind", OF_JSON)
 def test_sealed_files(tmp_path: Path, kind: str) -> None:
     value = {"b": [1, 2.5, None], "a": {"3": "ü"}}
     write_sealed(tmp_path / "x.json", value)
