@@ -6,7 +6,6 @@ An Arrow file, memory-mapped so that ranks share it, and a JSON file with statis
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from aligncurate.dataset.pointers import Pointer
+from aligntrain.data.sealed import check_files, read_sealed
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
 
@@ -88,10 +88,14 @@ class Index:
         facts: statistics of the data.
         digest: of keys, tokens, levels and images in order; identifies the data in checkpoints.
         lengths, levels, images: int64 [samples]; level 0 without level, images 0 or 1.
+
+    Raises DamagedError if the file is damaged; `check` compares all of it with its sha256.
     """
 
-    def __init__(self, file: Path, processor: AlignGPTProcessor) -> None:
-        stored = json.loads(facts_file(file).read_text("utf-8"))
+    def __init__(self, file: Path, processor: AlignGPTProcessor, *, check: bool = False) -> None:
+        stored = read_sealed(facts_file(file))
+        if check:
+            check_files(file.parent, stored["files"])
         self.facts, self.digest = Facts.from_json(stored["facts"]), str(stored["digest"])
         self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self._image_id, self._patches = processor.image_token_id, processor.num_patches

@@ -15,13 +15,14 @@ from aligncurate import __version__
 from aligncurate.dataset.record import FINE, Pair, Status
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
-from aligncurate.io.files import atomic_file, write_json
-from aligncurate.progress import meter
+from aligncurate.io.files import atomic_file
+from aligncurate.progress import meter, notice
 from aligncurate.sources.base import Source
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
 from aligntrain.data.levels import check_levels
+from aligntrain.data.sealed import DamagedError, list_files, read_sealed, write_sealed
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
 from aligntrain.stage import StageConfig
@@ -59,8 +60,12 @@ def build_index(
     check_levels(source, config, num_levels)
     made_of = _fingerprint(source, config, processor, num_levels)
     notes = facts_file(file)
-    if notes.is_file() and file.is_file() and json.loads(notes.read_text("utf-8"))["made_of"] == made_of:
-        return Index(file, processor)
+    if notes.is_file():
+        try:
+            if read_sealed(notes)["made_of"] == made_of:
+                return Index(file, processor, check=True)
+        except DamagedError as error:
+            notice(f"{file}: the index is damaged ({error}); it is made again")
     notes.unlink(missing_ok=True)
     facts, digest = Facts(), hashlib.sha256()
     with atomic_file(file) as temporary:
@@ -75,7 +80,7 @@ def build_index(
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
         _check(config, facts, num_levels)
     made = {"made_of": made_of, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}
-    write_json(notes, made)
+    write_sealed(notes, {**made, "files": list_files([file])})
     return Index(file, processor)
 
 

@@ -4,10 +4,12 @@
         weights-00000.safetensors     trained weights in float32; the others come from the start model
         optimizer-00000.safetensors   AdamW's two moments of each
         position.json                 stage, seed, epoch, step, plan hash, settings
+        files.json                    size and sha256 of the files above
 
-    OUT/finished.json                 the last position.json, once the model is exported
+    OUT/finished.json                 the last position, and size and sha256 of the exported model's files
 
-A checkpoint is written under a temporary name, synced and renamed. Tensors are stored unsharded, so any number of
+A checkpoint is written under a temporary name, synced and renamed. It is compared with its list before a run resumes
+from it; a damaged one is set aside, and the one before it is used. Tensors are stored unsharded, so any number of
 ranks can resume from it. No random state is stored: the learning rate is a function of the step, and every step sets
 its own seed.
 """
@@ -15,7 +17,6 @@ its own seed.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY, sync, write_json
+from aligncurate.io.files import TEMPORARY, sync
+from aligncurate.progress import notice
 from aligncurate.settings import recorded
+from aligntrain.data.sealed import DamagedError, check_files, list_files, read_sealed, use_umask, write_sealed
 from aligntrain.stage import StageConfig
 from aligntrain.training.distributed import World, attempt, whole
 
@@ -39,6 +42,8 @@ _NAME = re.compile(r"step-(\d{8})")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FILE_BYTES = 4 << 30
 _FINISHED = "finished.json"
+_POSITION = "position.json"
+_FILES = "files.json"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,14 @@ class Position:
     start: str
     settings: dict[str, Any]
     unreadable: int = 0
+
+    @classmethod
+    def of(cls, file: Path, stored: dict[str, Any]) -> Position:
+        """What `dataclasses.asdict` made of a position. Raises DamagedError if another version wrote it."""
+        try:
+            return cls(**stored)
+        except TypeError:
+            raise DamagedError(f"{file.name} is of another version") from None
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -92,7 +105,9 @@ def save(
     def commit() -> None:
         if error is not None:
             raise UserError(f"{target}: the checkpoint cannot be written ({error}); the previous one is kept.")
-        write_json(temporary / "position.json", asdict(position))
+        use_umask(temporary.glob("*.safetensors"))
+        write_sealed(temporary / _POSITION, asdict(position))
+        write_sealed(temporary / _FILES, {"files": list_files(temporary.iterdir())})
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         if target.exists():
@@ -107,21 +122,55 @@ def save(
 
 
 def read_position(folder: Path) -> Position:
-    """The position that a checkpoint was saved at."""
-    return Position(**json.loads((folder / "position.json").read_text("utf-8")))
+    """The position that a checkpoint was saved at. Raises DamagedError if any file of the checkpoint is damaged."""
+    check_files(folder, read_sealed(folder / _FILES)["files"])
+    return Position.of(folder / _POSITION, read_sealed(folder / _POSITION))
+
+
+def newest(out: Path) -> tuple[Position, Path] | None:
+    """The newest intact checkpoint of a run, None if it has none yet; damaged ones are set aside with a notice.
+
+    Raises UserError if all of them are damaged.
+    """
+    saved = checkpoints(out)
+    damage: dict[Path, DamagedError] = {}
+    for folder in reversed(saved):
+        try:
+            position = read_position(folder)
+        except DamagedError as error:
+            damage[folder] = error
+            continue
+        for damaged, reason in damage.items():
+            notice(f"{damaged}: the checkpoint is damaged ({reason}); resuming from {folder.name}")
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+        return position, folder
+    if saved:
+        reason = damage[saved[-1]]
+        raise UserError(
+            f"{saved[-1]}: the checkpoint is damaged ({reason}), and there is no intact one before it; restore it, or "
+            "pass --no-resume to start over."
+        )
+    return None
 
 
 def read_finished(out: Path) -> Position | None:
-    """The final position of the run whose model is in `out`; None if there is no complete model."""
+    """The final position of the run whose model is in `out`; None if none is finished.
+
+    Raises DamagedError if a file of the model is damaged.
+    """
     file = out / _FINISHED
-    if not (file.is_file() and (out / "config.json").is_file()):
+    if not file.is_file():
         return None
-    return Position(**json.loads(file.read_text("utf-8")))
+    stored = read_sealed(file)
+    check_files(out, stored.pop("files", {_FINISHED: {"bytes": -1}}))
+    return Position.of(file, stored)
 
 
-def mark_finished(out: Path, position: Position) -> None:
-    """Record that the model in `out` is complete, and what it was trained from."""
-    write_json(out / _FINISHED, asdict(position))
+def mark_finished(out: Path, position: Position, model: Iterable[str]) -> None:
+    """Record that the model in `out`, with these files, is complete, and what it was trained from."""
+    write_sealed(out / _FINISHED, {**asdict(position), "files": list_files(out / name for name in model)})
 
 
 def forget(out: Path) -> int:
@@ -135,14 +184,20 @@ def forget(out: Path) -> int:
 def start_of(config: StageConfig) -> str:
     """Digest that identifies the model in `init`, whose frozen weights a checkpoint leaves out; empty if unknown.
 
-    It covers the model's configuration and, if our training wrote it, the data, settings and steps that made it.
+    It covers the model's configuration and, if our training wrote it, the data, settings, steps and weights. Raises
+    UserError if these weights are damaged.
     """
-    digest = hashlib.sha256()
-    files = [Path(config.init or "") / name for name in ("config.json", _FINISHED)]
-    known = [file.read_bytes() for file in files if config.init is not None and file.is_file()]
-    for part in known:
-        digest.update(part)
-    return digest.hexdigest()[:16] if known else ""
+    if config.init is None:
+        return ""
+    folder = Path(config.init)
+    known = [file.read_bytes() for file in (folder / "config.json", folder / _FINISHED) if file.is_file()]
+    if (folder / _FINISHED).is_file():
+        try:
+            listed = read_sealed(folder / _FINISHED).get("files", {})
+            check_files(folder, {name: facts for name, facts in listed.items() if name.endswith(".safetensors")})
+        except DamagedError as error:
+            raise UserError(f"{folder}: the model is damaged ({error}); run its training again to mend it.") from None
+    return hashlib.sha256(b"".join(known)).hexdigest()[:16] if known else ""
 
 
 def check_settings(folder: Path, before: Position, config: StageConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from aligncurate.io.files import TEMPORARY, sync
+from aligntrain.data.sealed import use_umask
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import quiet_transformers
 from aligntrain.stage import StageConfig
@@ -17,11 +18,11 @@ from aligntrain.training.checkpoint import load_weights
 from aligntrain.training.lora import merge_lora
 
 
-def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) -> None:
+def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) -> list[str]:
     """Write model and processor to `config.out` as a Hugging Face folder, with a checkpoint's weights.
 
-    The model is rebuilt from the checkpoint, which needs no other rank; LoRA adapters are merged. Raises UserError
-    when the checkpoint does not fit the model.
+    The model is rebuilt from the checkpoint, which needs no other rank; LoRA adapters are merged. Returns the names of
+    the files. Raises UserError when the checkpoint does not fit the model.
     """
     model, _ = build_model(config.replace(checkpointing=False), processor)
     load_weights(checkpoint, model)
@@ -38,11 +39,14 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     # config.json is deleted first and written last: a folder that has one is complete.
     for stale in (out / "config.json", *out.glob("*.safetensors*")):
         stale.unlink(missing_ok=True)
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+    use_umask(temporary.glob("*.safetensors"))
+    written = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
+    for path in written:
         sync(path)
         path.replace(out / path.name)
     temporary.rmdir()
     sync(out)
+    return [path.name for path in written]
 
 
 def _complete_generation_config(generation: GenerationConfig, processor: AlignGPTProcessor) -> None:

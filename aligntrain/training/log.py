@@ -36,7 +36,7 @@ class Log:
         path = Path(config.out) / "log.jsonl"
         kept = []
         if path.is_file() and step:
-            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+            kept = [line for line in path.read_text("utf-8", errors="replace").splitlines() if _step_of(line) <= step]
         path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
         self._file = path.open("a", encoding="utf-8")
 
@@ -96,7 +96,7 @@ def flatten(record: Mapping[str, Any]) -> dict[str, float]:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a killed run left incomplete
+    except (ValueError, KeyError, TypeError, RecursionError):  # a line that a killed run left incomplete
         return math.inf
 
 

@@ -96,8 +96,8 @@ def _train(config: StageConfig, world: World, claims: ExitStack) -> TrainResult:
     out = Path(config.out)
     data = prepare_data(config, world, claims)
     config = data.config
-    if data.earlier is not None and checkpoint.read_finished(out) is not None:
-        done, unreadable = data.earlier.step, data.earlier.unreadable
+    if data.earlier is not None and data.earlier.checkpoint is None:
+        done, unreadable = data.earlier.position.step, data.earlier.position.unreadable
         seconds = time.perf_counter() - started
         return TrainResult(out, done, done, None, data.index.facts, unreadable, seconds, already_done=True)
 
@@ -193,17 +193,16 @@ class _Run:
             deleted = self.world.first_does(lambda: checkpoint.forget(self.out))
             if deleted and self.world.first:
                 notice(f"deleted {count(deleted, 'checkpoint')} of an earlier run in {self.out}")
-        newest = checkpoint.checkpoints(self.out)[-1:]
-        if not newest:
             return None, None
-        position = checkpoint.read_position(newest[0])
+        position, folder = self.data.earlier.position, self.data.earlier.checkpoint
+        assert folder is not None
         if position.plan != self.plan_of(position.epoch).hash:
             raise UserError(
-                f"{newest[0]}: the plan of steps has changed since this run started; use another --out, or "
+                f"{folder}: the plan of steps has changed since this run started; use another --out, or "
                 "--no-resume to start over."
             )
-        self.world.together(lambda: checkpoint.load(newest[0], self.model, self.optimizer))
-        return position, newest[0]
+        self.world.together(lambda: checkpoint.load(folder, self.model, self.optimizer))
+        return position, folder
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -321,5 +320,5 @@ class _Run:
     def finish(self) -> None:
         """Export the model of the last checkpoint and mark the run as finished; for the first rank."""
         assert self.last is not None, "the last step saves a checkpoint"
-        export(self.last, self.config, self.data.processor)
-        checkpoint.mark_finished(self.out, checkpoint.read_position(self.last))
+        model = export(self.last, self.config, self.data.processor)
+        checkpoint.mark_finished(self.out, checkpoint.read_position(self.last), model)

@@ -19,6 +19,7 @@ from aligntrain.data.indexing import build_index, open_data
 from aligntrain.data.levels import warn_of_levels, with_levels_of
 from aligntrain.data.plan import Plan
 from aligntrain.data.schedule import shortfall
+from aligntrain.data.sealed import DamagedError
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.stage import StageConfig
 from aligntrain.training import checkpoint
@@ -39,7 +40,7 @@ class StageData:
         index: the tokenized samples.
         levels: number of levels N of the model; 0 without alignment.
         start: digest of the start model.
-        earlier: position of the run to resume, if any.
+        earlier: the run to resume, if any.
     """
 
     config: StageConfig
@@ -47,7 +48,15 @@ class StageData:
     index: Index
     levels: int
     start: str
-    earlier: Position | None
+    earlier: Earlier | None
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier run in the output folder: where it stopped, and its checkpoint; None if its model is complete."""
+
+    position: Position
+    checkpoint: Path | None
 
 
 def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageData:
@@ -69,7 +78,7 @@ def prepare_data(config: StageConfig, world: World, claims: ExitStack) -> StageD
     index_file = out / "index.arrow"
     world.first_does(lambda: _write_index(sources[0], config, processor, levels, index_file))
     index = world.together(lambda: Index(index_file, processor))
-    if earlier is not None and earlier.data != index.digest:
+    if earlier is not None and earlier.position.data != index.digest:
         raise UserError(
             f"{out}: the data has changed since this run started; use another --out, or --no-resume to start over."
         )
@@ -105,19 +114,32 @@ def _check_conflicts(config: StageConfig, world: World) -> None:
         raise UserError(f"--attention {config.attention}: cannot train on a CPU; use sdpa or eager.")
 
 
-def _earlier(out: Path, config: StageConfig, start: str) -> Position | None:
-    """Where an earlier run in `out` stopped. Raises UserError if it had other settings or another start model."""
-    position, where = checkpoint.read_finished(out), out
-    if position is None and (saved := checkpoint.checkpoints(out)):
-        position, where = checkpoint.read_position(saved[-1]), saved[-1]
-    if position is not None:
-        checkpoint.check_settings(where, position, config)
-        if position.start != start:
+def _earlier(out: Path, config: StageConfig, start: str) -> Earlier | None:
+    """The earlier run in `out`. Raises UserError if it had other settings or another start model, or is damaged."""
+    damage = None
+    try:
+        position = checkpoint.read_finished(out)
+    except DamagedError as error:
+        position, damage = None, error
+    earlier = None if position is None else Earlier(position, None)
+    if earlier is None and (saved := checkpoint.newest(out)):
+        earlier = Earlier(*saved)
+    if damage is not None and earlier is None:
+        raise UserError(
+            f"{out}: the model is damaged ({damage}), and its checkpoints are gone; restore it, or pass --no-resume to "
+            "train again."
+        )
+    if earlier is not None:
+        where = earlier.checkpoint or out
+        checkpoint.check_settings(where, earlier.position, config)
+        if earlier.position.start != start:
             raise UserError(
                 f"{where}: the model in {config.init} has changed since this run started; use another --out, or "
                 "--no-resume to start over."
             )
-    return position
+        if damage is not None:
+            notice(f"{out}: the model is damaged ({damage}); writing it again from {where.name}")
+    return earlier
 
 
 def _write_index(
