@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aligncurate.sources.options import SourceOptions
     from aligncurate.verbs.bucket import bucket
     from aligncurate.verbs.export.export import export
-    from aligncurate.verbs.filter import filter
+    from aligncurate.verbs.filter.filter import filter
     from aligncurate.verbs.ingest import ingest
     from aligncurate.verbs.inspect import inspect
     from aligncurate.verbs.score import score
@@ -33,7 +33,7 @@ _HOMES = {
     "SourceOptions": "sources.options",
     "bucket": "verbs.bucket",
     "export": "verbs.export.export",
-    "filter": "verbs.filter",
+    "filter": "verbs.filter.filter",
     "ingest": "verbs.ingest",
     "inspect": "verbs.inspect",
     "open_dataset": "dataset.reader",

@@ -15,6 +15,7 @@ from aligncurate.progress import make_console
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.filter.options import FilterOptions
 
 app = typer.Typer()
 
@@ -102,38 +103,15 @@ def inspect(
 
 
 @app.command()
-def filter(
-    dataset: DatasetFolder,
-    out: Out,
-    where: Annotated[
-        str | None, typer.Option(metavar="SQL", help="Keep rows for which this SQL expression is true.")
-    ] = None,
-    levels: Annotated[str | None, typer.Option(help="Levels to keep: 5-8 or 1,3,7-8.")] = None,
-    top_fraction: Annotated[
-        float | None, typer.Option(help="Keep exactly this fraction of the scored rows, the best ones.")
-    ] = None,
-    sample: Annotated[int | None, typer.Option(metavar="N", help="Keep N random rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed for --sample.")] = 0,
-    score_column: ScoreColumn = "score",
-    quiet: Quiet = False,
-) -> None:
-    """Keep some rows: by SQL, then by level, then the top fraction, then a random sample."""
+@with_settings(FilterOptions)
+def filter(dataset: DatasetFolder, out: Out, quiet: Quiet = False, **options: Any) -> None:
+    """Keep some rows: by SQL, level, score, image and top fraction, then at random, in this order."""
     from aligncurate.cli.render import render_kept
     from aligncurate.dataset.reader import Dataset
-    from aligncurate.verbs.filter import filter as run
+    from aligncurate.verbs.filter.filter import filter as run
 
     before = Dataset(dataset)
-    kept = run(
-        before,
-        out,
-        where=where,
-        levels=levels,
-        top_fraction=top_fraction,
-        sample=sample,
-        seed=seed,
-        score_column=score_column,
-        quiet=quiet,
-    )
+    kept = run(before, out, quiet=quiet, **options)
     if not quiet:
         make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
 from aligncurate.levels import Counts, Floats, WrongCounts, assign_levels, key_scores, order_statistics
-from aligncurate.verbs.bucket import check_score_column, iter_scores
 from aligncurate.verbs.mismatched import from_embeddings, from_encoder
+from aligncurate.verbs.scores import check_score_column, iter_scores
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 _BINS = 36  # two characters each on 80 columns, three on 120
