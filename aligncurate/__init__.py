@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aligncurate.verbs.export.export import export
     from aligncurate.verbs.filter.filter import filter
     from aligncurate.verbs.ingest import ingest
-    from aligncurate.verbs.inspect import inspect
+    from aligncurate.verbs.inspect.inspect import inspect
     from aligncurate.verbs.score import score
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
@@ -35,7 +35,7 @@ _HOMES = {
     "export": "verbs.export.export",
     "filter": "verbs.filter.filter",
     "ingest": "verbs.ingest",
-    "inspect": "verbs.inspect",
+    "inspect": "verbs.inspect.inspect",
     "open_dataset": "dataset.reader",
     "open_source": "sources.detect",
     "score": "verbs.score",

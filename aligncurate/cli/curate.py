@@ -66,7 +66,7 @@ def bucket(
     )
     if not quiet:
         from aligncurate.cli.render import next_command, render, render_next
-        from aligncurate.verbs.inspect import inspect as measure
+        from aligncurate.verbs.inspect.inspect import inspect as measure
 
         inspection = measure(levelled, score_column=score_column)
         make_console().print(render(inspection))
@@ -91,7 +91,7 @@ def inspect(
 ) -> None:
     """Show a dataset: rows by status, the histogram of scores, what each threshold keeps, and the levels."""
     from aligncurate.cli.render import next_command, render, render_next
-    from aligncurate.verbs.inspect import inspect as measure
+    from aligncurate.verbs.inspect.inspect import inspect as measure
 
     inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
     if as_json:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from aligncurate.cli.histogram import HistogramDrawing, format_score, level_style
 from aligncurate.progress import count, duration
-from aligncurate.verbs.inspect import Inspection
+from aligncurate.verbs.inspect.result import Inspection
 
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset
