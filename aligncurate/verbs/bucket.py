@@ -52,6 +52,13 @@ def bucket(
         applied = _read_thresholds(Path(thresholds), opened, score_column, levels, quiet=quiet)
     else:
         applied = fit_thresholds(opened, 8 if levels is None else levels, method or "quantile", score_column)
+        used = 1 + len({value for value in applied.values if value > applied.minimum})
+        if used < applied.levels:
+            notice(
+                f"{opened.path}: so many scores are equal that only {used} of the {applied.levels} levels get pairs; "
+                f"use --levels {max(used, 2)} or fewer.",
+                quiet=quiet,
+            )
     options = {"levels": applied.levels, "method": applied.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
     head = opened.derived("bucket", options, thresholds=applied.to_json())
