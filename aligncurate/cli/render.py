@@ -205,7 +205,7 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
     size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
     text = Text(f"exported {count(exported.rows, 'row')}{size} to {out}: {files}")
     if exported.skipped:
-        text.append(f"\nskipped {count(exported.skipped, 'row')} whose status is neither ok nor text_only", "yellow")
+        text.append(f"\nskipped {count(exported.skipped, 'row')} that cannot be used; their status says why", "yellow")
     if exported.failed:
         listed = out / failures
         text.append(f"\n{count(len(exported.failed), 'image')} could not be read any more; see {listed}", "red")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = Fals
     opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
     selection = select(opened, options, quiet=quiet)
     record = recorded(options) | {"seed": options.seed if options.sample is not None else None}
+    if options.uids is not None:  # by its content, so that a resumed run has the same
+        with Path(options.uids).open("rb") as file:
+            record["uids"] = f"{Path(options.uids).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
 
     def keep(index: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         mask = selection.mask(index)

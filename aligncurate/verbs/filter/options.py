@@ -17,6 +17,7 @@ class FilterOptions:
     """Options of `filter`, in the order in which they are applied. Raises UserError for values that cannot be used."""
 
     where: str | None = setting("Keep rows for which this SQL expression is true.", None)
+    uids: str | None = setting("Keep rows whose uid is in this .npy file, as DataComp publishes them.", None)
     levels: str | None = setting("Levels to keep: 5-8 or 1,3,7-8.", None)
     min_score: float | None = setting("Keep rows that score at least this.", None)
     max_score: float | None = setting("Keep rows that score at most this.", None)
@@ -41,8 +42,8 @@ class FilterOptions:
     @property
     def keeps_all(self) -> bool:
         """Whether no option leaves out a row."""
-        chosen = (self.where, self.levels, self.min_score, self.max_score)
-        return (*chosen, self.one_per_image, self.top_fraction, self.sample) == (None,) * 7
+        chosen = {**vars(self), "seed": None, "score_column": None}
+        return all(value is None for value in chosen.values())
 
     @property
     def needs_scores(self) -> bool:

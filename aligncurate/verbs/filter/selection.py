@@ -16,14 +16,15 @@ from aligncurate.verbs.filter.sample import Sample
 from aligncurate.verbs.filter.top import Top
 from aligncurate.verbs.filter.where import check_where, where_mask
 from aligncurate.verbs.scores import check_score_column
+from aligncurate.verbs.uids import UID_COLUMNS, UidList, row_uids
 
 
 def select(dataset: Dataset, options: FilterOptions, *, quiet: bool = False) -> Selection:
     """The rows that `options` keep. Raises UserError if there are no options, or one does not suit the dataset."""
     if options.keeps_all:
         raise UserError(
-            "nothing to filter by; give --where, --levels, --min-score, --max-score, --one-per-image, --top-fraction "
-            "or --sample."
+            "nothing to filter by; give --where, --uids, --levels, --min-score, --max-score, --one-per-image, "
+            "--top-fraction or --sample."
         )
     if options.needs_scores:
         check_score_column(dataset, options.score_column)
@@ -64,6 +65,15 @@ class _Conditions:
             where = options.where
             rows = [part.rows for part in dataset.parts]
             self._conditions.append(lambda index: where_mask(dataset.files[index], where, rows[index]))
+        if options.uids is not None:
+            wanted = UidList(options.uids)
+            columns = [name for name in UID_COLUMNS if name in dataset.schema.names]
+
+            def listed(index: int) -> Mask:
+                uids, known = row_uids(dataset.read(index, columns))
+                return np.asarray(known & wanted.holds(uids))
+
+            self._conditions.append(listed)
         if options.levels is not None:
             levels = _levels_to_keep(dataset, options.levels, quiet=quiet)
             self._conditions.append(
