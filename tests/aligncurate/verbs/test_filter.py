@@ -61,6 +61,13 @@ def test_where_sees_the_rows_that_failed(tmp_path, levelled) -> None:
     assert kept.statuses == {"decode_error": 20}
 
 
+def test_a_condition_that_fails_on_the_rows(tmp_path, levelled) -> None:
+    with pytest.raises(UserError, match=r"fails on rows of .*part-0000\d.parquet .*; TRY_CAST gives null instead"):
+        aligncurate.filter(levelled, tmp_path / "out", where="CAST(caption AS INT) > 3", quiet=True)
+    kept = aligncurate.filter(levelled, tmp_path / "try", where="TRY_CAST(caption AS INT) > 3", quiet=True)
+    assert kept.rows == 0
+
+
 def test_levels(tmp_path, levelled) -> None:
     kept = aligncurate.filter(levelled, tmp_path / "out", levels="1,6-7", quiet=True)
     assert rows(kept).equals(rows(levelled).filter(pl.col("level").is_in([1, 6, 7])))
@@ -115,7 +122,20 @@ def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
     [
         ({}, "nothing to filter by"),
         ({"where": "scor > 0.3"}, "did you mean score"),
-        ({"where": "score >"}, "--where score >"),
+        ({"where": "score >"}, "--where score >: it ends too early; an expression is missing"),
+        ({"where": " "}, "--where: the condition is empty"),
+        ({"where": "(score > 0.3"}, "it ends too early; \\) is missing"),
+        ({"where": "score IS"}, "it ends too early"),
+        ({"where": "CAST(score AS"}, "it ends too early; a data type name is missing"),
+        ({"where": "score > 0.3)"}, "it has a \\) too many"),
+        ({"where": "score > 0.3\n or = 2"}, "= at character 5 of line 2 does not belong there"),
+        ({"where": "score > 0.3; DROP TABLE self"}, "; at character 12 does not belong there"),
+        ({"where": "caption LIKE 'abc"}, "the quote at character 14 is never closed"),
+        ({"where": "/* caption"}, "the comment .* is never closed"),
+        ({"where": 'caption = "red"'}, "text is written in single quotes: 'red'"),
+        ({"where": "score, score"}, "polars has no such SQL expression"),
+        ({"where": "caption ~ '['"}, "a pattern that is not a regular expression"),
+        ({"where": "conversations = 1"}, "types that cannot be compared"),
         ({"where": "score"}, "not true or false"),
         ({"where": "score > AVG(score)"}, "conditions work on one row at a time"),
         ({"where": "AVG(score) > 0"}, "conditions work on one row at a time"),
