@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from aligncurate.sources.options import SourceOptions
     from aligncurate.verbs.bucket import bucket
     from aligncurate.verbs.export.export import export
-    from aligncurate.verbs.filter import filter
+    from aligncurate.verbs.filter.filter import filter
     from aligncurate.verbs.ingest import ingest
-    from aligncurate.verbs.inspect import inspect
+    from aligncurate.verbs.inspect.inspect import inspect
     from aligncurate.verbs.score import score
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
@@ -33,9 +33,9 @@ _HOMES = {
     "SourceOptions": "sources.options",
     "bucket": "verbs.bucket",
     "export": "verbs.export.export",
-    "filter": "verbs.filter",
+    "filter": "verbs.filter.filter",
     "ingest": "verbs.ingest",
-    "inspect": "verbs.inspect",
+    "inspect": "verbs.inspect.inspect",
     "open_dataset": "dataset.reader",
     "open_source": "sources.detect",
     "score": "verbs.score",

@@ -88,7 +88,7 @@ def check(settings: Any) -> None:
         least, most = field.metadata.get("at_least"), field.metadata.get("at_most")
         low, high = (-inf if least is None else least), (sys.float_info.max if most is None else most)
         if value is not None and (least, most) != (None, None) and not low <= value <= high:  # refuses NaN too
-            allowed = f"of at least {least:g}" if most is None else f"between {low:g} and {high:g}"
+            allowed = f"of at least {_readable(low)}" if most is None else f"from {_readable(low)} to {_readable(high)}"
             raise UserError(f"{option_name(field.name)} {value}: use a number {allowed}.")
         object.__setattr__(settings, field.name, value)
 
@@ -173,6 +173,15 @@ def choices(kind: Any) -> tuple[str, ...]:
     """The values of a Literal, also of an optional one; empty for any other type."""
     kind = without_none(kind)
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def _readable(number: float) -> str:
+    """A bound as it is said: `1,000`, `0.5`, `2^64 - 1`."""
+    if number != int(number):
+        return f"{number:g}"
+    whole = int(number)
+    power = (whole + 1).bit_length() - 1
+    return f"2^{power} - 1" if power >= 32 and whole + 1 == 1 << power else f"{whole:,}"
 
 
 def _describe(kind: Any) -> str:

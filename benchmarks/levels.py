@@ -37,7 +37,8 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import Status, schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.levels import Counts, quantile_ranks
-from aligncurate.verbs.bucket import bucket, fit_thresholds, iter_scores
+from aligncurate.verbs.bucket import bucket, fit_thresholds
+from aligncurate.verbs.scores import iter_scores
 from benchmarks.common import Spread, peak_mib, publish, undisturbed
 
 LEVELS = 8

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from aligncurate.cli.options import DatasetFolder, Out, Quiet, ScoreColumn, Sources, with_settings
 from aligncurate.errors import ShardError
@@ -15,6 +16,7 @@ from aligncurate.progress import make_console
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.filter.options import FilterOptions
 
 app = typer.Typer()
 
@@ -60,17 +62,15 @@ def bucket(
     """Give every scored pair its alignment level, 1 to N, N best."""
     from aligncurate.verbs.bucket import bucket as run
 
-    levelled = run(
-        dataset, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet
-    )
+    run(dataset, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet)
     if not quiet:
-        from aligncurate.cli.render import next_command, render, render_next
-        from aligncurate.verbs.inspect import inspect as measure
+        from aligncurate.cli.render import next_command, render
+        from aligncurate.verbs.inspect.inspect import inspect as measure
 
-        inspection = measure(levelled, score_column=score_column)
+        inspection = measure(out, score_column=score_column)
         make_console().print(render(inspection))
-        following = f"{next_command(inspection)}, or aligncurate export {shlex.quote(inspection.path)} --out SHARDS"
-        make_console().print(render_next(following), soft_wrap=True)
+        following = f"{next_command(inspection)}, or aligncurate export {shlex.quote(str(out))} --out SHARDS"
+        _print_next(following)
 
 
 @app.command()
@@ -89,8 +89,8 @@ def inspect(
     score_column: ScoreColumn = "score",
 ) -> None:
     """Show a dataset: rows by status, the histogram of scores, what each threshold keeps, and the levels."""
-    from aligncurate.cli.render import next_command, render, render_next
-    from aligncurate.verbs.inspect import inspect as measure
+    from aligncurate.cli.render import next_command, render
+    from aligncurate.verbs.inspect.inspect import inspect as measure
 
     inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
     if as_json:
@@ -98,44 +98,23 @@ def inspect(
         return
     make_console().print(render(inspection))
     if command := next_command(inspection):
-        make_console().print(render_next(command), soft_wrap=True)
+        _print_next(command)
 
 
 @app.command()
-def filter(
-    dataset: DatasetFolder,
-    out: Out,
-    where: Annotated[
-        str | None, typer.Option(metavar="SQL", help="Keep rows for which this SQL expression is true.")
-    ] = None,
-    levels: Annotated[str | None, typer.Option(help="Levels to keep: 5-8 or 1,3,7-8.")] = None,
-    top_fraction: Annotated[
-        float | None, typer.Option(help="Keep exactly this fraction of the scored rows, the best ones.")
-    ] = None,
-    sample: Annotated[int | None, typer.Option(metavar="N", help="Keep N random rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed for --sample.")] = 0,
-    score_column: ScoreColumn = "score",
-    quiet: Quiet = False,
-) -> None:
-    """Keep some rows: by SQL, then by level, then the top fraction, then a random sample."""
+@with_settings(FilterOptions)
+def filter(dataset: DatasetFolder, out: Out, quiet: Quiet = False, **options: Any) -> None:
+    """Keep some rows: by SQL, level, score, image and top fraction, then at random, in this order."""
     from aligncurate.cli.render import render_kept
     from aligncurate.dataset.reader import Dataset
-    from aligncurate.verbs.filter import filter as run
+    from aligncurate.verbs.filter.filter import filter as run
 
     before = Dataset(dataset)
-    kept = run(
-        before,
-        out,
-        where=where,
-        levels=levels,
-        top_fraction=top_fraction,
-        sample=sample,
-        seed=seed,
-        score_column=score_column,
-        quiet=quiet,
-    )
+    kept = run(before, out, quiet=quiet, **options)
     if not quiet:
         make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
+        if kept.rows:
+            _print_next(f"aligncurate export {shlex.quote(str(out))} --out SHARDS")
 
 
 @app.command()
@@ -151,13 +130,17 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export the usable rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
-    from aligncurate.cli.render import render_export
+    from aligncurate.cli.render import after_export, render_export
+    from aligncurate.dataset.reader import Dataset
     from aligncurate.verbs.export.export import FAILURES
     from aligncurate.verbs.export.export import export as run
 
-    done = run(dataset, out, format=format, shard_size=shard_size, per_level=per_level, workers=workers, quiet=quiet)
+    opened = Dataset(dataset)
+    done = run(opened, out, format=format, shard_size=shard_size, per_level=per_level, workers=workers, quiet=quiet)
     if not quiet:
-        make_console().print(render_export(done, FAILURES), soft_wrap=True)
+        make_console().print(render_export(done, out, FAILURES), soft_wrap=True)
+        if done.rows:
+            _print_next(after_export(format, opened, out))
 
 
 @app.command()
@@ -177,15 +160,20 @@ def _source_options(options: dict[str, Any]) -> SourceOptions:
     return SourceOptions(**{name: options.pop(name) for name in field_types(SourceOptions) if name in options})
 
 
+def _print_next(command: str) -> None:
+    """Print the command that usually follows."""
+    make_console().print(Text(f"next: {command}", style="dim"), soft_wrap=True)
+
+
 def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) -> None:
     """Print how a run of `score` or `ingest` ended. Raises ShardError if shards could not be read."""
-    from aligncurate.cli.render import render_next, render_run
+    from aligncurate.cli.render import render_run
 
     console = make_console()
     if not quiet:
         console.print(render_run(done, result, out), soft_wrap=True)
         if result.dataset is not None and any(part.failed < part.rows for part in result.dataset.parts):
-            console.print(render_next(following), soft_wrap=True)
+            _print_next(following)
     if result.failures:
         errors = [failure.error for failure in result.failures]
         several = f"{len(errors):,} shards could not be read:\n  " if len(errors) > 1 else ""

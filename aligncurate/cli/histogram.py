@@ -13,7 +13,7 @@ from rich.text import Text
 
 from aligncurate.levels import assign_levels
 from aligncurate.progress import count
-from aligncurate.verbs.inspect import Inspection
+from aligncurate.verbs.inspect.result import Inspection
 
 _HEIGHT, _MISMATCHED_HEIGHT = 8, 4  # lines of the two panels
 _WIDEST_BIN = 4  # characters

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from aligncurate.cli.histogram import HistogramDrawing, format_score, level_style
 from aligncurate.progress import count, duration
-from aligncurate.verbs.inspect import Inspection
+from aligncurate.verbs.inspect.result import Inspection
 
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset
@@ -45,7 +45,7 @@ def render(inspection: Inspection) -> RenderableType:
 
 
 def next_command(inspection: Inspection) -> str | None:
-    """The command that usually follows; None where there is nothing to go on with."""
+    """The command that usually follows `inspect`; None where there is nothing to go on with."""
     path = shlex.quote(inspection.path)
     if inspection.levels:
         levels = sum(level.level is not None for level in inspection.levels)
@@ -159,7 +159,7 @@ def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     if result.rows:
         lines.append(_stage_times(result.times))
     if result.dataset is not None:
-        lines += _outcome(result.dataset)
+        lines += _outcome(result.dataset, out)
     return Group(*lines)
 
 
@@ -171,7 +171,7 @@ def _stage_times(times: StageTimes) -> Text:
     return Text(f"time: {seconds}; bottleneck: {slowest}, {min(times.busy[slowest], 1.0):.0%}{threads} busy")
 
 
-def _outcome(dataset: Dataset) -> list[Text]:
+def _outcome(dataset: Dataset, out: Path) -> list[Text]:
     """Rows by status, how far fast decoding strays, and where to see why rows failed."""
     if not dataset.rows:
         return [Text("the source has no pairs", style="yellow")]
@@ -185,7 +185,7 @@ def _outcome(dataset: Dataset) -> list[Text]:
             )
         )
     if any(part.failed for part in dataset.parts):
-        lines.append(Text(f"why rows failed: aligncurate inspect {shlex.quote(str(dataset.path))}", style="dim"))
+        lines.append(Text(f"why rows failed: aligncurate inspect {shlex.quote(str(out))}", style="dim"))
     if all(part.failed == part.rows for part in dataset.parts):
         lines.append(Text("no row can be used", style="red"))
     return lines
@@ -198,18 +198,29 @@ def render_kept(kept: int, total: int, out: Path) -> Text:
     return text if kept else text.append("\nno rows match", style="yellow")
 
 
-def render_export(exported: Exported, failures: str) -> Text:
-    """What `export` wrote; `failures` is the name of the file that lists images that could not be read."""
+def render_export(exported: Exported, out: Path, failures: str) -> Text:
+    """What `export` wrote into `out`; `failures` is the file that lists images that could not be read."""
     names = exported.files
     files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
     size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
-    text = Text(f"exported {count(exported.rows, 'row')}{size} to {exported.path}: {files}")
+    text = Text(f"exported {count(exported.rows, 'row')}{size} to {out}: {files}")
     if exported.skipped:
-        text.append(f"\nskipped {count(exported.skipped, 'row')} whose status is neither ok nor text_only", "yellow")
+        text.append(f"\nskipped {count(exported.skipped, 'row')} that cannot be used; their status says why", "yellow")
     if exported.failed:
-        listed = exported.path / failures
+        listed = out / failures
         text.append(f"\n{count(len(exported.failed), 'image')} could not be read any more; see {listed}", "red")
     return text
+
+
+def after_export(format: str, dataset: Dataset, out: Path) -> str:
+    """The command that usually follows `export`."""
+    folder = shlex.quote(str(out))
+    if format == "datacomp-uids":
+        uids = shlex.quote(str(out / "uids.npy"))
+        return f"aligncurate filter {shlex.quote(str(dataset.path))} --uids {uids} --out SUBSET"
+    if dataset.levels:
+        return f"aligncurate train pretrain {folder} --out MODEL"
+    return f"aligncurate score {folder} --out SCORED"
 
 
 def render_models(entries: Sequence[dict[str, object]], default: str) -> Table:
@@ -222,8 +233,3 @@ def render_models(entries: Sequence[dict[str, object]], default: str) -> Table:
         weights = ", ".join(entry["weights"])  # type: ignore[arg-type]
         table.add_row(name, str(entry["image_size"]), str(entry["width"]), weights)
     return table
-
-
-def render_next(command: str) -> Text:
-    """The command that usually follows."""
-    return Text(f"next: {command}", style="dim")

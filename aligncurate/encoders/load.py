@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from aligncurate.encoders.tokenizer import Tokenize, fast_tokenizer
 from aligncurate.encoders.towers import Towers
 from aligncurate.errors import UserError
 from aligncurate.images.preprocess import Preprocess
+from aligncurate.progress import notice
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +61,7 @@ def load(
     *,
     compiled: bool = False,
     random_weights: bool = False,
+    quiet: bool = True,
 ) -> Encoder:
     """Load an encoder.
 
@@ -70,6 +73,7 @@ def load(
         precision: `auto` is bf16 on a GPU that has it, fp32 elsewhere.
         compiled: use torch.compile, and CUDA graphs on a GPU.
         random_weights: load no weights (for benchmarks).
+        quiet: do not say that weights are loaded or downloaded, which takes a while.
 
     Raises UserError for names, files and devices that do not exist, and weights that cannot be loaded.
     """
@@ -85,6 +89,8 @@ def load(
     check_model(model)
     if not random_weights:
         check_weights(model, pretrained)
+        doing = "loading" if _is_here(model, pretrained) else "downloading the weights of"
+        notice(f"{doing} {model}{f' ({_public_name(pretrained)})' if pretrained else ''}.", quiet=quiet)
     try:
         # open_clip logs every step of loading, and warns of choices that are deliberate here.
         with warnings.catch_warnings(), _no_logging():
@@ -124,6 +130,7 @@ def load_all(
     precision: Precision,
     *,
     compiled: bool = False,
+    quiet: bool = True,
 ) -> dict[str, Encoder]:
     """Encoders by the column for their scores: `score` for the first, `score_<model>` for the others.
 
@@ -138,7 +145,7 @@ def load_all(
     names = models.split(",") if models else [config.stem for config in configs]
     if len(names) < 2:
         config = configs[0] if configs else None
-        return {"score": load(models, pretrained, config, device, precision, compiled=compiled)}
+        return {"score": load(models, pretrained, config, device, precision, compiled=compiled, quiet=quiet)}
     weights = pretrained.split(",") if pretrained else [""] * len(names)
     if len(weights) != len(names):
         raise UserError(
@@ -155,7 +162,8 @@ def load_all(
             column = f"{column}_{Path(tag).stem}"
         if column in found:
             raise UserError(f"--model {models}: {name} is named twice with the same weights.")
-        found[column] = load(name, tag or None, by_name.get(name), device, precision, compiled=compiled)
+        config = by_name.get(name)
+        found[column] = load(name, tag or None, config, device, precision, compiled=compiled, quiet=quiet)
     return found
 
 
@@ -193,6 +201,22 @@ def _weights_file(model: str, pretrained: str | None) -> Path:
     if pretrained is not None and Path(pretrained).is_file():
         return Path(pretrained)
     return Path(download_pretrained(get_pretrained_cfg(model, pretrained)))  # in the cache by now
+
+
+def _is_here(model: str, pretrained: str | None) -> bool:
+    """Whether the weights are a local file, or were downloaded before."""
+    if pretrained is not None and Path(pretrained).is_file():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+    from open_clip.pretrained import get_pretrained_cfg
+
+    settings = {"hf_hub": model.removeprefix(HUB)} if model.startswith(HUB) else get_pretrained_cfg(model, pretrained)
+    if not settings.get("hf_hub"):
+        return (Path("~/.cache/clip").expanduser() / os.path.basename(settings.get("url", ""))).is_file()
+    repository, name = re.fullmatch(r"([^/]+/[^/]+)/?(.*)", settings["hf_hub"]).groups()  # type: ignore[union-attr]
+    names = [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
 
 
 def _sha256(file: Path) -> str:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from aligncurate.dataset.manifest import THRESHOLDS
 from aligncurate.dataset.reader import Dataset
-from aligncurate.dataset.record import COLUMNS, Status, usable_scores
+from aligncurate.dataset.record import COLUMNS, usable_scores
 from aligncurate.errors import UserError
 from aligncurate.levels import MAX_LEVELS, Counts, Floats, Method, Thresholds, WrongCounts, find_thresholds
 from aligncurate.progress import notice
 from aligncurate.verbs.rewrite import rewrite
-
-_READERS = min(4, os.cpu_count() or 1)
+from aligncurate.verbs.scores import check_score_column, iter_scores
 
 
 def bucket(
@@ -57,6 +52,13 @@ def bucket(
         applied = _read_thresholds(Path(thresholds), opened, score_column, levels, quiet=quiet)
     else:
         applied = fit_thresholds(opened, 8 if levels is None else levels, method or "quantile", score_column)
+        used = 1 + len({value for value in applied.values if value > applied.minimum})
+        if used < applied.levels:
+            notice(
+                f"{opened.path}: so many scores are equal that only {used} of the {applied.levels} levels get pairs; "
+                f"use --levels {max(used, 2)} or fewer.",
+                quiet=quiet,
+            )
     options = {"levels": applied.levels, "method": applied.method, "score_column": score_column}
     options["thresholds"] = "frozen" if thresholds is not None else "fitted"
     head = opened.derived("bucket", options, thresholds=applied.to_json())
@@ -66,36 +68,6 @@ def bucket(
             yield table.set_column(table.schema.get_field_index("level"), "level", _levels(table, applied))
 
     return rewrite(opened, out, head, label, quiet=quiet)
-
-
-def check_score_column(dataset: Dataset, name: str) -> None:
-    """Raise UserError unless `name` is a column that can hold scores."""
-    names = [f.name for f in dataset.schema if pa.types.is_floating(f.type)]
-    if name not in names:
-        raise UserError(f"{dataset.path}: there is no score column {name}; the dataset has {', '.join(names)}.")
-
-
-def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
-    """The usable scores of a column, one array per part, in order; a few parts are read ahead."""
-
-    def read(index: int) -> Floats:
-        table = dataset.read(index, ["status", column], encoded=["status"])
-        status = table["status"].unify_dictionaries().combine_chunks()
-        # Statuses are compared as dictionary codes, which is faster than as strings.
-        ok = pc.equal(status.indices, status.dictionary.index(Status.OK.value))
-        values = table[column].filter(pc.and_(ok, pc.is_valid(table[column])))
-        scores: Floats = values.cast(pa.float32()).to_numpy()
-        finite = np.isfinite(scores)
-        return scores if finite.all() else scores[finite]
-
-    waiting: deque[Future[Floats]] = deque()
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="read") as pool:
-        for index in range(len(dataset.parts)):
-            waiting.append(pool.submit(read, index))
-            if len(waiting) > _READERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def fit_thresholds(dataset: Dataset, levels: int, method: Method, score_column: str = "score") -> Thresholds:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.manifest import MANIFEST
+from aligncurate.encoders.model_choice import TINY
 from aligncurate.errors import UserError
+from aligncurate.progress import notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded
 from aligncurate.sources.options import SourceOptions
@@ -46,6 +48,12 @@ def score(
     options = make(ScoreOptions, settings)
     source = source or SourceOptions()
     opened = open_sources(sources, source)
+    if TINY in (options.model or "").split(",") and "correctness" not in opened.extras:  # the demo's scenes have it
+        notice(
+            "the tiny encoder knows only the drawn scenes of the demo; its scores of other images mean little, so use "
+            "another --model, or none for the default.",
+            quiet=quiet,
+        )
     encoders = load_all(
         options.model,
         options.pretrained,
@@ -53,6 +61,7 @@ def score(
         options.device,
         options.precision,
         compiled=options.compiled,
+        quiet=quiet,
     )
     check_decode(options, next(iter(encoders.values())))
     batch = options.batch_size or _earlier_batch(out) or min(default_batch(encoder) for encoder in encoders.values())

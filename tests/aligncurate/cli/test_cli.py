@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, how quickly it starts."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import aligncurate
 from aligncurate.cli.app import app
 from aligncurate.demo.scenes import write_tars
 from aligncurate.io import storage
-from tests.support.inputs import cli
+from tests.support.inputs import cli, jpeg, pairs, write_tar
 
 AT_LEAST_LOADED = (
     "import sys; import {}; print(sorted(sys.modules.keys() & {{'torch','open_clip','polars','pyarrow'}}))"
@@ -186,3 +187,46 @@ def test_a_run_without_a_good_row_says_so_and_sends_nobody_on(tmp_path) -> None:
     assert "no row can be used" in told.stdout
     assert "next:" not in told.stdout
     assert "set --image-root" in cli("inspect", tmp_path / "out", "--json").stdout
+
+
+def test_the_next_steps_run_as_they_are_printed(tmp_path, monkeypatch) -> None:
+    """Paths in them are those that were typed, quoted for the shell; the steps that need no model are run."""
+    monkeypatch.chdir(tmp_path)
+    write_tars(tmp_path / "my tars", 40, seed=8)
+    result = run("score", "my tars", "--out", "it's scored", "--model", "tiny")
+    for number, verb in enumerate(["bucket", "filter", "export"]):
+        line = next(line for line in result.stdout.splitlines() if line.startswith("next: "))
+        words = shlex.split(line.removeprefix("next: ").partition(", or ")[0])
+        assert words[:2] == ["aligncurate", verb] and not any(word.startswith("/") for word in words)
+        words[-1] = f"out {number}"
+        result = run(*words[1:])
+        assert result.exit_code == 0, result.output
+    assert "next: aligncurate train pretrain 'out 2' --out MODEL" in result.stdout
+    result = run("export", "out 1", "--out", "u", "--format", "datacomp-uids")
+    assert "next: aligncurate filter 'out 1' --uids u/uids.npy --out SUBSET" in result.stdout
+    assert str(tmp_path) not in result.stdout
+
+
+def test_the_tiny_encoder_is_for_drawn_scenes(tmp_path, folder) -> None:
+    write_tar(tmp_path / "photos.tar", pairs(2))
+    said = "knows only the drawn scenes"
+    assert said in " ".join(
+        run("score", tmp_path / "photos.tar", "--out", tmp_path / "a", "--model", "tiny").stderr.split()
+    )
+    quiet = run("score", tmp_path / "photos.tar", "--out", tmp_path / "b", "--model", "tiny", "--quiet")
+    assert quiet.output == ""
+    scenes = run("score", folder / "tars", "--out", tmp_path / "c", "--model", "tiny").stderr
+    assert said not in " ".join(scenes.split()) and "loading tiny" in scenes
+
+
+def test_bucket_tells_of_fewer_scores_than_levels(tmp_path) -> None:
+    table = "image,caption,score\n" + "".join(f"{i}.jpg,caption {i},{0.1 * (i % 3)}\n" for i in range(30))
+    (tmp_path / "rows.csv").write_text(table)
+    for i in range(30):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
+    assert run("ingest", tmp_path / "rows.csv", "--out", tmp_path / "in").exit_code == 0
+    told = run("bucket", tmp_path / "in", "--out", tmp_path / "out")
+    assert "only 3 of the 8 levels get pairs; use --levels 3 or fewer" in " ".join(told.stderr.split())
+    frame = aligncurate.open_dataset(tmp_path / "out").scan().collect()
+    assert frame["level"].n_unique() == 3
+    assert "levels get pairs" not in run("bucket", tmp_path / "in", "--out", tmp_path / "three", "--levels", 3).stderr

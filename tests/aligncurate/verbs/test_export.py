@@ -18,7 +18,8 @@ import aligncurate
 from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
 from aligncurate.scoring import rows as row_groups
-from tests.support.inputs import encoded, jpeg, picture
+from aligncurate.sources.options import SourceOptions
+from tests.support.inputs import cli, complaint, encoded, jpeg, picture
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +141,48 @@ def test_datacomp_uids_are_sorted_halves(tmp_path, levelled) -> None:
     assert [f"{int(a):016x}{int(b):016x}" for a, b in found] == expected
 
 
-def test_a_uid_column_is_used(tmp_path, levelled) -> None:
-    from aligncurate.verbs.export.datacomp import datacomp_uid
+@pytest.mark.parametrize("own", [True, False])
+def test_uids_go_out_and_back_through_a_filter(tmp_path, own) -> None:
+    columns = {"key": [f"k{i}" for i in range(60)], "caption": [f"caption {i % 50}" for i in range(60)]}
+    columns["image"] = [jpeg(i % 40, width=16, height=16) for i in range(60)]
+    if own:  # some rows have a uid of their own, one of them in capitals, one of them a wrong one
+        columns["uid"] = [f"{i:032x}" if i % 3 else None for i in range(60)]
+        columns["uid"][1:3] = ["0123456789abcdef0123456789ABCDEF", "7"]
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    options = SourceOptions(rows_per_shard=25)
+    dataset = aligncurate.ingest(tmp_path / "rows.parquet", tmp_path / "in", source=options, quiet=True).dataset
+    frame = dataset.scan().collect()
+    expected = {}
+    for row in frame.iter_rows(named=True):
+        mine = row.get("uid")
+        made = hashlib.sha256(row["sha256"] + row["caption"].encode()).hexdigest()[:32]
+        expected[row["key"]] = mine.lower() if mine and len(mine) == 32 else made
+    aligncurate.export(dataset, tmp_path / "uids", format="datacomp-uids", quiet=True)
+    listed = np.load(tmp_path / "uids/uids.npy")
+    assert [f"{a:016x}{b:016x}" for a, b in listed.tolist()] == sorted(expected.values())
+    some = np.random.default_rng(2).permutation(listed)[:20]
+    np.save(tmp_path / "some.npy", some)
+    for name, array in (("all", listed), ("some", some), ("sorted", np.sort(some)), ("none", listed[:0])):
+        np.save(tmp_path / f"{name}.npy", array)
+        kept = aligncurate.filter(dataset, tmp_path / name, uids=str(tmp_path / f"{name}.npy"), quiet=True)
+        wanted = {f"{a:016x}{b:016x}" for a, b in array.tolist()}
+        keys = kept.scan().collect()["key"].to_list()
+        assert keys == [key for key in frame["key"] if expected[key] in wanted]
 
-    own = "0123456789abcdef0123456789ABCDEF"
-    assert datacomp_uid({"uid": own, "sha256": b"", "caption": ""}) == own.lower()
-    assert datacomp_uid({"uid": "7", "sha256": b"x", "caption": "y"}) == hashlib.sha256(b"xy").hexdigest()[:32]
+
+def test_files_that_are_no_uids(tmp_path) -> None:
+    write_tars(tmp_path / "tars", 2, seed=4)
+    dataset = aligncurate.ingest(tmp_path / "tars", tmp_path / "in", quiet=True).dataset
+    np.save(tmp_path / "floats.npy", np.zeros(3))
+    np.save(tmp_path / "objects.npy", np.array([{}], object))
+    np.savez(tmp_path / "several.npz", a=np.zeros(1))
+    (tmp_path / "text.npy").write_text("0123456789abcdef0123456789abcdef")
+    (tmp_path / "empty.npy").touch()
+    for name in ("nothing.npy", "floats.npy", "objects.npy", "several.npz", "text.npy", "empty.npy", "tars"):
+        found = complaint(cli("filter", tmp_path / "in", "--uids", tmp_path / name, "--out", tmp_path / "out"))
+        assert found.startswith(f"--uids {tmp_path / name}: ")
+    assert not (tmp_path / "out").exists()
+    assert dataset.rows == 2
 
 
 def test_images_that_are_gone_are_listed(tmp_path) -> None:

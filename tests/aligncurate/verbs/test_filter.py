@@ -12,7 +12,10 @@ import aligncurate
 from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
 from aligncurate.sources.options import SourceOptions
-from aligncurate.verbs.filter import parse_levels
+from aligncurate.verbs.filter.images import OnePerImage
+from aligncurate.verbs.filter.sample import row_hashes, smallest
+from aligncurate.verbs.filter.selection import parse_levels
+from tests.support.inputs import jpeg
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,13 @@ def test_where_is_polars_sql(tmp_path, levelled) -> None:
 def test_where_sees_the_rows_that_failed(tmp_path, levelled) -> None:
     kept = aligncurate.filter(levelled, tmp_path / "out", where="status <> 'ok'", quiet=True)
     assert kept.statuses == {"decode_error": 20}
+
+
+def test_a_condition_that_fails_on_the_rows(tmp_path, levelled) -> None:
+    with pytest.raises(UserError, match=r"fails on rows of .*part-0000\d.parquet .*; TRY_CAST gives null instead"):
+        aligncurate.filter(levelled, tmp_path / "out", where="CAST(caption AS INT) > 3", quiet=True)
+    kept = aligncurate.filter(levelled, tmp_path / "try", where="TRY_CAST(caption AS INT) > 3", quiet=True)
+    assert kept.rows == 0
 
 
 def test_levels(tmp_path, levelled) -> None:
@@ -112,7 +122,20 @@ def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
     [
         ({}, "nothing to filter by"),
         ({"where": "scor > 0.3"}, "did you mean score"),
-        ({"where": "score >"}, "--where score >"),
+        ({"where": "score >"}, "--where score >: it ends too early; an expression is missing"),
+        ({"where": " "}, "--where: the condition is empty"),
+        ({"where": "(score > 0.3"}, "it ends too early; \\) is missing"),
+        ({"where": "score IS"}, "it ends too early"),
+        ({"where": "CAST(score AS"}, "it ends too early; a data type name is missing"),
+        ({"where": "score > 0.3)"}, "it has a \\) too many"),
+        ({"where": "score > 0.3\n or = 2"}, "= at character 5 of line 2 does not belong there"),
+        ({"where": "score > 0.3; DROP TABLE self"}, "; at character 12 does not belong there"),
+        ({"where": "caption LIKE 'abc"}, "the quote at character 14 is never closed"),
+        ({"where": "/* caption"}, "the comment .* is never closed"),
+        ({"where": 'caption = "red"'}, "text is written in single quotes: 'red'"),
+        ({"where": "score, score"}, "polars has no such SQL expression"),
+        ({"where": "caption ~ '['"}, "a pattern that is not a regular expression"),
+        ({"where": "conversations = 1"}, "types that cannot be compared"),
         ({"where": "score"}, "not true or false"),
         ({"where": "score > AVG(score)"}, "conditions work on one row at a time"),
         ({"where": "AVG(score) > 0"}, "conditions work on one row at a time"),
@@ -125,7 +148,16 @@ def test_every_row_is_equally_likely(tmp_path, levelled) -> None:
         ({"top_fraction": 0.0}, "--top-fraction 0"),
         ({"top_fraction": 30.0}, "--top-fraction 30"),
         ({"sample": 0}, "--sample 0"),
-        ({"sample": 5, "seed": -1}, "--seed -1"),
+        ({"sample": 5, "seed": -1}, r"--seed -1: use a number from 0 to 2\^64 - 1"),
+        ({"sample": 5, "seed": 2**64}, r"--seed 18446744073709551616: use a number from 0 to 2\^64 - 1"),
+        ({"levels": "9"}, "--levels 9: the levels of .* are 1 to 8"),
+        ({"levels": "12-99999999999999999999999"}, "are 1 to 8"),
+        ({"levels": "²"}, "write levels like 5-8"),
+        ({"min_score": 0.5, "max_score": 0.4}, "--min-score 0.5 is above --max-score 0.4"),
+        ({"min_score": float("nan")}, "--min-score nan: use a finite number"),
+        ({"max_score": 0.4, "score_column": "caption"}, "no score column caption"),
+        ({"one_per_image": "worst"}, "--one-per-image worst: use one of best, first"),
+        ({"one_per_image": "best", "where": "status <> 'ok'"}, "--one-per-image best: no row .* has a score"),
         ({"top_fraction": 0.5, "where": "status <> 'ok'"}, "no row that matches the other options has a score"),
         ({"top_fraction": 0.5, "score_column": "caption"}, "no score column caption"),
     ],
@@ -144,3 +176,108 @@ def test_level_lists() -> None:
 def test_levels_need_a_bucketed_dataset(tmp_path, levelled) -> None:
     with pytest.raises(UserError, match="aligncurate bucket"):
         aligncurate.filter(levelled.path.parent / "in", tmp_path / "out", levels="5-8", quiet=True)
+
+
+@pytest.mark.parametrize("count", [1, 7, 400, 979])
+def test_a_sample_is_the_smallest_hashes(tmp_path, levelled, count) -> None:
+    kept = rows(aligncurate.filter(levelled, tmp_path / "out", where="status = 'ok'", sample=count, seed=3, quiet=True))
+    good = np.flatnonzero(rows(levelled)["status"].to_numpy() == "ok")
+    hashes = row_hashes(np.arange(1_000, dtype=np.uint64), 3)
+    chosen = np.sort(good[np.argsort(hashes[good])[:count]])
+    assert kept["key"].to_list() == [f"k{i}" for i in chosen]
+
+
+@pytest.mark.parametrize("collected", [0, 1, 100, 1 << 22])
+def test_the_smallest_keys_are_numpys(collected) -> None:
+    rng = np.random.default_rng(5)
+    close = np.uint64(1 << 40) + np.arange(500, dtype=np.uint64)  # they differ in their last bits only
+    keys = rng.permutation(np.unique(np.concatenate([rng.integers(0, 2**64, 3_000, np.uint64), close])))
+    passes = []
+
+    def scan():
+        passes.append(1)
+        return iter(np.array_split(keys, 7))
+
+    ordered = np.sort(keys)
+    for count in (1, 2, 250, 500, 501, len(keys) - 1):
+        passes.clear()
+        assert smallest(scan, count, collected=collected) == (ordered[count - 1], len(keys))
+        assert len(passes) <= 5
+    for count in (len(keys), 10**9):
+        assert smallest(scan, count, collected=collected)[0] >= ordered[-1]
+
+
+def test_a_sample_larger_than_the_rows_is_told(tmp_path, levelled, capsys) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", where="status = 'ok'", sample=5_000, seed=2**64 - 1)
+    assert kept.rows == 980
+    assert "--sample 5,000: there are only 980 rows, all are kept" in " ".join(capsys.readouterr().err.split())
+
+
+def test_levels_beyond_the_last_are_told(tmp_path, levelled, capsys) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", levels="7-9")
+    assert rows(kept).equals(rows(levelled).filter(pl.col("level") >= 7))
+    assert "are 1 to 8" in " ".join(capsys.readouterr().err.split())
+
+
+def test_scores_between_bounds_as_float32(tmp_path, levelled) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", min_score=0.1, max_score=0.3, quiet=True)
+    scores = rows(levelled)["score"].to_numpy()
+    inside = (scores >= np.float32(0.1)) & (scores <= np.float32(0.3))
+    good = inside & (rows(levelled)["status"].to_numpy() == "ok")
+    assert {0.1, 0.3} <= set(np.round(scores[good].astype(float), 2))
+    assert rows(kept)["key"].to_list() == [f"k{i}" for i in np.flatnonzero(good)]
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory) -> aligncurate.Dataset:
+    """Rows that share 40 images over all parts, some of them broken or missing, with many equal scores."""
+    folder = tmp_path_factory.mktemp("repeated")
+    rng = np.random.default_rng(11)
+    images = [jpeg(i, width=16, height=16) for i in range(40)]
+    number = rng.integers(0, 42, 300)
+    frame = pl.DataFrame(
+        {
+            "key": [f"k{i}" for i in range(300)],
+            "image": [images[n] if n < 40 else (None if n == 40 else b"broken") for n in number],
+            "caption": [f"caption {i}" if i % 7 else "" for i in range(300)],
+            "score": np.round(rng.normal(0.2, 0.1, 300), 1).astype(np.float32),
+        }
+    )
+    frame.write_parquet(folder / "rows.parquet")
+    options = SourceOptions(rows_per_shard=37)
+    return aligncurate.ingest(folder / "rows.parquet", folder / "in", source=options, quiet=True).dataset
+
+
+@pytest.mark.parametrize("prefer", ["best", "first"])
+def test_one_row_of_each_image(tmp_path, repeated, prefer) -> None:
+    kept = rows(aligncurate.filter(repeated, tmp_path / "out", one_per_image=prefer, quiet=True))
+    table = rows(repeated).with_row_index("n")
+    value = pl.when(pl.col("status") == "ok").then(pl.col("score") if prefer == "best" else 0.0)
+    named = table.filter(pl.col("sha256").is_not_null() | pl.col("image_path").is_not_null())
+    identity = pl.col("sha256").fill_null(pl.concat_str(pl.col("source"), pl.col("row")).cast(pl.Binary))
+    best = (
+        named.sort(value.fill_null(-9), -pl.col("n").cast(pl.Int64), descending=True)
+        .group_by(identity)
+        .agg(pl.col("n").first())
+    )
+    unnamed = table.filter(pl.col("sha256").is_null() & pl.col("image_path").is_null())
+    expected = sorted([*best["n"], *unnamed["n"]])
+    assert kept["key"].to_list() == [f"k{i}" for i in expected]
+    assert kept.filter(pl.col("status") == "ok")["sha256"].n_unique() == kept.filter(pl.col("status") == "ok").height
+
+
+def test_one_row_per_image_in_several_passes(repeated) -> None:
+    class All:
+        def mask(self, index: int) -> np.ndarray:
+            return np.ones(repeated.parts[index].rows, bool)
+
+    whole, many = (OnePerImage(repeated, All(), "best", "score", rows_per_pass=n) for n in (1_000, 13))
+    masks = [[chosen.mask(i).tolist() for i in range(len(repeated.parts))] for chosen in (whole, many)]
+    assert masks[0] == masks[1]
+
+
+def test_a_fraction_of_the_images(tmp_path, repeated) -> None:
+    one = aligncurate.filter(repeated, tmp_path / "one", one_per_image="best", quiet=True)
+    half = aligncurate.filter(one, tmp_path / "half", top_fraction=0.5, quiet=True)
+    both = aligncurate.filter(repeated, tmp_path / "both", one_per_image="best", top_fraction=0.5, quiet=True)
+    assert rows(both).equals(rows(half))

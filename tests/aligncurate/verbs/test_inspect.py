@@ -16,7 +16,7 @@ import aligncurate
 from aligncurate.cli.render import render
 from aligncurate.demo.scenes import write_tars
 from aligncurate.progress import make_console as console
-from aligncurate.verbs.inspect import QUANTILES, Inspection
+from aligncurate.verbs.inspect.result import QUANTILES, Inspection
 from tests.support.inputs import cli, complaint, pairs, write_tar
 
 
@@ -228,3 +228,34 @@ def test_the_console_leaves_text_alone(capsys) -> None:
     captured = capsys.readouterr()
     assert captured.out == "a :bug: in 12 files https://example.org/:smile:\n"
     assert captured.err == ":bug:\n"
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_scores_are_read_once(folder, monkeypatch, counted) -> None:
+    dataset = aligncurate.open_dataset(folder / "levelled")
+    if not counted:
+        dataset.manifest.pop("score_counts", None)
+    scores = scores_of(folder / "scored")
+    reads, before = [], aligncurate.Dataset.read
+    monkeypatch.setattr(aligncurate.Dataset, "read", lambda self, *a, **k: reads.append(a) or before(self, *a, **k))
+    monkeypatch.setattr(aligncurate.Dataset, "scan", None)
+    found = aligncurate.inspect(dataset)
+    assert sorted(index for index, _ in reads) == [0, 1]
+    assert found.mean == pytest.approx(scores.mean(dtype=np.float64))
+
+
+def test_a_failure_is_shown_by_its_first_row(tmp_path) -> None:
+    for number in range(3):
+        samples = pairs(4, first=10 * number)
+        if number:
+            samples[f"broken{number}"] = {"jpg": b"no image", "txt": b"a caption"}
+            samples[f"bare{number}"] = {"jpg": samples[f"s{10 * number}"]["jpg"]}
+        write_tar(tmp_path / f"{number}.tar", samples)
+    dataset = aligncurate.ingest([tmp_path / f"{n}.tar" for n in range(3)], tmp_path / "out", quiet=True).dataset
+    frame = dataset.scan().filter(pl.col("status") != "ok").collect()
+    expected = frame.group_by("status", maintain_order=True).agg(
+        pl.len().alias("rows"), pl.col("key", "source", "error").first()
+    )
+    found = aligncurate.inspect(dataset).errors
+    assert {error["status"]: error for error in found} == {row["status"]: row for row in expected.to_dicts()}
+    assert len(found) == 2

@@ -1,0 +1,1 @@
+"""The verb `filter`: which rows of a dataset are kept."""

@@ -1,0 +1,47 @@
+"""The verb `filter`: keeps rows by an SQL condition, level, score, image or exact top fraction, or at random."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from aligncurate.dataset.reader import Dataset
+from aligncurate.settings import lists_settings, make, recorded
+from aligncurate.verbs.filter.options import FilterOptions
+from aligncurate.verbs.filter.selection import select
+from aligncurate.verbs.rewrite import rewrite
+
+
+@lists_settings(FilterOptions)
+def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = False, **settings: Any) -> Dataset:
+    """Keep some rows of a dataset.
+
+    Args:
+        dataset: the dataset to filter.
+        out: folder of the new dataset.
+        quiet: show no progress and no notices.
+        settings: fields of `aligncurate.verbs.filter.options.FilterOptions`, applied in their order.
+
+    Raises:
+        UserError: no option is given, or one cannot be used.
+    """
+    options = make(FilterOptions, settings)
+    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    selection = select(opened, options, quiet=quiet)
+    record = recorded(options) | {"seed": options.seed if options.sample is not None else None}
+    if options.uids is not None:  # by its content, so that a resumed run has the same
+        with Path(options.uids).open("rb") as file:
+            record["uids"] = f"{Path(options.uids).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+
+    def keep(index: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        mask = selection.mask(index)
+        start = 0
+        for table in tables:
+            yield table.filter(pa.array(mask[start : start + table.num_rows]))
+            start += table.num_rows
+
+    return rewrite(opened, out, opened.derived("filter", record), keep, quiet=quiet)

@@ -1,0 +1,1 @@
+"""The verb `inspect`: what a dataset holds, measured in one pass over its scores."""
