@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from aligncurate.dataset.record import Status
+from aligncurate.errors import ImageError
 from aligncurate.images.limits import check_resized_size
 
 if TYPE_CHECKING:
@@ -53,7 +55,6 @@ class Preprocess:
         """
         import torch
 
-        image = to_eight_bits(image)
         steps = getattr(self.transform, "transforms", [])
         if not _ends_in_normalize(steps):
             return self.transform(image)
@@ -122,8 +123,31 @@ def resize_and_crop(image: Tensor, original: tuple[int, int], size: int, interpo
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey images scaled to 8 bits; Pillow's own conversion would clip nearly all of them to white."""
-    if not image.mode.startswith("I;16"):
+    """Grey images of 12, 16 or 32 bits, or of floats, scaled to 8 bits; all others as they are.
+
+    Pillow's own conversion would clip nearly all of them to white or black. Floats from 0 to 1 are multiplied by 255,
+    floats and 32-bit integers from 0 to 255 are kept, and 32-bit integers up to 65,535 are taken for 16-bit ones.
+
+    Raises ImageError for other values, whose scale nobody knows, and for CIELAB.
+    """
+    if image.mode == "LAB":
+        raise ImageError(Status.DECODE_ERROR, "a CIELAB image cannot be converted to RGB; save it as RGB")
+    if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image, dtype=np.uint16)
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    values = np.asarray(image, dtype=np.uint16 if image.mode.startswith("I;16") else None)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16"):
+        values = values >> (4 if _is_twelve_bit(image) else 8)
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = np.rint(values * 255)
+    elif image.mode == "I" and low >= 0 and (255 < high <= 65_535 or image.format == "PPM"):
+        values = values >> 8
+    elif not (low >= 0 and high <= 255):  # also for NaN
+        what = f"{'float' if image.mode == 'F' else '32-bit'} pixels from {low:.6g} to {high:.6g}"
+        raise ImageError(Status.DECODE_ERROR, f"{what}: their scale is unknown; save the image with 8 or 16 bits")
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _is_twelve_bit(image: Image.Image) -> bool:
+    """Whether a TIFF has 12 bits per pixel (tag 258), which Pillow gives as 0 to 4,095."""
+    return image.format == "TIFF" and getattr(image, "tag_v2", {}).get(258) == (12,)

@@ -46,7 +46,7 @@ IMAGES = {
     "good": ("jpg", jpeg(), "ok", None),
     "empty": ("jpg", b"", "decode_error", "empty"),
     "truncated": ("jpg", jpeg(1, width=300, height=300)[:3_000], "decode_error", "damaged"),
-    "only-its-head": ("jpg", jpeg()[:10], "decode_error", "not an image"),
+    "only-its-head": ("jpg", jpeg()[:10], "decode_error", "JPEG file that is damaged"),
     "web-page": ("jpg", b"<!DOCTYPE html><title>403 Forbidden</title>", "decode_error", "web page"),
     "text": ("jpg", b"Not Found", "decode_error", "text"),
     "garbage": ("jpg", bytes(range(256)) * 8, "decode_error", "not an image"),

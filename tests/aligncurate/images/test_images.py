@@ -2,6 +2,8 @@
 
 import io
 import struct
+import sys
+import types
 import zlib
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 
 from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
+from aligncurate.images import formats, limits
 from aligncurate.images.decode import decode, load_rgb, no_decoder_warnings, open_image
 from aligncurate.images.formats import extension
 from aligncurate.images.preprocess import Preprocess
@@ -168,12 +171,6 @@ def test_16_bit_grey_keeps_its_brightness(preprocess) -> None:
     assert (found - expected).abs().max() < 2 / 255 / 0.26
 
 
-def test_32_bit_and_float_images_are_decoded_or_refused_with_a_status(preprocess) -> None:
-    for values in (np.full((9, 9), 70_000, np.int32), np.full((9, 9), 0.5, np.float32)):
-        data = encoded(Image.fromarray(values), "TIFF")
-        assert torch.equal(pixels_of(data, preprocess), plain(data, preprocess))
-
-
 @pytest.mark.parametrize("size", [(500, 333), (333, 500), (1_024, 768), (65, 64), (40, 30), (2_000, 80)])
 def test_fast_is_close_to_exact(size, preprocess) -> None:
     data = encoded(picture(5, *size), quality=95)
@@ -261,11 +258,11 @@ def test_shapes_too_narrow_to_resize_are_refused(size, preprocess) -> None:
         (b"", "empty"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
         (b"\n  <html>", "web page"),
-        (b"<?xml version='1.0'?><svg/>", "web page or XML"),
+        (b"<?xml version='1.0'?><svg/>", "SVG"),
         (b"not found\n", "this is text"),
-        (b"\xff\xd8\xff", "not an image"),
+        (b"\xff\xd8\xff", "JPEG file that is damaged"),
         (bytes(1_000), "not an image"),
-        (encoded(picture(), "PNG")[:20], "not an image"),
+        (encoded(picture(), "PNG")[:20], "PNG file that is damaged"),
     ],
 )
 def test_data_that_is_not_an_image_is_named(data, sentence) -> None:
@@ -302,3 +299,251 @@ def test_the_usual_file_ending_is_found() -> None:
     expected = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
     assert {k: extension(encoded(picture(), k)) for k in expected} == expected
     assert extension(b"text") is None
+
+
+# ---- formats -----------------------------------------------------------------------------------------------------
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def test_only_the_listed_formats_are_tried(monkeypatch) -> None:
+    tried = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, formats: tried.append(formats) or real(*args, formats=formats))
+    with pytest.raises(ImageError, match="PostScript"):
+        open_image(EPS)
+    assert extension(EPS) is None
+    assert {name for names in tried for name in names} == {
+        *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "TGA")
+    }
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "SGI", "IM", "MSP", "PCX", "SPIDER", "XBM", "DDS", "ICNS", "QOI"])
+def test_what_pillow_writes_in_other_formats_is_refused(kind) -> None:
+    image = picture(1, 64, 64, {"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB"))
+    with pytest.raises(ImageError) as caught:
+        open_image(encoded(image, kind))
+    assert caught.value.status is Status.DECODE_ERROR
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "ICO", "TGA"])
+def test_the_listed_formats_are_read(kind, preprocess) -> None:
+    data = encoded(picture(1, 64, 64), kind)
+    assert torch.equal(pixels_of(data, preprocess), plain(data, preprocess))
+    assert extension(data) is not None
+
+
+def test_mpo_is_read(preprocess) -> None:
+    data = encoded(picture(1), "MPO", save_all=True, append_images=[picture(2)])
+    assert open_image(data)[0].format == "MPO"
+    assert torch.equal(pixels_of(data, preprocess), plain(data, preprocess))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"%PDF-1.7\n", "PDF"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="">', "SVG"),
+        (b"<svg xmlns=''>", "SVG"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "video"),
+        (b"\x1a\x45\xdf\xa3" + bytes(20), "video"),
+        (b"RIFF\0\0\0\0AVI LIST", "video"),
+        (b"\xff\x0a" + bytes(9), "JPEG XL"),
+        (b"PK\3\4" + bytes(30), "zip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_other_files_are_named(data, name) -> None:
+    with pytest.raises(ImageError, match=name):
+        open_image(data)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
+
+
+def test_heic_is_named_without_pillow_heif(monkeypatch) -> None:
+    formats._has_heif.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"HEIC.*pillow-heif"):
+        open_image(HEIC)
+    formats._has_heif.cache_clear()
+
+
+def test_heic_is_read_with_pillow_heif(monkeypatch) -> None:
+    def factory(file, name):  # stands in for pillow-heif's own
+        return Image.open(io.BytesIO(FORMS["png"]))
+
+    module = types.ModuleType("pillow_heif")
+    module.register_heif_opener = lambda: Image.register_open("HEIF", factory, lambda head: head[4:8] == b"ftyp")
+    formats._has_heif.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    try:
+        assert open_image(HEIC)[1:] == (91, 77)
+    finally:
+        Image.OPEN.pop("HEIF"), Image.ID.remove("HEIF")
+        formats._has_heif.cache_clear()
+
+
+# ---- bombs -------------------------------------------------------------------------------------------------------
+
+
+def many_scans(count: int, size: int = 64) -> bytes:
+    data = encoded(picture(1, size, size), progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (count - 10) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_scans_are_counted_before_decoding(mode, preprocess, monkeypatch) -> None:
+    assert pixels_of(many_scans(100), preprocess, mode).shape == (3, 64, 64)
+    bomb = many_scans(1_000)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"1,000 scans.*100") as caught:
+        open_image(bomb)
+    assert caught.value.status is Status.TOO_LARGE
+
+
+def test_a_large_jpeg_may_have_fewer_scans(monkeypatch) -> None:
+    monkeypatch.setattr(limits, "MAX_PIXELS", 100 * 100)
+    assert open_image(many_scans(20, 96))[1:] == (96, 96)
+    with pytest.raises(ImageError, match="40 scans"):
+        open_image(many_scans(40, 96))
+
+
+def test_thumbnails_in_segments_are_not_counted() -> None:
+    data = encoded(picture(1))
+    segment = b"\xff\xed" + struct.pack(">H", 2 + 400) + b"\xff\xda" * 200
+    assert open_image(data[:2] + segment + data[2:])[1:] == (48, 40)
+
+
+def test_a_jpeg_2000_with_another_size_inside_is_refused() -> None:
+    data = bytearray(encoded(picture(1), "JPEG2000"))
+    place = data.index(b"\xff\x4f\xff\x51")
+    data[place + 8 : place + 16] = struct.pack(">2I", 60_000, 60_000)
+    with pytest.raises(ImageError, match="60000x60000") as caught:
+        open_image(bytes(data))
+    assert caught.value.status is Status.TOO_LARGE
+
+
+def overlapping_tags(entries: int, size: int) -> bytes:
+    """A TIFF directory whose tags are all the same bytes."""
+    tags = b"".join(struct.pack("<HHII", 30_000 + n, 7, size, 8) for n in range(entries))
+    return b"II*\0" + struct.pack("<I", 8 + size) + bytes(size) + struct.pack("<H", entries) + tags + bytes(4)
+
+
+def test_a_tiff_with_overlapping_tags_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("opened"))
+    with pytest.raises(ImageError, match="again and again") as caught:
+        open_image(overlapping_tags(30_000, 200_000))
+    assert caught.value.status is Status.TOO_LARGE
+
+
+def test_exif_with_overlapping_tags_says_nothing_of_the_rotation(monkeypatch) -> None:
+    data = encoded(picture(1), "WEBP", exif=b"Exif\0\0" + overlapping_tags(30_000, 200_000))
+    monkeypatch.setattr(Image.Exif, "load", lambda *args: pytest.fail("read"))
+    assert open_image(data)[1:] == (48, 40)
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(2_000_000))),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(bytes(2_000_000))),
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(200_000_000), 1)),
+        chunk(b"tEXt", b"workflow\0" + b"x" * 2_000_000) * 40,
+    ],
+)
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_with_large_texts_is_ok(text, behind, preprocess) -> None:
+    data = FORMS["png"]
+    place = len(data) - 12 if behind else 33
+    assert torch.equal(pixels_of(data[:place] + text + data[place:], preprocess), plain(data, preprocess))
+
+
+def test_a_webp_that_is_cut_off_is_said_to_be() -> None:
+    data = FORMS["webp"]
+    with pytest.raises(ImageError, match=f"cut off: it has {len(data) // 2:,} of {len(data):,} bytes"):
+        open_image(data[: len(data) // 2])
+
+
+# ---- modes -------------------------------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 1, 80 * 60, dtype=np.float32).reshape(60, 80)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("values", "grey"),
+    [
+        (RAMP, RAMP * 255),
+        (RAMP * 255, RAMP * 255),
+        ((RAMP * 255).astype(np.int32), RAMP * 255),
+        ((RAMP * 65_535).astype(np.int32), RAMP * 255),
+        ((RAMP * 65_535).astype(np.uint16), RAMP * 255),
+    ],
+)
+def test_deep_images_keep_their_brightness(values, grey, mode, preprocess) -> None:
+    found = pixels_of(encoded(Image.fromarray(values), "TIFF"), preprocess, mode)
+    expected = plain(encoded(Image.fromarray(grey.astype(np.uint8)), "PNG"), preprocess)
+    assert (found - expected).abs().max() < 3 / 255 / 0.26
+
+
+@pytest.mark.parametrize(
+    ("values", "range"),
+    [
+        (RAMP * 900, "0 to 900"),
+        (RAMP - 0.5, "-0.5 to 0.5"),
+        (np.full((9, 9), np.nan, np.float32), "nan to nan"),
+        (np.full((9, 9), 70_000, np.int32), "70000 to 70000"),
+    ],
+)
+def test_pixels_of_an_unknown_scale_are_refused(values, range, preprocess) -> None:
+    with pytest.raises(ImageError, match=f"pixels from {range}: their scale is unknown") as caught:
+        pixels_of(encoded(Image.fromarray(values), "TIFF"), preprocess)
+    assert caught.value.status is Status.DECODE_ERROR
+
+
+def test_twelve_bits_keep_their_brightness() -> None:
+    values = np.arange(0, 4_096, 64)  # two pixels in three bytes, the high bits first
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], -1)
+    tags = [(256, 64), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 96)]
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    start = struct.pack("<4sI", b"II*\0", 8 + 96)
+    data = start + packed.astype(np.uint8).tobytes() + struct.pack("<H", len(tags)) + directory + bytes(4)
+    assert np.array_equal(np.asarray(load_rgb(data))[0, :, 0], values >> 4)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "LA", "1", "YCbCr", "P", "RGBA", "L"])
+def test_tiffs_of_every_mode_are_as_in_open_clip(mode, preprocess) -> None:
+    data = encoded(picture(1, 80, 60).convert(mode), "TIFF")
+    assert torch.equal(pixels_of(data, preprocess), plain(data, preprocess))
+
+
+def test_a_lab_image_is_refused_with_a_true_sentence(preprocess) -> None:
+    lab = Image.merge("LAB", picture(1).split())
+    for decoder in (load_rgb, lambda data: pixels_of(data, preprocess)):
+        with pytest.raises(ImageError, match="CIELAB"):
+            decoder(encoded(lab, "TIFF"))
+
+
+def test_any_exception_of_a_decoder_or_of_exif_becomes_the_status(preprocess, monkeypatch) -> None:
+    for error in (MemoryError(), RecursionError(), AttributeError("x"), EOFError(), OverflowError(), AssertionError()):
+
+        def fail(*args: object, error: Exception = error) -> None:
+            raise error
+
+        data = encoded(picture(1), "PNG", exif=Image.Exif())
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "load", fail)
+            patch.setattr("PIL.ImageFile.ImageFile.load", fail)
+            with pytest.raises(ImageError, match="damaged"):
+                pixels_of(data, preprocess)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "getexif", fail)
+            assert open_image(FORMS["jpeg"])[1:] == (300, 200)
