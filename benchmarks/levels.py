@@ -32,7 +32,6 @@ import polars as pl
 import pyarrow as pa
 
 from aligncurate.dataset.manifest import MANIFEST
-from aligncurate.dataset.part import PartInfo
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import Status, schema
 from aligncurate.dataset.writer import DatasetWriter
@@ -230,11 +229,11 @@ def write_scores(folder: Path, count: int) -> Dataset:
     sizes = [min(PART, count - start) for start in range(0, count, PART)]
     # Spawned, since polars does not survive a fork.
     with writer.open(), ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        parts = list(pool.map(_write_part, [writer] * len(sizes), range(len(sizes)), sizes))
-        return writer.finish(parts)
+        list(pool.map(_write_part, [writer] * len(sizes), range(len(sizes)), sizes))
+        return writer.finish(len(sizes))
 
 
-def _write_part(writer: DatasetWriter, index: int, rows: int) -> PartInfo:
+def _write_part(writer: DatasetWriter, index: int, rows: int) -> None:
     rng = np.random.default_rng([0, index])
     scores = rng.standard_normal(rows, np.float32) * np.float32(0.07) + np.float32(0.25)
     missing = rng.integers(0, 100, rows, np.uint8) == 0
@@ -244,23 +243,18 @@ def _write_part(writer: DatasetWriter, index: int, rows: int) -> PartInfo:
         part.facts["score_counts"] = {"score": Counts.of([scores[~missing]]).to_json()}
         for start in range(0, rows, GROUP):
             part.write(table.slice(start, GROUP))
-    assert part.info is not None
-    return part.info
 
 
 def write_full(folder: Path, count: int, per_part: int) -> Dataset:
     """A dataset with all columns, as scoring tars with a few columns of their own makes it."""
     writer = DatasetWriter(folder, HEAD, FULL)
-    parts = []
     with writer.open():
         for index in range(count // per_part):
             table = _full_table(index, per_part)
             with writer.part(index) as part:
                 for start in range(0, per_part, GROUP):
                     part.write(table.slice(start, GROUP))
-            assert part.info is not None
-            parts.append(part.info)
-        return writer.finish(parts)
+        return writer.finish(count // per_part)
 
 
 def _full_table(index: int, rows: int) -> pa.Table:

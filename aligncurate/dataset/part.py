@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,54 +14,15 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate.dataset.record import FINE, Status
+from aligncurate.dataset.receipt import PartInfo, Receipt, part_name, receipt_name
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY
-from aligncurate.io.parquet import first_line
+from aligncurate.io.files import TEMPORARY, sync, write_json
+from aligncurate.io.parquet import PARQUET_ERRORS, first_line, is_damage
 
-_FACTS = b"aligncurate.facts"
-SCORE_COUNTS = "score_counts"
 _BUFFER = 1 << 20  # bytes that are hashed and written at once
 _BATCH = 10_000  # values that Arrow encodes at once; its 1,024 make more work
 _INCOMPRESSIBLE = ("score", "sha256", "image", "status")  # random, compressed already, or a few bits per row
 _MEASURED = ("row", "width", "height", "score", "level", "status")  # columns whose range is worth knowing when scanning
-
-
-@dataclass(frozen=True)
-class PartInfo:
-    """What the manifest says of one part."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-    statuses: dict[str, int]
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the verb noted. The counts of scores (`score_counts`) are in the part itself; the manifest has their sum."""
-
-    @property
-    def ok(self) -> int:
-        return self.statuses.get(Status.OK, 0)
-
-    @property
-    def failed(self) -> int:
-        return self.rows - sum(self.statuses.get(s, 0) for s in FINE)
-
-    def to_json(self) -> dict[str, Any]:
-        line = {"name": self.name, "rows": self.rows, "ok": self.ok, "bytes": self.bytes}
-        line |= {"sha256": self.sha256, "statuses": self.statuses}
-        return line | {name: fact for name, fact in self.facts.items() if name != SCORE_COUNTS}
-
-    @classmethod
-    def from_json(cls, line: Mapping[str, Any]) -> Self:
-        known = ("name", "rows", "bytes", "sha256", "statuses")
-        facts = {k: v for k, v in line.items() if k not in (*known, "ok")}
-        return cls(**{k: line[k] for k in known}, facts=facts)
-
-
-def part_name(index: int) -> str:
-    """File name of the part that input shard `index` becomes."""
-    return f"part-{index:05d}.parquet"
 
 
 def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -75,26 +34,45 @@ def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.
 
 @contextmanager
 def open_part(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A part opened for reading; columns in `encoded` come as dictionaries. Raises UserError when it is damaged."""
+    """A part opened for reading, its pages' checksums verified; columns in `encoded` come as dictionaries.
+
+    Raises UserError when it is damaged or missing.
+    """
     try:
-        with pq.ParquetFile(file, read_dictionary=list(encoded), pre_buffer=False) as part:
+        with pq.ParquetFile(
+            file, read_dictionary=list(encoded), pre_buffer=False, page_checksum_verification=True
+        ) as part:
             yield part
-    except (OSError, pa.ArrowException) as error:
+    except PARQUET_ERRORS as error:
+        if not is_damage(error):
+            raise UserError(f"{file}: the part cannot be read ({getattr(error, 'strerror', error)}).") from None
         raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
 
 
 class PartWriter:
-    """Writes one part under a temporary name and commits it atomically.
+    """Writes one part under a temporary name, and commits it with its receipt.
 
     Use as a context manager: leaving it normally commits and sets `info`; an exception leaves nothing behind.
+
+    Args:
+        folder: of the dataset.
+        index: the number of the part.
+        schema: of its rows.
+        shard: what the part is made from, for its receipt.
+        options: digest of what all parts share, for its receipt.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path = path
+    def __init__(
+        self, folder: Path, index: int, schema: pa.Schema, shard: Mapping[str, Any] | None = None, options: str = ""
+    ) -> None:
+        self.name = part_name(index)
+        self.path = folder / self.name
         self.schema = schema
         self.facts: dict[str, Any] = {}
         self.info: PartInfo | None = None
-        self._temporary = path.with_name(f"{TEMPORARY}{path.name}")
+        self._folder, self._shard, self._options = folder, dict(shard or {}), options
+        self._receipt = folder / receipt_name(index)
+        self._temporary = folder / f"{TEMPORARY}{self.path.name}"
         self._statuses: Counter[str] = Counter()
         self._parquet: pq.ParquetWriter | None = None
 
@@ -111,30 +89,43 @@ class PartWriter:
         for item in table["status"].value_counts().to_pylist():
             self._statuses[item["values"]] += item["counts"]
 
-    def _note(self) -> bytes:
-        """What the part says of itself, so that a resumed run knows it without a second file."""
-        return json.dumps({"statuses": dict(sorted(self._statuses.items())), "facts": self.facts}).encode()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if error is None:
                 self._parquet = self._parquet or _parquet_writer(self._sink, self.schema)  # for a part without rows
-                self._parquet.add_key_value_metadata({_FACTS: self._note()})
                 self._parquet.close()
                 self._sink.flush()
-                self._file.commit(self.path)
+                self._file.finish()
                 statuses = dict(sorted(self._statuses.items()))
                 digest = self._file.digest.hexdigest()
-                rows = sum(statuses.values())
-                self.info = PartInfo(self.path.name, rows, self._file.count, digest, statuses, self.facts)
+                info = PartInfo(self.name, sum(statuses.values()), self._file.count, digest, statuses, self.facts)
+                self._commit(info)
+                self.info = info.without_counts()
         finally:
             if self.info is None:
                 self._file.abandon()
                 if self._parquet is not None:
                     with suppress(Exception):  # Arrow insists on writing a footer, which goes nowhere now
                         self._parquet.close()
+
+    def _commit(self, info: PartInfo) -> None:
+        """Publish the part, whose bytes are on disk, then its receipt.
+
+        A power cut may lose names that are not synced yet. A receipt without a part commits nothing, so the folders of
+        new parts are synced once, at the end; a part that replaces another must be on disk before its receipt is.
+        """
+        replaces = self.path.exists()
+        if replaces:
+            self._receipt.unlink(missing_ok=True)
+            sync(self._receipt.parent)
+        self._temporary.replace(self.path)
+        if replaces:
+            sync(self.path.parent)
+        receipt = Receipt(info, self._shard, self._options)
+        temporary = self._folder / f"{TEMPORARY}{self._receipt.name}"
+        write_json(self._receipt, receipt.to_json(), temporary=temporary, sync_folder=False)
 
 
 def _parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
@@ -152,6 +143,7 @@ def _parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
         # Nobody filters by the minimum and maximum of captions or hashes, and finding them is slow.
         write_statistics=[n for n in _MEASURED if n in schema.names],
         write_batch_size=_BATCH,
+        write_page_checksum=True,
     )
 
 
@@ -191,7 +183,7 @@ class _HashingFile:
         return self.count
 
     def close(self) -> None:
-        """Arrow closes its sink; the file stays open until it is committed."""
+        """Arrow closes its sink; the file stays open until it is finished."""
 
     def readable(self) -> bool:
         return False
@@ -202,11 +194,10 @@ class _HashingFile:
     def seekable(self) -> bool:
         return False
 
-    def commit(self, path: Path) -> None:
+    def finish(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._path.replace(path)
 
     def abandon(self) -> None:
         if not self._file.closed:
@@ -214,25 +205,3 @@ class _HashingFile:
             with suppress(OSError):
                 self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-def read_part_info(path: Path, known: Mapping[str, PartInfo]) -> PartInfo | None:
-    """What a committed part holds, or None when there is none. Reads the file only if `known` lacks it."""
-    if not path.is_file():
-        return None
-    if path.name in known and known[path.name].bytes == path.stat().st_size:
-        return known[path.name]
-    note = read_note(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = sum(note["statuses"].values())
-    return PartInfo(path.name, rows, path.stat().st_size, digest, note["statuses"], note["facts"])
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """What a part says of itself: `statuses` and `facts`."""
-    try:
-        note: dict[str, Any] = json.loads((pq.read_metadata(path).metadata or {})[_FACTS])
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: not a part that aligncurate wrote ({error!r}); delete it.") from None
-    return note

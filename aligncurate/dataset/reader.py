@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION
-from aligncurate.dataset.part import SCORE_COUNTS, PartInfo, open_part, row_groups
+from aligncurate.dataset.manifest import MANIFEST, read_manifest
+from aligncurate.dataset.part import open_part, row_groups
+from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo
 from aligncurate.errors import UserError
-from aligncurate.io.files import read_json
 from aligncurate.levels import Counts
 
 if TYPE_CHECKING:
@@ -47,13 +47,7 @@ class Dataset:
             raise UserError(
                 f"{self.path}: not a dataset: {what}; give a folder made by `aligncurate score` or `ingest`."
             )
-        self.manifest = read_json(file)
-        schema_version = self.manifest.get("schema_version")
-        if schema_version != SCHEMA_VERSION:
-            raise UserError(
-                f"{file}: schema version {schema_version}, but this aligncurate reads version {SCHEMA_VERSION}; "
-                "make the dataset again, or install the version that made it."
-            )
+        self.manifest = read_manifest(self.path)
         if not self.manifest["complete"]:
             raise UserError(
                 f"{self.path}: this dataset is not finished; run its `aligncurate {self.manifest['verb']}` "
@@ -144,19 +138,17 @@ class Dataset:
             "manifest_sha256": hashlib.sha256(data).hexdigest(),
         }
 
-    def derived(self, verb: str, options: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-        """The manifest head of a dataset that `verb` makes from this one, with its encoder and history."""
+    def provenance(self) -> dict[str, Any]:
+        """Where the scores and levels come from: encoders, devices, thresholds, and the verbs up to this dataset."""
         step = {key: self.manifest[key] for key in ("verb", "options", "inputs")}
-        head = {
-            "verb": verb,
-            "options": dict(options),
-            "inputs": [self.fingerprint()],
-            "encoder": self.manifest.get("encoder"),
-            **({"encoders": self.manifest["encoders"]} if "encoders" in self.manifest else {}),
-            "thresholds": self.manifest.get("thresholds"),
-            "history": [*self.manifest.get("history", []), step],
-        }
-        return head | changes
+        kept: dict[str, Any] = {name: self.manifest.get(name) for name in ("encoder", "thresholds")}
+        kept |= {name: self.manifest[name] for name in ("encoders", "computed_with") if name in self.manifest}
+        return {**kept, "history": [*self.manifest.get("history", []), step]}
+
+    def derived(self, verb: str, options: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+        """The manifest head of a dataset that `verb` makes from this one, with its provenance."""
+        head = {"verb": verb, "options": dict(options), "inputs": [self.fingerprint()]}
+        return head | self.provenance() | changes
 
 
 def open_dataset(path: str | Path) -> Dataset:

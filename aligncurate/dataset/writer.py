@@ -1,8 +1,8 @@
 """Writing a dataset: parts are committed one by one, over as many runs as it takes, then the manifest.
 
-A part is written under a temporary name, synced and renamed, so a part that exists is complete. The manifest is written
-twice: when a run starts (`complete: false`; it records the options that later runs must share) and when all parts
-exist. Nothing in the folder depends on time or on which run wrote it.
+A part is committed by its receipt, which is written after it. The manifest is written twice: when a run starts
+(`complete: false`; it records the options that later runs must share) and, from the receipts, when all parts exist.
+Nothing in the folder depends on time or on which run wrote it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,20 +18,25 @@ from typing import Any, Self
 
 import pyarrow as pa
 
+from aligncurate.dataset.differences import differences, with_corrections
 from aligncurate.dataset.manifest import (
     IMAGE_ROOT,
     MANIFEST,
     THRESHOLDS,
-    changed_files,
-    differences,
+    arrow_schema,
     manifest_head,
-    with_corrections,
+    options_digest,
+    read_manifest,
 )
-from aligncurate.dataset.part import SCORE_COUNTS, PartInfo, PartWriter, part_name, read_note, read_part_info
+from aligncurate.dataset.part import PartWriter
 from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.receipt import DATA, RECEIPTS, SCORE_COUNTS, PartInfo, Receipt, part_name, read_receipt
 from aligncurate.errors import UserError
 from aligncurate.io.files import claim, read_json, sync, write_json
 from aligncurate.levels import Counts
+from aligncurate.progress import notice
+
+_READERS = 16  # receipts read at once: on a network disk each one waits
 
 
 class DatasetWriter:
@@ -39,20 +45,55 @@ class DatasetWriter:
     Args:
         path: the output folder.
         head: the manifest without its parts: verb, options, inputs, encoder, …
-        schema: of every part.
+        schema: of every part. A resumed run takes that of its dataset, if it has all these columns.
+        shards: what each part is made from; a part that was made from something else is made again.
         retry_errors: accept that input files and the image root have changed since the parts were made; opening
-            the writer then sets `changed` to those files, and `image_root_changed`.
+            the writer then sets `image_root_changed`.
+        mixed_devices: accept scores that were computed on another kind of device.
     """
 
     def __init__(
-        self, path: str | Path, head: Mapping[str, Any], schema: pa.Schema, *, retry_errors: bool = False
+        self,
+        path: str | Path,
+        head: Mapping[str, Any],
+        schema: pa.Schema,
+        shards: Sequence[Mapping[str, Any]] = (),
+        *,
+        retry_errors: bool = False,
+        mixed_devices: bool = False,
     ) -> None:
-        self._retry_errors = retry_errors
-        self.changed: set[str] = set()
+        self._retry_errors, self._mixed_devices = retry_errors, mixed_devices
+        self._shards = shards
         self.image_root_changed = False
         self.path = Path(os.path.abspath(path))
+        self._use(head, schema)
+
+    def _use(self, head: Mapping[str, Any], schema: pa.Schema) -> None:
         self.schema = schema
         self.head = manifest_head(head, schema)
+        self._digest = options_digest(self.head)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an earlier run has begun the dataset."""
+        return (self.path / MANIFEST).is_file()
+
+    def finished(self) -> Dataset | None:
+        """The dataset, if an earlier run finished it and this one has nothing to add. Writes nothing.
+
+        Raises:
+            UserError: as `open`.
+        """
+        if not self.has_begun:
+            return None
+        before = self._before
+        self._check()
+        if not before["complete"] or before["inputs"] != self._corrected["inputs"] or self.image_root_changed:
+            return None
+        dataset = Dataset(self.path)
+        whole = all(_size(file) == part.bytes for file, part in zip(dataset.files, dataset.parts, strict=True))
+        to_retry = self._retry_errors and any(part.failed for part in dataset.parts)
+        return dataset if whole and not to_retry else None
 
     @contextmanager
     def open(self) -> Iterator[Self]:
@@ -62,19 +103,32 @@ class DatasetWriter:
             UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
         with claim(self.path, [MANIFEST]):
-            if (self.path / MANIFEST).is_file():
+            if self.has_begun:
+                self.__dict__.pop("_before", None)  # another run may have ended since it was read
                 self._check()
             else:
                 self._write_manifest(complete=False, parts=[])
+            for name in (DATA, RECEIPTS):
+                (self.path / name).mkdir(exist_ok=True)
             yield self
 
+    @cached_property
+    def _before(self) -> dict[str, Any]:
+        """The manifest as it was when this run started."""
+        return read_manifest(self.path)
+
+    @property
+    def _corrected(self) -> dict[str, Any]:
+        return with_corrections(self._before, self.head)
+
     def _check(self) -> None:
-        before = read_json(self.path / MANIFEST)
-        corrected = with_corrections(before, self.head)
+        self._adopt()
+        before, corrected = self._before, self._corrected
         if self._retry_errors:
-            self.changed = changed_files(before.get("inputs", []), self.head["inputs"])
-            self.image_root_changed = before.get("options", {}).get(IMAGE_ROOT) != self.head["options"].get(IMAGE_ROOT)
+            self.image_root_changed = before["options"].get(IMAGE_ROOT) != self.head["options"].get(IMAGE_ROOT)
             before = corrected
+        if self._mixed_devices and len({str(e["versions"]) for e in self.head.get("computed_with", [])}) < 2:
+            before = {**before, "computed_with": self.head.get("computed_with")}
         differing = differences(before, self.head)
         if differing:
             advice = "choose another --out, or delete the folder to start over."
@@ -82,66 +136,87 @@ class DatasetWriter:
                 advice = "add --retry-errors to redo only what failed or changed, or choose another --out."
             raise UserError(f"{self.path}: this folder holds a different dataset ({'; '.join(differing)}); {advice}")
 
-    def committed(self, index: int) -> PartInfo | None:
-        """The part of shard `index`, if an earlier run committed it."""
-        return read_part_info(self.path / part_name(index), self._lines)
+    def _adopt(self) -> None:
+        """Take the schema of the dataset that is resumed, and with `mixed_devices` the devices it names."""
+        schema, head = arrow_schema(self._before), dict(self.head)
+        if schema is None or any(f.name not in schema.names or schema.field(f.name) != f for f in self.schema):
+            schema = self.schema  # the difference is named
+        if self._mixed_devices:
+            others, own = self._before.get("computed_with", []), head.get("computed_with", [])
+            head["computed_with"] = [*others, *(environment for environment in own if environment not in others)]
+        self._use(head, schema)
 
-    @cached_property
-    def _before(self) -> dict[str, Any]:
-        """The manifest as it was when this run started."""
-        return read_json(self.path / MANIFEST)
+    def committed(self, count: int) -> dict[int, PartInfo]:
+        """The parts of the first `count` shards that earlier runs committed, by number."""
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
+            infos = pool.map(self._committed, range(count))
+            return {index: info for index, info in enumerate(infos) if info is not None}
 
-    @cached_property
-    def _lines(self) -> dict[str, PartInfo]:
-        """The parts in the manifest, by name; only a complete manifest lists them."""
-        return {line["name"]: PartInfo.from_json(line) for line in self._before["parts"]}
+    def _committed(self, index: int) -> PartInfo | None:
+        receipt = self._receipt(index)
+        if receipt is None or receipt.shard != self._shard(index):
+            return None
+        return receipt.part.without_counts()
 
-    @property
-    def _counted(self) -> bool:
-        """Whether the parts in the manifest hold counts of their scores."""
-        return SCORE_COUNTS in self._before
+    def earlier(self, index: int) -> PartInfo | None:
+        """The part that an earlier run with the same options committed as number `index`, even of another shard."""
+        receipt = self._receipt(index)
+        return receipt.part.without_counts() if receipt is not None else None
+
+    def _receipt(self, index: int) -> Receipt | None:
+        try:
+            receipt = read_receipt(self.path, index)
+        except UserError as error:
+            notice(f"{error} Its part is made again.")
+            return None
+        if receipt is None or receipt.options != self._digest:
+            return None
+        return receipt if _size(self.path / receipt.part.name) == receipt.part.bytes else None
+
+    def _shard(self, index: int) -> dict[str, Any]:
+        return dict(self._shards[index]) if index < len(self._shards) else {}
 
     def part(self, index: int) -> PartWriter:
         """A writer for the part of shard `index`; it commits when its `with` block ends without an error."""
-        return PartWriter(self.path / part_name(index), self.schema)
-
-    def discard(self, index: int) -> None:
-        """Delete the part of shard `index`, whose input has changed, so that no later run keeps it."""
-        (self.path / part_name(index)).unlink(missing_ok=True)
+        return PartWriter(self.path, index, self.schema, self._shard(index), self._digest)
 
     def reopen(self) -> None:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
-        _ = self._lines  # read the finished manifest before it is replaced
         # With the earlier image root: until every part is done, a rerun must see that it has changed.
-        self._write_manifest(complete=False, parts=[], options=self._before["options"])
+        options = self._before["options"] if self.has_begun else self.head["options"]
+        self._write_manifest(complete=False, parts=[], options=options)
 
-    def finish(self, parts: Sequence[PartInfo], **facts: Any) -> Dataset:
-        """Write the final manifest with all parts, in order, and open the dataset."""
-        names = {part.name for part in parts}
-        for file in self.path.glob("part-*.parquet"):
-            if file.name not in names:  # the input was longer in an earlier run
-                file.unlink()
+    def finish(self, count: int, **facts: Any) -> Dataset:
+        """Write the final manifest of `count` parts from their receipts, and open the dataset."""
+        self._delete_surplus(count)
+        for name in (DATA, RECEIPTS):
+            sync(self.path / name)  # before this, a power cut can only lose whole parts
+        lines, total = [], None
+        for receipt in self._receipts(count):
+            lines.append(receipt.part)
+            total = _add_counts(total, receipt.part)
+        if total:
+            facts[SCORE_COUNTS] = {column: counts.to_json() for column, counts in total.items()}
         if self.head.get("thresholds"):
             write_json(self.path / THRESHOLDS, self.head["thresholds"])
-        if counts := self._score_counts(parts):
-            facts[SCORE_COUNTS] = counts
-        sync(self.path)  # the parts' names; before this, a power cut can only lose whole parts
-        self._write_manifest(complete=True, parts=parts, **facts)
+        self._write_manifest(complete=True, parts=lines, **facts)
         return Dataset(self.path)
 
-    def _score_counts(self, parts: Sequence[PartInfo]) -> dict[str, Any]:
-        """Sums of the parts' score counts, for the columns in which every part counted all its ok rows."""
-        total: dict[str, Counts] | None = None
-        for part in parts:
-            stored = part.facts.get(SCORE_COUNTS)
-            if stored is None and self._counted and part.name in self._lines:
-                stored = read_note(self.path / part.name)["facts"].get(SCORE_COUNTS)
-            counted = {column: Counts.from_json(counts) for column, counts in (stored or {}).items()}
-            counted = {column: counts for column, counts in counted.items() if counts.total == part.ok}
-            total = counted if total is None else {c: total[c] + counted[c] for c in total if c in counted}
-            if not total:
-                return {}
-        return {column: counts.to_json() for column, counts in (total or {}).items()}
+    def _receipts(self, count: int) -> Iterator[Receipt]:
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
+            for index, receipt in enumerate(pool.map(self._receipt, range(count))):
+                if receipt is None:
+                    raise UserError(f"{self.path / part_name(index)}: something else has changed it; run again.")
+                yield receipt
+
+    def _delete_surplus(self, count: int) -> None:
+        """Delete parts beyond the last shard: the input was longer in an earlier run."""
+        kept = {Path(part_name(index)).stem for index in range(count)}
+        files = [f for name in (RECEIPTS, DATA) for f in (self.path / name).glob("part-*") if f.stem not in kept]
+        if files:
+            self.reopen()
+        for file in files:  # receipts first
+            file.unlink()
 
     def _write_manifest(self, *, complete: bool, parts: Sequence[PartInfo], **facts: Any) -> None:
         file = self.path / MANIFEST
@@ -149,3 +224,17 @@ class DatasetWriter:
         # Datasets made from this one know it by the checksum of the file, so what says the same keeps its bytes.
         if not file.is_file() or read_json(file) != json.loads(json.dumps(manifest)):
             write_json(file, manifest)
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _add_counts(total: dict[str, Counts] | None, part: PartInfo) -> dict[str, Counts]:
+    """Sums of score counts so far, for the columns in which every part counted all its ok rows."""
+    stored = {column: Counts.from_json(counts) for column, counts in part.facts.get(SCORE_COUNTS, {}).items()}
+    counted = {column: counts for column, counts in stored.items() if counts.total == part.ok}
+    return counted if total is None else {c: total[c] + counted[c] for c in total if c in counted}

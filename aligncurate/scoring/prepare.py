@@ -78,8 +78,9 @@ class Preparer:
             earlier: the row of an earlier run in the same place; taken over if it is of this pair and did not fail.
             compare: decode exactly too.
         """
-        if earlier is not None and retry.is_reusable(earlier, pair, image_root_changed=self._image_root_changed):
-            retry.take_over(earlier, pair, self._columns)
+        moved = self._image_root_changed
+        if earlier is not None and retry.is_reusable(earlier, pair, image_root_changed=moved):
+            retry.take_over(earlier, pair, self._columns, image_root_changed=moved)
             return PreparedPair(pair, taken_over=True)
         if self._columns:  # scoring replaces scores and levels of the source, `ingest` keeps them
             pair.score = pair.level = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -9,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from aligncurate.dataset.part import row_groups
+from aligncurate.dataset.pointers import Pointer
 from aligncurate.dataset.record import FINE, IMAGE_EMBEDDING, TEXT_EMBEDDING, Pair, Status
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.sources.base import Shard
 
-# A row is taken over only for the same pair: its text and where its image is must be equal.
 _TEXT = ("key", "caption", "conversations")
 _POINTER = ("source", "row", "image_path", "image_offset", "image_length")
 
 
 def earlier_rows(writer: DatasetWriter, shard: Shard) -> tuple[Iterator[dict[str, Any]], dict[str, Any]]:
     """The rows of the part that an earlier run committed for `shard`, in order, and the part's facts."""
-    info = writer.committed(shard.index)
+    info = writer.earlier(shard.index)
     if info is None:
         return iter(()), {}
     tables = row_groups(writer.path / info.name)
@@ -28,20 +29,27 @@ def earlier_rows(writer: DatasetWriter, shard: Shard) -> tuple[Iterator[dict[str
 
 
 def is_reusable(row: Mapping[str, Any], pair: Pair, *, image_root_changed: bool) -> bool:
-    """Whether an earlier run's row is of this pair and did not fail.
+    """Whether an earlier run's row did not fail, and is of this pair: the same text, and the same bytes of the image.
 
-    Under another image root the pointers differ, so the image only needs to have the same file name.
+    Reads the image. Where the image root has changed, it is read where the earlier run found it.
     """
-    if row["status"] not in FINE or any(getattr(pair, name) != row[name] for name in _TEXT):
+    if not {row["status"], pair.status} <= FINE or any(getattr(pair, name) != row[name] for name in _TEXT):
         return False
-    if image_root_changed:
-        return PurePath(pair.image_path or "").name == PurePath(row["image_path"] or "").name
-    return all(getattr(pair, name) == row[name] for name in _POINTER)
+    if pair.load is None:
+        return row["sha256"] is None and bool(pair.status == row["status"])
+    try:
+        if not image_root_changed:
+            return bool(hashlib.sha256(pair.load()).digest() == row["sha256"])
+        same_name = PurePath(pair.image_path or "").name == PurePath(row["image_path"] or "").name
+        pointer = Pointer.of(row)
+        return same_name and pointer is not None and pointer.sha256 is not None and bool(pointer.read())
+    except (OSError, ValueError):  # why it cannot be read is found out when the row is done again
+        return False
 
 
-def take_over(row: Mapping[str, Any], pair: Pair, score_columns: Sequence[str]) -> None:
-    """Set on `pair` what an earlier run computed for it."""
-    for name in (*_POINTER, "width", "height", "sha256", "score", "level", "error"):
+def take_over(row: Mapping[str, Any], pair: Pair, score_columns: Sequence[str], *, image_root_changed: bool) -> None:
+    """Set on `pair` what an earlier run computed for it, and under another image root where it found the image."""
+    for name in (*(_POINTER if image_root_changed else ()), "width", "height", "sha256", "score", "level", "error"):
         setattr(pair, name, row[name])
     pair.image = row.get("image")
     pair.status = Status(row["status"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from aligncurate.dataset.part import SCORE_COUNTS, PartWriter
+from aligncurate.dataset.part import PartWriter
+from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.dataset.record import Pair, to_table, usable_scores
 from aligncurate.levels import Counts
 from aligncurate.scoring.timing import StageClock

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from aligncurate.dataset.part import PartInfo, PartWriter
+from aligncurate.dataset.part import PartWriter
+from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.record import FINE, Pair, Status
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.errors import ShardError

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from aligncurate.dataset.part import PartInfo
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import schema
 from aligncurate.dataset.writer import DatasetWriter
@@ -21,7 +20,7 @@ from aligncurate.io import storage
 from aligncurate.progress import meter, notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.scoring.shard import ShardScorer
-from aligncurate.scoring.timing import STAGES, StageTimes
+from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.settings import recorded
 from aligncurate.sources.base import Shard, Source, limit_shards
 from aligncurate.sources.detect import open_source
@@ -100,7 +99,7 @@ def make_dataset(
         notice("images are written inside the input (base64), so they are kept in the dataset too", quiet=quiet)
         options = replace(options, embed_images=True)
     first = next(iter(encoders.values()), None)
-    head = {
+    head: dict[str, Any] = {
         "verb": verb,
         "options": {**recorded_options, **_recorded_source(source_options)},
         "inputs": source.describe(),
@@ -113,32 +112,46 @@ def make_dataset(
     width = _embedding_width(first) if first and options.embeddings != "none" else 0
     score_columns = {column: pa.float32() for column in list(encoders)[1:]}
     columns = schema(source.extras | score_columns, embed_images=options.embed_images, embedding=width)
-    writer = DatasetWriter(out, head, columns, retry_errors=options.retry_errors)
     shards = limit_shards(source, options.limit)
     if options.limit is not None and (taken := limit_taken(source, shards, options.limit)):
         notice(taken, quiet=quiet)
+    writer = DatasetWriter(out, head, columns, _identities(shards, head["inputs"]), retry_errors=options.retry_errors)
+    if finished := writer.finished():
+        return nothing_to_do(finished)
     with ExitStack() as stack:
         stack.enter_context(no_decoder_warnings())
         stack.enter_context(writer.open())
-        parts, todo = _split(writer, shards, options.retry_errors)
+        parts = writer.committed(len(shards))
+        if options.retry_errors:
+            parts = {index: part for index, part in parts.items() if not part.failed}
+        todo = [shard for shard in shards if shard.index not in parts]
         if todo:
             writer.reopen()
         progress = stack.enter_context(meter(verb, _total(source, shards), quiet=quiet))
         progress.skip(sum(part.rows for part in parts.values()))
-        resumed = len(parts)
         scorer = ShardScorer(source, writer, encoders, options, progress)
         stack.callback(scorer.close)
-        failures = []
-        for outcome in threads.run(scorer.part, todo, workers=_SHARDS):
-            if outcome.result is not None:
-                parts[outcome.shard.index] = outcome.result
-            else:
-                failures.append(Failure(str(outcome.shard), str(outcome.error)))
-        dataset = None if failures else writer.finish([parts[shard.index] for shard in shards])
+        outcomes = threads.run(scorer.part, todo, workers=_SHARDS)
+        failures = [Failure(str(o.shard), str(o.error)) for o in outcomes if o.result is None]
+        dataset = None if failures else writer.finish(len(shards))
         for text in source.remarks:
             notice(text, quiet=quiet)
         times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
-        return ScoreResult(dataset, progress.done, progress.seconds, resumed, failures, times)
+        return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, times)
+
+
+def nothing_to_do(dataset: Dataset) -> ScoreResult:
+    """The result of a run whose dataset an earlier run has finished."""
+    return ScoreResult(dataset, 0, 0.0, len(dataset.parts), [], StageClock().times(0.0, dict.fromkeys(STAGES, 1)))
+
+
+def _identities(shards: Sequence[Shard], inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each shard is, for its receipt: its file, as the source describes it, and its rows."""
+    files = {file["uri"]: file for line in inputs for file in line.get("files", [])}
+    return [
+        {**files.get(shard.uri, {}), "uri": shard.uri, "start": shard.start, "stop": shard.stop, "limit": shard.limit}
+        for shard in shards
+    ]
 
 
 def _recorded_source(options: SourceOptions) -> dict[str, Any]:
@@ -156,22 +169,6 @@ def _threads(encoding: bool, options: ScoreOptions, shards: int) -> dict[str, in
     decoding = workers + (own if options.decode == "gpu" else 0)
     counts = dict.fromkeys(STAGES, own) | {"read": workers + own, "decode": decoding, "encode": 1}
     return counts if encoding else {stage: counts[stage] for stage in ("read", "decode", "write")}
-
-
-def _split(
-    writer: DatasetWriter, shards: Sequence[Shard], retry_errors: bool
-) -> tuple[dict[int, PartInfo], list[Shard]]:
-    """Parts to keep, and shards to do: those without a part; with `retry_errors` also failed and changed ones."""
-    parts, todo = {}, []
-    for shard in shards:
-        if shard.uri in writer.changed:
-            writer.discard(shard.index)  # its images may be others now, so no row can be kept
-        part = writer.committed(shard.index)
-        if part is None or (retry_errors and part.failed):
-            todo.append(shard)
-        else:
-            parts[shard.index] = part
-    return parts, todo
 
 
 def _total(source: Source, shards: Sequence[Shard]) -> int | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from aligncurate.dataset.part import PartInfo
 from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import UserError
@@ -44,7 +44,10 @@ def rewrite(
     """
     if os.path.abspath(out) == os.path.abspath(dataset.path):
         raise UserError(f"{out}: --out is the dataset itself; nothing is changed in place, choose a new folder.")
-    writer = DatasetWriter(out, head, dataset.schema)
+    shards = [{"part": part.name, "sha256": part.sha256} for part in dataset.parts]
+    writer = DatasetWriter(out, head, dataset.schema, shards)
+    if finished := writer.finished():
+        return finished
     computing = Semaphore(_CORES)  # also limits how many row groups are in memory
 
     def make(index: int, check: Callable[[], None]) -> PartInfo:
@@ -57,14 +60,15 @@ def rewrite(
         return part.info
 
     with writer.open():
-        done = {i: info for i in range(len(dataset.parts)) if (info := writer.committed(i)) is not None}
+        done = writer.committed(len(shards))
         with meter(str(head["verb"]), dataset.rows, quiet=quiet, unit="rows") as progress:
             progress.skip(sum(dataset.parts[i].rows for i in done))
-            todo = [i for i in range(len(dataset.parts)) if i not in done]
-            for outcome in threads.run(make, todo, workers=_THREADS):
-                assert outcome.result is not None
-                done[outcome.shard] = outcome.result
-        return writer.finish([done[i] for i in range(len(dataset.parts))])
+            todo = [i for i in range(len(shards)) if i not in done]
+            if todo:
+                writer.reopen()
+            for _ in threads.run(make, todo, workers=_THREADS):
+                pass
+        return writer.finish(len(shards))
 
 
 def _checked(tables: Iterable[pa.Table], check: Callable[[], None], progress: Meter) -> Iterator[pa.Table]:

@@ -110,7 +110,7 @@ def test_no_space_left(tmp_path, little_space, size) -> None:
     assert not list(out.glob(".tmp-*"))
     assert cli("ingest", tar, "--out", out, "--embed-images").exit_code == 0
     fresh = aligncurate.ingest(tar, tmp_path / "fresh", embed_images=True, quiet=True).dataset
-    assert (out / "part-00000.parquet").read_bytes() == fresh.files[0].read_bytes()
+    assert (out / "data/part-00000.parquet").read_bytes() == fresh.files[0].read_bytes()
 
 
 # Root may write everywhere, unless it gives up the two capabilities that let it. The bounding set is applied by exec.

@@ -114,7 +114,7 @@ def test_a_source_that_grew_or_shrank_is_noticed(tmp_path, rows) -> None:
         aligncurate.ingest(file, tmp_path / "out", source=options, quiet=True)
     retried = aligncurate.ingest(file, tmp_path / "out", source=options, retry_errors=True, quiet=True).dataset
     assert frame_of(retried)["caption"].to_list() == ["caption"] * rows
-    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == rows
+    assert len(list((tmp_path / "out/data").iterdir())) == rows
 
 
 def test_a_retry_that_fails_leaves_the_dataset_unfinished(tmp_path, monkeypatch) -> None:

@@ -31,7 +31,8 @@ PROGRAM = textwrap.dedent(
             aligncurate.bucket(source, out, quiet=True)
 
     def parts():
-        return sum(name.startswith("part-") for name in os.listdir(out)) if os.path.isdir(out) else 0
+        data = os.path.join(out, "data")
+        return len(os.listdir(data)) if os.path.isdir(data) else 0
 
     def attempt(kill_after):
         # Kills the run a random moment after it has `kill_after` parts, or lets it finish.

@@ -146,7 +146,7 @@ def test_a_shard_that_cannot_be_read_is_a_fault(folder, monkeypatch) -> None:
     assert result.exit_code == 1
     assert "00001.tar: cannot be read: Input/output error" in " ".join(result.stderr.split())
     assert "rerun to resume" in " ".join(result.stderr.split())
-    assert (folder / "mixed-out/part-00000.parquet").is_file()
+    assert (folder / "mixed-out/data/part-00000.parquet").is_file()
 
 
 def test_models_lists_the_default_and_the_built_in() -> None:

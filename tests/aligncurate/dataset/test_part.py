@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aligncurate.dataset.part import PartWriter, read_part_info
+from aligncurate.dataset.part import PartWriter
+from aligncurate.dataset.receipt import Receipt, read_receipt
 from aligncurate.dataset.record import schema
 
 EXTRAS: dict[str, tuple[pa.DataType, list[Any]]] = {
@@ -48,31 +49,37 @@ def rows(count: int) -> pa.Table:
     return pa.table([pa.array(values.get(f.name, [None] * count), f.type) for f in full], full)
 
 
+def folder(path: Path) -> Path:
+    for name in ("data", ".receipts"):
+        (path / name).mkdir()
+    return path
+
+
 @pytest.mark.parametrize("sizes", [[], [1], [1, 700, 3]], ids=str)
 def test_values_types_and_checksum(tmp_path: Path, sizes: list[int]) -> None:
     table = rows(sum(sizes))
-    path = tmp_path / "part-00000.parquet"
-    with PartWriter(path, table.schema) as part:
+    path = folder(tmp_path) / "data/part-00000.parquet"
+    with PartWriter(tmp_path, 0, table.schema, {"uri": "a.tar"}, "digest") as part:
         start = 0
         for size in sizes:
             part.write(table.slice(start, size))
             start += size
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["part-00000.json", path.name]
     assert pq.read_schema(path).equals(table.schema)
     assert pq.read_table(path).equals(table)
     assert pl.read_parquet(path, columns=["key", "int64", "uint64", "integers", "level"]).to_dicts() == (
         table.select(["key", "int64", "uint64", "integers", "level"]).to_pylist()
     )
     assert part.info is not None
-    assert part.info == read_part_info(path, {})
+    assert read_receipt(tmp_path, 0) == Receipt(part.info, {"uri": "a.tar"}, "digest")
     assert (part.info.bytes, part.info.rows) == (path.stat().st_size, len(table))
     assert part.info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_part_larger_than_the_buffers(tmp_path: Path) -> None:
-    path = tmp_path / "part-00000.parquet"
+    path = folder(tmp_path) / "data/part-00000.parquet"
     table = rows(4000)
-    with PartWriter(path, table.schema) as part:
+    with PartWriter(tmp_path, 0, table.schema) as part:
         part.write(table)
     assert path.stat().st_size > 3 << 20
     assert pq.read_table(path).equals(table)

@@ -47,7 +47,7 @@ def test_a_wrong_image_root_is_corrected(tmp_path, table, wrong) -> None:
     )
     assert ingest(table, out, right, "--retry-errors").exit_code == 0
     assert ingest(table, tmp_path / "fresh", right).exit_code == 0
-    for part in ("part-00000.parquet", "part-00001.parquet"):
+    for part in ("data/part-00000.parquet", "data/part-00001.parquet"):
         assert (out / part).read_bytes() == (tmp_path / "fresh" / part).read_bytes()
     assert "earlier run" in ingest(table, out, right).stdout
 

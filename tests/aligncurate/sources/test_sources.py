@@ -162,7 +162,7 @@ def test_each_tar_is_a_shard_and_becomes_a_part(tmp_path) -> None:
         write_tar(tmp_path / f"{number}.tar", pairs(count))
     run = aligncurate.ingest(tmp_path / "{0,1,2}.tar", tmp_path / "out", quiet=True)
     assert [(p.name, p.rows) for p in run.dataset.parts] == [
-        ("part-00000.parquet", 2), ("part-00001.parquet", 0), ("part-00002.parquet", 3),
+        ("data/part-00000.parquet", 2), ("data/part-00001.parquet", 0), ("data/part-00002.parquet", 3),
     ]  # fmt: skip
 
 
