@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aligncurate.verbs.filter.filter import filter
     from aligncurate.verbs.ingest import ingest
     from aligncurate.verbs.inspect.inspect import inspect
+    from aligncurate.verbs.merge import merge
     from aligncurate.verbs.score import score
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
@@ -36,6 +37,7 @@ _HOMES = {
     "filter": "verbs.filter.filter",
     "ingest": "verbs.ingest",
     "inspect": "verbs.inspect.inspect",
+    "merge": "verbs.merge",
     "open_dataset": "dataset.reader",
     "open_source": "sources.detect",
     "score": "verbs.score",
@@ -49,6 +51,7 @@ __all__ = [
     "filter",
     "ingest",
     "inspect",
+    "merge",
     "open_dataset",
     "open_source",
     "score",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from aligncurate.cli.options import DatasetFolder, Out, Quiet, ScoreColumn, Sources, with_settings
+from aligncurate.cli.options import DatasetFolder, DatasetFolders, Out, Quiet, ScoreColumn, Sources, with_settings
 from aligncurate.errors import ShardError
 from aligncurate.progress import make_console
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
@@ -115,6 +115,17 @@ def filter(dataset: DatasetFolder, out: Out, quiet: Quiet = False, **options: An
         make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
         if kept.rows:
             _print_next(f"aligncurate export {shlex.quote(str(out))} --out SHARDS")
+
+
+@app.command()
+def merge(datasets: DatasetFolders, out: Out, quiet: Quiet = False) -> None:
+    """Make one dataset of several, with their scores and levels; reads no images."""
+    from aligncurate.cli.render import render_merged
+    from aligncurate.verbs.merge import merge as run
+
+    merged = run(datasets, out, quiet=quiet)
+    if not quiet:
+        make_console().print(render_merged(merged.rows, len(merged.parts), out), soft_wrap=True)
 
 
 @app.command()

@@ -25,6 +25,9 @@ Sources = Annotated[
     ),
 ]
 DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.", show_default=False)]
+DatasetFolders = Annotated[
+    list[Path], typer.Argument(metavar="DATASET...", help="Dataset folders.", show_default=False)
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; created if missing.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]

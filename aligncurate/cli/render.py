@@ -198,6 +198,11 @@ def render_kept(kept: int, total: int, out: Path) -> Text:
     return text if kept else text.append("\nno rows match", style="yellow")
 
 
+def render_merged(rows: int, parts: int, out: Path) -> Text:
+    """What `merge` made."""
+    return Text(f"merged {count(rows, 'row')} in {count(parts, 'part')} into {out}")
+
+
 def render_export(exported: Exported, out: Path, failures: str) -> Text:
     """What `export` wrote into `out`; `failures` is the file that lists images that could not be read."""
     names = exported.files

@@ -25,11 +25,11 @@ _INCOMPRESSIBLE = ("score", "sha256", "image", "status")  # random, compressed a
 _MEASURED = ("row", "width", "height", "score", "level", "status")  # columns whose range is worth knowing when scanning
 
 
-def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def row_groups(file: Path, columns: Sequence[str] | None = None, *, use_threads: bool = False) -> Iterator[pa.Table]:
     """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
     with open_part(file) as part:
         for group in range(part.num_row_groups):
-            yield part.read_row_group(group, columns=columns, use_threads=False)
+            yield part.read_row_group(group, columns=columns, use_threads=use_threads)
 
 
 @contextmanager
@@ -65,14 +65,11 @@ class PartWriter:
     def __init__(
         self, folder: Path, index: int, schema: pa.Schema, shard: Mapping[str, Any] | None = None, options: str = ""
     ) -> None:
-        self.name = part_name(index)
-        self.path = folder / self.name
         self.schema = schema
         self.facts: dict[str, Any] = {}
         self.info: PartInfo | None = None
-        self._folder, self._shard, self._options = folder, dict(shard or {}), options
-        self._receipt = folder / receipt_name(index)
-        self._temporary = folder / f"{TEMPORARY}{self.path.name}"
+        self._folder, self._index, self._shard, self._options = folder, index, dict(shard or {}), options
+        self._temporary = folder / f"{TEMPORARY}{Path(part_name(index)).name}"
         self._statuses: Counter[str] = Counter()
         self._parquet: pq.ParquetWriter | None = None
 
@@ -100,8 +97,9 @@ class PartWriter:
                 self._file.finish()
                 statuses = dict(sorted(self._statuses.items()))
                 digest = self._file.digest.hexdigest()
-                info = PartInfo(self.name, sum(statuses.values()), self._file.count, digest, statuses, self.facts)
-                self._commit(info)
+                name, rows = part_name(self._index), sum(statuses.values())
+                info = PartInfo(name, rows, self._file.count, digest, statuses, self.facts)
+                commit(self._folder, self._index, self._temporary, Receipt(info, self._shard, self._options))
                 self.info = info.without_counts()
         finally:
             if self.info is None:
@@ -110,22 +108,22 @@ class PartWriter:
                     with suppress(Exception):  # Arrow insists on writing a footer, which goes nowhere now
                         self._parquet.close()
 
-    def _commit(self, info: PartInfo) -> None:
-        """Publish the part, whose bytes are on disk, then its receipt.
 
-        A power cut may lose names that are not synced yet. A receipt without a part commits nothing, so the folders of
-        new parts are synced once, at the end; a part that replaces another must be on disk before its receipt is.
-        """
-        replaces = self.path.exists()
-        if replaces:
-            self._receipt.unlink(missing_ok=True)
-            sync(self._receipt.parent)
-        self._temporary.replace(self.path)
-        if replaces:
-            sync(self.path.parent)
-        receipt = Receipt(info, self._shard, self._options)
-        temporary = self._folder / f"{TEMPORARY}{self._receipt.name}"
-        write_json(self._receipt, receipt.to_json(), temporary=temporary, sync_folder=False)
+def commit(folder: Path, index: int, temporary: Path, receipt: Receipt) -> None:
+    """Publish part `index`, whose bytes are on disk as `temporary`, then its receipt.
+
+    A power cut may lose names that are not synced yet. A receipt without a part commits nothing, so the folders of new
+    parts are synced once, at the end; a part that replaces another must be on disk before its receipt is.
+    """
+    part, paper = folder / part_name(index), folder / receipt_name(index)
+    replaces = part.exists()
+    if replaces:
+        paper.unlink(missing_ok=True)
+        sync(paper.parent)
+    temporary.replace(part)
+    if replaces:
+        sync(part.parent)
+    write_json(paper, receipt.to_json(), temporary=folder / f"{TEMPORARY}{paper.name}", sync_folder=False)
 
 
 def _parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:

@@ -55,6 +55,16 @@ class Dataset:
             )
         self.parts = [PartInfo.from_json(line) for line in self.manifest["parts"]]
 
+    @property
+    def name(self) -> str:
+        """The folder, for messages; of several datasets opened as one, all folders."""
+        return ", ".join(str(folder) for folder in self.folders)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder; of several datasets opened as one, all of them."""
+        return [self.path]
+
     @cached_property
     def schema(self) -> pa.Schema:
         """The Arrow schema that all parts share."""
@@ -112,22 +122,44 @@ class Dataset:
             return None
         return counts if counts.total == sum(part.ok for part in self.parts) else None
 
-    def scan(self) -> pl.LazyFrame:
-        """All rows as a polars LazyFrame, which reads nothing yet. Raises UserError if there are no parts."""
+    def scan(self, index: int | None = None) -> pl.LazyFrame:
+        """All rows, or those of part `index`, as a polars LazyFrame, which reads nothing yet.
+
+        Reads what a query needs, a row group at a time, and verifies it: polars' own reader ignores checksums.
+
+        Raises:
+            UserError: there are no parts; also while rows are collected, if a part is damaged.
+        """
         import polars as pl
+        from polars.io.plugins import register_io_source
 
         if not self.files:
-            raise UserError(f"{self.path}: the dataset has no parts.")
-        return pl.scan_parquet(self.files, glob=False)  # brackets in the folder's name are not wildcards
+            raise UserError(f"{self.name}: the dataset has no parts.")
+        chosen = range(len(self.files)) if index is None else [index]
+
+        def frames(
+            columns: list[str] | None, predicate: pl.Expr | None, rows: int | None, _: int | None
+        ) -> Iterator[pl.DataFrame]:
+            for number in chosen:
+                for table in self.groups(number, columns, use_threads=True):
+                    frame = pl.DataFrame(table.slice(0, rows))
+                    rows = None if rows is None else rows - len(frame)
+                    yield frame if predicate is None else frame.filter(predicate)
+                    if rows == 0:
+                        return
+
+        return register_io_source(frames, schema=pl.DataFrame(self.schema.empty_table()).schema)
 
     def read(self, index: int, columns: Sequence[str] | None = None, encoded: Sequence[str] = ()) -> pa.Table:
         """Part `index` as a table; columns in `encoded` as dictionaries. Raises UserError if the file is damaged."""
         with open_part(self.files[index], encoded) as part:
             return part.read(columns=columns, use_threads=False)
 
-    def groups(self, index: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def groups(
+        self, index: int, columns: Sequence[str] | None = None, *, use_threads: bool = False
+    ) -> Iterator[pa.Table]:
         """The row groups of part `index`, one at a time. Raises UserError if the file is damaged."""
-        return row_groups(self.files[index], columns)
+        return row_groups(self.files[index], columns, use_threads=use_threads)
 
     def fingerprint(self) -> dict[str, str]:
         """The dataset as an input in a manifest: its folder and the checksum of its manifest."""
@@ -138,6 +170,10 @@ class Dataset:
             "manifest_sha256": hashlib.sha256(data).hexdigest(),
         }
 
+    def fingerprints(self) -> list[dict[str, str]]:
+        """The inputs in the manifest of a dataset made from this one."""
+        return [self.fingerprint()]
+
     def provenance(self) -> dict[str, Any]:
         """Where the scores and levels come from: encoders, devices, thresholds, and the verbs up to this dataset."""
         step = {key: self.manifest[key] for key in ("verb", "options", "inputs")}
@@ -147,7 +183,7 @@ class Dataset:
 
     def derived(self, verb: str, options: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         """The manifest head of a dataset that `verb` makes from this one, with its provenance."""
-        head = {"verb": verb, "options": dict(options), "inputs": [self.fingerprint()]}
+        head = {"verb": verb, "options": dict(options), "inputs": self.fingerprints()}
         return head | self.provenance() | changes
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -28,11 +30,11 @@ from aligncurate.dataset.manifest import (
     options_digest,
     read_manifest,
 )
-from aligncurate.dataset.part import PartWriter
+from aligncurate.dataset.part import PartWriter, commit
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import DATA, RECEIPTS, SCORE_COUNTS, PartInfo, Receipt, part_name, read_receipt
 from aligncurate.errors import UserError
-from aligncurate.io.files import claim, read_json, sync, write_json
+from aligncurate.io.files import TEMPORARY, claim, read_json, sync, write_json
 from aligncurate.levels import Counts
 from aligncurate.progress import notice
 
@@ -180,6 +182,23 @@ class DatasetWriter:
         """A writer for the part of shard `index`; it commits when its `with` block ends without an error."""
         return PartWriter(self.path, index, self.schema, self._shard(index), self._digest)
 
+    def take_over(self, index: int, file: Path, info: PartInfo) -> None:
+        """Commit the part of another dataset as part `index`: a hard link where the file system has them, else a copy.
+
+        Args:
+            file: the part; it has this dataset's schema.
+            info: what it holds, from its own receipt or manifest.
+        """
+        name = part_name(index)
+        temporary = self.path / f"{TEMPORARY}{Path(name).name}"
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(file, temporary)
+        except OSError:
+            shutil.copyfile(file, temporary)
+        sync(temporary)
+        commit(self.path, index, temporary, Receipt(replace(info, name=name), self._shard(index), self._digest))
+
     def reopen(self) -> None:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
         # With the earlier image root: until every part is done, a rerun must see that it has changed.
@@ -187,7 +206,10 @@ class DatasetWriter:
         self._write_manifest(complete=False, parts=[], options=options)
 
     def finish(self, count: int, **facts: Any) -> Dataset:
-        """Write the final manifest of `count` parts from their receipts, and open the dataset."""
+        """Write the final manifest of `count` parts from their receipts, and open the dataset.
+
+        `facts` are recorded as well; of score counts, the sum of those in the receipts if they all have some.
+        """
         self._delete_surplus(count)
         for name in (DATA, RECEIPTS):
             sync(self.path / name)  # before this, a power cut can only lose whole parts
@@ -197,6 +219,7 @@ class DatasetWriter:
             total = _add_counts(total, receipt.part)
         if total:
             facts[SCORE_COUNTS] = {column: counts.to_json() for column, counts in total.items()}
+        facts = {name: fact for name, fact in facts.items() if fact != {}}
         if self.head.get("thresholds"):
             write_json(self.path / THRESHOLDS, self.head["thresholds"])
         self._write_manifest(complete=True, parts=lines, **facts)

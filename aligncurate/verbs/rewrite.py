@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
@@ -42,8 +43,7 @@ def rewrite(
     Raises:
         UserError: `out` cannot be used, or a part of `dataset` is damaged.
     """
-    if os.path.abspath(out) == os.path.abspath(dataset.path):
-        raise UserError(f"{out}: --out is the dataset itself; nothing is changed in place, choose a new folder.")
+    check_not_in_place(dataset, out)
     shards = [{"part": part.name, "sha256": part.sha256} for part in dataset.parts]
     writer = DatasetWriter(out, head, dataset.schema, shards)
     if finished := writer.finished():
@@ -59,16 +59,29 @@ def rewrite(
         assert part.info is not None
         return part.info
 
+    with missing_parts(writer, dataset, quiet=quiet) as (progress, todo):
+        for _ in threads.run(make, todo, workers=_THREADS):
+            pass
+        return writer.finish(len(shards))
+
+
+@contextmanager
+def missing_parts(writer: DatasetWriter, dataset: Dataset, *, quiet: bool) -> Iterator[tuple[Meter, list[int]]]:
+    """Open a writer for the parts that are made of those of `dataset`: a meter, and the numbers of parts to make."""
     with writer.open():
-        done = writer.committed(len(shards))
-        with meter(str(head["verb"]), dataset.rows, quiet=quiet, unit="rows") as progress:
+        done = writer.committed(len(dataset.parts))
+        with meter(str(writer.head["verb"]), dataset.rows, quiet=quiet, unit="rows") as progress:
             progress.skip(sum(dataset.parts[i].rows for i in done))
-            todo = [i for i in range(len(shards)) if i not in done]
+            todo = [i for i in range(len(dataset.parts)) if i not in done]
             if todo:
                 writer.reopen()
-            for _ in threads.run(make, todo, workers=_THREADS):
-                pass
-        return writer.finish(len(shards))
+            yield progress, todo
+
+
+def check_not_in_place(dataset: Dataset, out: str | Path) -> None:
+    """Raises UserError if `out` is a folder of the dataset."""
+    if any(os.path.realpath(out) == os.path.realpath(folder) for folder in dataset.folders):
+        raise UserError(f"{out}: --out is the dataset itself; nothing is changed in place, choose a new folder.")
 
 
 def _checked(tables: Iterable[pa.Table], check: Callable[[], None], progress: Meter) -> Iterator[pa.Table]:

@@ -1,0 +1,72 @@
+"""`merge`: parts, receipts and provenance of all datasets, no image read, nothing scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import aligncurate
+from aligncurate.dataset.joined import open_datasets
+from aligncurate.errors import UserError
+from aligncurate.levels import Counts
+from aligncurate.verbs.merge import merge
+from tests.aligncurate.dataset.test_joined import scored, tar  # noqa: F401
+from tests.support.inputs import cli, complaint
+
+
+def test_parts_are_taken_over_without_reading_an_image(scored, tmp_path) -> None:  # noqa: F811
+    for folder in scored.values():
+        shutil.copy(folder.with_suffix(".tar"), tmp_path)
+        folder.with_suffix(".tar").write_bytes(b"gone")
+    a, b = scored["a"], scored["b"]
+    merged = merge([a, b], tmp_path / "out", quiet=True)
+    for folder in scored.values():
+        shutil.copy(tmp_path / f"{folder.name}.tar", folder.with_suffix(".tar"))
+    before = [aligncurate.open_dataset(folder) for folder in (a, b)]
+    assert [f.read_bytes() for f in merged.files] == [f.read_bytes() for d in before for f in d.files]
+    assert all(os.path.samefile(new, old) for new, old in zip(merged.files, [d.files[0] for d in before], strict=True))
+    assert merged.encoder_of("score") == before[0].encoder_of("score")
+    scores = merged.scan().collect()["score"].to_numpy()
+    assert merged.score_counts("score").to_json() == Counts.of([scores]).to_json()
+    assert [Path(line["uri"]) for line in merged.manifest["inputs"]] == [a, b]
+    assert [step["verb"] for step in merged.manifest["history"]] == ["score", "score"]
+    manifest = (merged.path / "manifest.json").read_bytes()
+    (merged.path / "data/part-00001.parquet").unlink()
+    assert merge([a, b], tmp_path / "out", quiet=True).rows == 8
+    assert (merged.path / "manifest.json").read_bytes() == manifest
+
+
+def test_parts_of_other_columns_get_nulls(scored, tmp_path) -> None:  # noqa: F811
+    merged = merge(list(scored.values()), tmp_path / "out", quiet=True)
+    joined = open_datasets(list(scored.values()))
+    assert merged.scan().collect().equals(joined.scan().collect())
+    assert pl.read_parquet(merged.files).equals(merged.scan().collect())
+    assert merged.score_counts("score").total == 10
+    levelled = aligncurate.bucket(merged, tmp_path / "levelled", levels=2, quiet=True)
+    assert levelled.manifest["history"][-1]["verb"] == "merge"
+
+
+def test_another_disk_gets_copies(scored, tmp_path, monkeypatch) -> None:  # noqa: F811
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    merged = merge([scored["a"], scored["b"]], tmp_path / "out", quiet=True)
+    assert merged.rows == 8 and not os.path.samefile(merged.files[0], scored["a"] / "data/part-00000.parquet")
+
+
+def test_usage(scored, tmp_path) -> None:  # noqa: F811
+    a, b = scored["a"], scored["b"]
+    with pytest.raises(UserError, match="at least two"):
+        merge([a], tmp_path / "out")
+    with pytest.raises(UserError, match="nothing is changed in place"):
+        merge([a, b], b)
+    done = cli("merge", a, b, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "merged 8 rows in 2 parts into" in done.stdout
+    assert "holds a different dataset" in complaint(cli("merge", b, a, "--out", tmp_path / "out"))
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["complete"]
