@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from aligncurate.errors import UserError
 
 _MISSING: Any = dataclasses.MISSING
+_MAX_INT = 2**63 - 1  # what other libraries take
 
 Settings = TypeVar("Settings")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -86,9 +87,11 @@ def check(settings: Any) -> None:
     for field in dataclasses.fields(settings):
         value = _typed(field.name, types[field.name], getattr(settings, field.name))
         least, most = field.metadata.get("at_least"), field.metadata.get("at_most")
-        low, high = (-inf if least is None else least), (sys.float_info.max if most is None else most)
+        largest = _MAX_INT if isinstance(value, int) else sys.float_info.max
+        low, high = (-inf if least is None else least), (largest if most is None else most)
         if value is not None and (least, most) != (None, None) and not low <= value <= high:  # refuses NaN too
-            allowed = f"of at least {_readable(low)}" if most is None else f"from {_readable(low)} to {_readable(high)}"
+            bounded = most is not None or value > high
+            allowed = f"from {_readable(low)} to {_readable(high)}" if bounded else f"of at least {_readable(low)}"
             raise UserError(f"{option_name(field.name)} {value}: use a number {allowed}.")
         object.__setattr__(settings, field.name, value)
 

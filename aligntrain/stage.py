@@ -18,6 +18,8 @@ _PAPER: dict[str, dict[str, Any]] = {
     "pretrain": {"learning_rate": 1e-3, "batch_size": 256, "template": "plain", "image_mode": "crop"},
     "finetune": {"learning_rate": 2e-5, "batch_size": 128, "template": "v1", "image_mode": "pad"},
 }
+_MAX_LEVELS = 127  # `aligncurate.levels` has it too, but imports numpy, which --help can do without
+_LARGEST = 1000  # of learning rates and the like: more is a typing error, and overflows float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class StageConfig:
     init: str | None = setting("Model folder to start from, such as the pretrained one.", None)
 
     num_levels: int | None = setting(
-        "Number of alignment levels N of a new model (that of the data, or 8).", None, at_least=2
+        "Number of alignment levels N of a new model (that of the data, or 8).", None, at_least=2, at_most=_MAX_LEVELS
     )
     align_mode: str | None = setting(
         "Alignment vector: gated (default), global, local, average, fixed:k or none.", None, none_is_value=True
@@ -62,10 +64,14 @@ class StageConfig:
     )
 
     learning_rate: float = setting(
-        "Peak learning rate.", at_least=0, group="Optimisation", shown="1e-3 for pretrain, 2e-5 for finetune"
+        "Peak learning rate.",
+        at_least=0,
+        at_most=_LARGEST,
+        group="Optimisation",
+        shown="1e-3 for pretrain, 2e-5 for finetune",
     )
     projector_lr: float | None = setting(
-        "Peak learning rate of the projector.", None, at_least=0, shown="--learning-rate"
+        "Peak learning rate of the projector.", None, at_least=0, at_most=_LARGEST, shown="--learning-rate"
     )
     batch_size: int = setting(
         "Samples per optimizer step, over all ranks.", at_least=1, shown="256 for pretrain, 128 for finetune"
@@ -73,10 +79,10 @@ class StageConfig:
     epochs: int = setting("Passes over the data.", 1, at_least=1)
     max_steps: int | None = setting("Stop, and end the learning rate schedule, after N steps.", None, at_least=1)
     warmup_ratio: float = setting("Fraction of steps used to warm up the learning rate.", 0.03, at_least=0, at_most=1)
-    weight_decay: float = setting("AdamW weight decay, applied to matrices only.", 0.0, at_least=0)
+    weight_decay: float = setting("AdamW weight decay, applied to matrices only.", 0.0, at_least=0, at_most=_LARGEST)
     beta1: float = setting("AdamW beta1.", 0.9, at_least=0, at_most=1)
     beta2: float = setting("AdamW beta2.", 0.999, at_least=0, at_most=1)
-    epsilon: float = setting("AdamW epsilon.", 1e-8, at_least=0)
+    epsilon: float = setting("AdamW epsilon.", 1e-8, at_least=0, at_most=_LARGEST)
     max_grad_norm: float = setting("Clip gradients to this norm (0 disables).", 1.0, at_least=0)
     dtype: Literal["bf16", "fp32"] = setting("Compute type; bf16 keeps float32 master weights.", "bf16")
     seed: int = setting("Seed for data order, new weights and dropout.", 0, at_least=0, at_most=2**63 - 1)
@@ -93,7 +99,7 @@ class StageConfig:
 
     lora_rank: int | None = setting("Train the LLM with LoRA adapters of this rank.", None, at_least=1, group="LoRA")
     lora_alpha: float | None = setting(
-        "LoRA alpha (scale is alpha / rank).", None, at_least=0, shown="twice the rank, so the scale is 2"
+        "LoRA alpha (scale is alpha / rank).", None, at_least=0, at_most=1e6, shown="twice the rank, so the scale is 2"
     )
     lora_dropout: float = setting("LoRA dropout.", 0.05, at_least=0, at_most=1)
 
@@ -109,8 +115,8 @@ class StageConfig:
     caption_column: str | None = setting("Column or field with the caption.", None)
     image_column: str | None = setting("Column or field with the image.", None)
     image_root: str | None = setting("Folder that image paths are relative to.", None)
-    workers: int = setting("Threads that read and decode images.", 4, at_least=1, recorded=False)
-    prefetch: int = setting("Steps to read ahead.", 2, at_least=1, recorded=False)
+    workers: int = setting("Threads that read and decode images.", 4, at_least=1, at_most=1024, recorded=False)
+    prefetch: int = setting("Steps to read ahead.", 2, at_least=1, at_most=1000, recorded=False)
 
     save_every: int = setting(
         "Steps between checkpoints.", 500, at_least=1, recorded=False, group="Checkpoints and logs"
@@ -200,7 +206,11 @@ class StageConfig:
             )
         if self.token_budget % 8:
             raise UserError(f"--token-budget {self.token_budget}: use a multiple of 8.")
-        if any(level < 1 or not 0 <= weight < 1000 for level, weight in (self.level_weights or {}).items()):
-            raise UserError(f"--level-weights {self.level_weights}: levels start at 1, weights lie between 0 and 1000.")
+        for level, weight in (self.level_weights or {}).items():
+            if not 1 <= level <= _MAX_LEVELS or not 0 <= weight < 1000:
+                raise UserError(
+                    f"--level-weights {level}:{weight:g}: levels lie between 1 and {_MAX_LEVELS}, weights "
+                    "between 0 and 1000."
+                )
         if self.stage == "pretrain" and self.lora_rank is not None:
             raise UserError("--lora-rank: pretraining does not train the LLM; use LoRA with finetune.")

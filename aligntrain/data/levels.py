@@ -35,6 +35,8 @@ def check_levels(source: Source, config: StageConfig, num_levels: int) -> None:
     Raises UserError when they contradict each other.
     """
     declared = _thresholds(source)
+    if num_levels and (unknown := [level for level in config.level_weights or {} if level > num_levels]):
+        raise UserError(f"--level-weights: there is no level {unknown[0]}; the model has levels 1 to {num_levels}.")
     if num_levels:
         for uri, thresholds in declared.items():
             if thresholds.levels != num_levels:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from aligncurate.errors import UserError
 from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.inputs.processor import AlignGPTProcessor
-from aligntrain.model.configuration import AlignGPTConfig
+from aligntrain.model.configuration import AlignGPTConfig, projector_depth
 from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.stage import StageConfig
@@ -24,6 +24,7 @@ from aligntrain.training.lora import add_lora
 
 _SHAPE = ("num_levels", "projector_type", "vision_layer", "vision_select", "s2_scales")  # fixed once a model is made
 _MODES = ("align_mode", "gate_text")
+_MAX_DEPTH = 64  # linear layers of a projector
 LLM_TEMPLATE = "llm_chat_template.jinja"
 
 TINY = "tiny"
@@ -140,9 +141,18 @@ def build_config(config: StageConfig) -> AlignGPTConfig:
             return _config_of_init(config)
         text, vision = (AutoConfig.from_pretrained(folder) for folder in (llm_of(config), vision_of(config)))
         vision = getattr(vision, "vision_config", vision)
-        return AlignGPTConfig(
+        made = AlignGPTConfig(
             text_config=text.to_dict(), vision_config=vision.to_dict(), **_given(config, *_SHAPE, *_MODES)
         )
+    layers = made.vision_config.num_hidden_layers  # hidden state 0 is the embedding
+    if not -layers - 1 <= made.vision_layer <= layers:
+        raise UserError(
+            f"--vision-layer {made.vision_layer}: the vision tower has {layers} layers; use a number from "
+            f"{-layers - 1} to {layers}."
+        )
+    if projector_depth(made.projector_type) > _MAX_DEPTH:
+        raise UserError(f"--projector-type {made.projector_type}: use at most {_MAX_DEPTH} layers.")
+    return made
 
 
 def layers_of(part: nn.Module) -> list[nn.Module]:

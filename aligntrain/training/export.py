@@ -22,7 +22,7 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     """Write model and processor to `config.out` as a Hugging Face folder, with a checkpoint's weights.
 
     The model is rebuilt from the checkpoint, which needs no other rank; LoRA adapters are merged. Returns the names of
-    the files. Raises UserError when the checkpoint does not fit the model.
+    its files. Raises UserError when the checkpoint does not fit the model.
     """
     model, _ = build_model(config.replace(checkpointing=False), processor)
     load_weights(checkpoint, model)
@@ -46,7 +46,7 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
         path.replace(out / path.name)
     temporary.rmdir()
     sync(out)
-    return [path.name for path in written]
+    return [path.name for path in written if path.suffix != ".md"]  # the model card is there to be edited
 
 
 def _complete_generation_config(generation: GenerationConfig, processor: AlignGPTProcessor) -> None:

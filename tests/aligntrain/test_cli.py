@@ -16,6 +16,7 @@ from aligntrain.training.checkpoint import checkpoints
 from tests.support.stage_data import captions, make_models, picture, questions
 
 SMALL = ["--max-length", "96", "--token-budget", "128", "--batch-size", "8", "--dtype", "fp32", "--log-every", "1"]
+PRETRAIN = ["train", "pretrain", "c.tar", "--llm", "llm", "--vision", "vision", "--out", "x", *SMALL]
 Run = Callable[..., Result]
 
 
@@ -159,6 +160,19 @@ def test_convert(folder: Path, run: Run, tmp_path: Path) -> None:
         (["train", "finetune", "q.tar", "--init", "first"], "no output folder; pass --out"),
         (["train", "finetune", "gone.tar", "--init", "first", "--out", "x"], "there is no such file or folder"),
         (["train", "pretrain", "q.tar", "--llm", "llm", "--vision", "vision", "--out", "x"], "`aligncurate bucket"),
+        (
+            [*PRETRAIN, "--vision-layer", "-99"],
+            "--vision-layer -99: the vision tower has 2 layers; use a number from -3",
+        ),
+        (
+            [*PRETRAIN, "--vision-layer", "3"],
+            "--vision-layer 3: the vision tower has 2 layers; use a number from -3 to 2",
+        ),
+        ([*PRETRAIN, "--vision-layer", "9" * 30], "the vision tower has 2 layers"),
+        ([*PRETRAIN, "--level-weights", "9:1"], "--level-weights: there is no level 9; the model has levels 1 to 8"),
+        ([*PRETRAIN, "--level-weights", "1:0,5:1", "--num-levels", "4"], "no level 5; the model has levels 1 to 4"),
+        ([*PRETRAIN, "--seed", "9" * 30], f"--seed {'9' * 30}: use a number from 0 to 2^63 - 1"),
+        ([*PRETRAIN, "--projector-type", "mlp99999999x_gelu"], "--projector-type mlp99999999x_gelu: use at most 64"),
         (["train", "plan", "q.tar", "--ranks", "0"], "--ranks 0: use a number of at least 1"),
         (["generate", "llm", "--prompt", "x", "--image", "none.png"], "none.png: the image cannot be read"),
         (["generate", "llm", "--prompt", "x", "--image", "run.toml"], "run.toml: this is text, not an image"),

@@ -281,6 +281,18 @@ def test_the_output_folder_is_locked_during_the_run(
         train(config)
 
 
+def test_files_have_the_mode_of_the_umask(folder: Path, models: dict[str, str], tmp_path: Path) -> None:
+    """safetensors gives its files mode 0600, so that nobody else of a group could read a model."""
+    before = os.umask(0o027)
+    try:
+        train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", max_steps=1))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"model.safetensors", "weights-00000.safetensors", "optimizer-00000.safetensors"} <= modes.keys()
+    assert set(modes.values()) == {0o640}, modes
+
+
 def test_lora(folder: Path, pretrained: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     config = finetuning(
