@@ -73,16 +73,15 @@ class ImageRoot:
             what = what if "://" in local else "cannot be decoded"
             pair.fail(Status.MISSING_IMAGE, f"{_short(local)} {what}")
             return
-        paths = [path for folder in self.folders for path in _paths(folder, local)]
-        if not paths:
+        path = next((path for folder in self.folders for path in _paths(folder, local)), None)
+        if path is None:
             pair.image_path = name
             pair.fail(Status.UNSAFE_PATH, self._outside(local))
             return
-        pair.image_path = paths[0]
-        if storage.is_remote(paths[0]):
-            pair.load = partial(storage.read, paths[0])
-            return
-        files = _files(paths)
+        pair.image_path = path
+        files = [path] if storage.is_remote(path) or _existing([path]) else []
+        paths = [] if files else [path for folder in self.folders for path in _paths(folder, local)]
+        files = files or _files(paths)
         if len(files) == 1:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0])
         elif member := None if files else self._member(local):
@@ -113,7 +112,7 @@ class ImageRoot:
                 return f"it is a link to {os.readlink(path)}, which does not exist"
             if near := _similar(path):
                 return f"there is {near}"
-        if self.elsewhere and _existing(_paths(self.elsewhere, name)):
+        if self.elsewhere and _existing(list(_paths(self.elsewhere, name))):
             return f"there is one in {self.elsewhere}, so pass --image-root {self.elsewhere}"
         if _existing([storage.absolute(name)]):
             return f"there is one relative to the working folder, so pass --image-root {os.getcwd()}"
@@ -170,7 +169,7 @@ class ImageRoot:
 def _having(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """The folders that have some of the named images, those with the most first."""
     folders = [folder for folder in folders if storage.is_remote(folder) or os.path.isdir(folder)]
-    found = {folder: sum(bool(_files(_paths(folder, name))) for name in names) for folder in folders}
+    found = {folder: sum(bool(_files(list(_paths(folder, name)))) for name in names) for folder in folders}
     return sorted((folder for folder in folders if found[folder]), key=lambda folder: -found[folder])
 
 
@@ -194,26 +193,26 @@ def _without_scheme(name: str) -> str:
 
 def _spellings(name: str) -> list[str]:
     """The ways to write the same name, as it is given first."""
+    if name.isascii() and "\\" not in name and "%" not in name:
+        return [name]
     found = [name, name.replace("\\", "/")]
     found += [unquote(spelling) for spelling in found]
     found += [normalize(form, spelling) for spelling in found for form in ("NFC", "NFD")] if not name.isascii() else []
     return list(dict.fromkeys(found))
 
 
-def _paths(folder: str, name: str) -> list[str]:
+def _paths(folder: str, name: str) -> Iterator[str]:
     """The paths of `name` in `folder`, in its spellings; none if all lead out of it."""
-    paths = []
     for spelling in _spellings(name):
         path = normpath(spelling)
         if path.startswith("/"):
             inside = folder.rstrip("/") + "/"
             if path.startswith(inside):
-                paths.append(path)
+                yield path
             elif _existing([storage.join(folder, path.lstrip("/"))]):
-                paths.append(storage.join(folder, path.lstrip("/")))
+                yield storage.join(folder, path.lstrip("/"))
         elif path != ".." and not path.startswith("../"):
-            paths.append(storage.join(folder, path))
-    return paths
+            yield storage.join(folder, path)
 
 
 def _existing(paths: Sequence[str]) -> list[str]:
