@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from errno import ENOENT
 from functools import lru_cache, partial
 from itertools import islice
 from posixpath import normpath
@@ -73,15 +75,16 @@ class ImageRoot:
             what = what if "://" in local else "cannot be decoded"
             pair.fail(Status.MISSING_IMAGE, f"{_short(local)} {what}")
             return
-        path = next((path for folder in self.folders for path in _paths(folder, local)), None)
-        if path is None:
+        paths = list(dict.fromkeys(path for folder in self.folders for path in _paths(folder, local)))
+        if not paths:
             pair.image_path = name
             pair.fail(Status.UNSAFE_PATH, self._outside(local))
             return
-        pair.image_path = path
-        files = [path] if storage.is_remote(path) or _existing([path]) else []
-        paths = [] if files else [path for folder in self.folders for path in _paths(folder, local)]
-        files = files or _files(paths)
+        pair.image_path = paths[0]
+        if storage.is_remote(paths[0]):
+            pair.load = partial(_read_first, pair, paths)
+            return
+        files = _files(paths)
         if len(files) == 1:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0])
         elif member := None if files else self._member(local):
@@ -215,6 +218,16 @@ def _paths(folder: str, name: str) -> Iterator[str]:
             yield storage.join(folder, path)
 
 
+def _read_first(pair: Pair, paths: Sequence[str]) -> bytes:
+    """The bytes of the first of some remote files that exists, which becomes the pair's image."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            data = storage.read(path)
+            pair.image_path = path
+            return data
+    raise FileNotFoundError(ENOENT, "there is no such file", paths[0])
+
+
 def _existing(paths: Sequence[str]) -> list[str]:
     """The first of `paths` that exists, or cannot be looked at: reading it reports why."""
     for path in paths:
@@ -230,7 +243,10 @@ def _existing(paths: Sequence[str]) -> list[str]:
 
 def _files(paths: Sequence[str]) -> list[str]:
     """The file that one of `paths` means; several, if it lacks an ending and they differ by that."""
-    return _existing(paths) or _with_ending(paths)
+    found = _existing(paths)
+    if found and (_ending(found[0]) in EXTENSIONS or not os.path.isdir(found[0])):
+        return found
+    return _with_ending(paths) or found
 
 
 def _with_ending(paths: Sequence[str]) -> list[str]:
