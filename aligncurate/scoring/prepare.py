@@ -99,7 +99,11 @@ class Preparer:
                 pair.fail(Status.READ_ERROR, f"the image cannot be read: {reason}")
         if pair.conversations is not None and not text:
             who = self._options.score_text
-            pair.fail(Status.MISSING_CAPTION, f"the conversation has no text to score (--score-text {who})")
+            roles = ", ".join(dict.fromkeys(turn["role"] for turn in pair.conversations))
+            pair.fail(
+                Status.MISSING_CAPTION,
+                f"the conversation has no text to score (--score-text {who}; its roles are {roles})",
+            )
         if pair.status is not Status.OK:
             prepared.pixels = prepared.jpeg = prepared.exact_pixels = pair.score = pair.level = None
         return prepared

@@ -63,8 +63,9 @@ def other_fields(turns: Any) -> list[dict[str, Any]]:
     """What the turns of a conversation hold besides roles and texts, for each turn; empty if there is nothing."""
     rest = []
     for turn in _turns(turns):
-        read = {*_ROLE_KEYS, *_TEXT_KEYS} if any(turn.get(key) is not None for key in _ROLE_KEYS) else set(ROLES)
-        rest.append({name: value for name, value in turn.items() if value is not None and name.lower() not in read})
+        role, content = _first(turn, _ROLE_KEYS), _first(turn, _TEXT_KEYS)
+        read = {role, content} if role or content else {name for name in turn if name.lower() in ROLES}
+        rest.append({name: value for name, value in turn.items() if value is not None and name not in read})
     return rest if any(rest) else []
 
 
@@ -83,13 +84,19 @@ def _turns(value: Any) -> Sequence[Any]:
 
 def _spoken(turn: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(role, content) of what is said in a turn: once, or in a turn like `{user, assistant}` by each of them."""
-    role = next((turn[key] for key in _ROLE_KEYS if turn.get(key) is not None), None)
-    content = next((turn[key] for key in _TEXT_KEYS if turn.get(key) is not None), None)
-    roles = [name for name in turn if str(name).lower() in ROLES and turn[name] is not None]
-    if role is None and content is None and roles:
-        yield from ((name, turn[name]) for name in roles)
-    else:
-        yield role, content
+    role, content = _first(turn, _ROLE_KEYS), _first(turn, _TEXT_KEYS)
+    roles = [] if role or content else [name for name in turn if name.lower() in ROLES]
+    yield from ((name, turn[name]) for name in roles if turn[name] is not None)
+    if not roles:
+        yield role and turn[role], content and turn[content]
+
+
+def _first(turn: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """The first of `keys` that `turn` has a value for."""
+    for key in keys:
+        if turn.get(key) is not None:
+            return key
+    return None
 
 
 def _text(content: Any, number: int) -> tuple[str | None, list[Any]]:

@@ -50,6 +50,7 @@ class Fields:
     Attributes:
         asked: the fields of a question and its answer, which make a conversation.
         all: every field of the file, for messages.
+        others: further usual fields for images, for rows in which `image` is empty.
     """
 
     image: str | None
@@ -58,6 +59,7 @@ class Fields:
     key: str | None
     asked: tuple[str, str] | None = None
     all: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def used(self) -> frozenset[str]:
@@ -109,7 +111,9 @@ def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[M
         if image is None and any(n in lower for n in ("url", "image_url", "urls")):
             hint = " Its images are URLs; download them first, for example with img2dataset."
         raise NoPairsError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
-    return Fields(image, caption, turns, pick(None, KEYS, ""), asked, tuple(columns))
+    others = [lower[n] for n in (*IMAGES, *_LAST_IMAGES) if n in lower and naming.image_column is None]
+    others = [name for name in dict.fromkeys(others) if name not in (image, caption, turns, *(asked or ()))]
+    return Fields(image, caption, turns, pick(None, KEYS, ""), asked, tuple(columns), tuple(others))
 
 
 def turns_of(row: Mapping[str, Any], fields: Fields) -> Any:
@@ -136,13 +140,14 @@ def _named_by_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) ->
         (
             column
             for column in sorted(columns, key=lambda column: column.lower() in KEYS)
-            if any(_is_image(image) for row in rows for image in images_in(row.get(column)))
+            if any(is_image(image) for row in rows for image in images_in(row.get(column)))
         ),
         None,
     )
 
 
-def _is_image(image: str | bytes) -> bool:
+def is_image(image: str | bytes) -> bool:
+    """Whether an image in a field is one beyond doubt: its bytes, or a name with the ending of one."""
     if isinstance(image, bytes):
         return True
     return "://" not in image and "\n" not in image and image.rpartition(".")[2].lower() in EXTENSIONS and "." in image

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from errno import ENOENT
 from functools import lru_cache, partial
 from itertools import islice
 from posixpath import normpath
@@ -73,14 +75,14 @@ class ImageRoot:
             what = what if "://" in local else "cannot be decoded"
             pair.fail(Status.MISSING_IMAGE, f"{_short(local)} {what}")
             return
-        paths = [path for folder in self.folders for path in _paths(folder, local)]
+        paths = list(dict.fromkeys(path for folder in self.folders for path in _paths(folder, local)))
         if not paths:
             pair.image_path = name
             pair.fail(Status.UNSAFE_PATH, self._outside(local))
             return
         pair.image_path = paths[0]
         if storage.is_remote(paths[0]):
-            pair.load = partial(storage.read, paths[0])
+            pair.load = partial(_read_first, pair, paths)
             return
         files = _files(paths)
         if len(files) == 1:
@@ -113,7 +115,7 @@ class ImageRoot:
                 return f"it is a link to {os.readlink(path)}, which does not exist"
             if near := _similar(path):
                 return f"there is {near}"
-        if self.elsewhere and _existing(_paths(self.elsewhere, name)):
+        if self.elsewhere and _existing(list(_paths(self.elsewhere, name))):
             return f"there is one in {self.elsewhere}, so pass --image-root {self.elsewhere}"
         if _existing([storage.absolute(name)]):
             return f"there is one relative to the working folder, so pass --image-root {os.getcwd()}"
@@ -170,7 +172,7 @@ class ImageRoot:
 def _having(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """The folders that have some of the named images, those with the most first."""
     folders = [folder for folder in folders if storage.is_remote(folder) or os.path.isdir(folder)]
-    found = {folder: sum(bool(_files(_paths(folder, name))) for name in names) for folder in folders}
+    found = {folder: sum(bool(_files(list(_paths(folder, name)))) for name in names) for folder in folders}
     return sorted((folder for folder in folders if found[folder]), key=lambda folder: -found[folder])
 
 
@@ -194,26 +196,36 @@ def _without_scheme(name: str) -> str:
 
 def _spellings(name: str) -> list[str]:
     """The ways to write the same name, as it is given first."""
+    if name.isascii() and "\\" not in name and "%" not in name:
+        return [name]
     found = [name, name.replace("\\", "/")]
     found += [unquote(spelling) for spelling in found]
     found += [normalize(form, spelling) for spelling in found for form in ("NFC", "NFD")] if not name.isascii() else []
     return list(dict.fromkeys(found))
 
 
-def _paths(folder: str, name: str) -> list[str]:
+def _paths(folder: str, name: str) -> Iterator[str]:
     """The paths of `name` in `folder`, in its spellings; none if all lead out of it."""
-    paths = []
     for spelling in _spellings(name):
         path = normpath(spelling)
         if path.startswith("/"):
             inside = folder.rstrip("/") + "/"
             if path.startswith(inside):
-                paths.append(path)
+                yield path
             elif _existing([storage.join(folder, path.lstrip("/"))]):
-                paths.append(storage.join(folder, path.lstrip("/")))
+                yield storage.join(folder, path.lstrip("/"))
         elif path != ".." and not path.startswith("../"):
-            paths.append(storage.join(folder, path))
-    return paths
+            yield storage.join(folder, path)
+
+
+def _read_first(pair: Pair, paths: Sequence[str]) -> bytes:
+    """The bytes of the first of some remote files that exists, which becomes the pair's image."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            data = storage.read(path)
+            pair.image_path = path
+            return data
+    raise FileNotFoundError(ENOENT, "there is no such file", paths[0])
 
 
 def _existing(paths: Sequence[str]) -> list[str]:
@@ -231,7 +243,10 @@ def _existing(paths: Sequence[str]) -> list[str]:
 
 def _files(paths: Sequence[str]) -> list[str]:
     """The file that one of `paths` means; several, if it lacks an ending and they differ by that."""
-    return _existing(paths) or _with_ending(paths)
+    found = _existing(paths)
+    if found and (_ending(found[0]) in EXTENSIONS or not os.path.isdir(found[0])):
+        return found
+    return _with_ending(paths) or found
 
 
 def _with_ending(paths: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from aligncurate.sources.base import Shard, Source, cut, merge_extras
 from aligncurate.sources.captions import Several, captions_in, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score
 from aligncurate.sources.conversations import parse_conversation
-from aligncurate.sources.fields import Fields, Naming, find_fields, turns_of
+from aligncurate.sources.fields import Fields, Naming, find_fields, is_image, turns_of
 from aligncurate.sources.image_root import ImageRoot
 from aligncurate.sources.texts import listed, with_texts, without_image
 
@@ -67,7 +67,7 @@ class RowFile(ABC):
         Raises UserError if no columns with images and texts are found.
         """
         self.fields = find_fields(self.uri, columns, naming, rows)
-        images = [_images(row, self.fields, _inside(row, self.fields)) for row in rows]
+        images = [_images(row, self.fields, _inside(row, self.fields))[0] for row in rows]
         written = [_inside(row, self.fields) for row in rows] if self.has_cells else images
         self.inline = any(isinstance(image, bytes) for some in written for image in images_in(some))
         names = [image for some in images for image in some if isinstance(image, str)]
@@ -169,12 +169,12 @@ class RowReader:
         pair.extra = {k: v for k, v in row.items() if k not in fields.used}
         caption = row.get(fields.caption) if fields.caption else None
         pairs, inside = with_texts(pair, turns_of(row, fields), caption, self._several, row.get("similarity"))
-        images = _images(row, fields, inside)
+        images, where = _images(row, fields, inside)
         key = self._key(row, images, number)
         self.counts["several"] += len(pairs) > 1 or (pair.conversations is None and len(captions_in(caption)) > 1)
         for one in pairs:
             one.key = self._unique(f"{key}{one.key}", number)
-            self._attach(one, row, images)
+            self._attach(one, row, images, where)
         return pairs
 
     def broken(self, number: int, error: str) -> Pair:
@@ -189,13 +189,13 @@ class RowReader:
         pair.fail(Status.READ_ERROR, error)
         return pair
 
-    def _attach(self, pair: Pair, row: Mapping[str, Any], images: list[str | bytes]) -> None:
+    def _attach(self, pair: Pair, row: Mapping[str, Any], images: list[str | bytes], where: str | None) -> None:
         fields = self._fields
         if len(images) > 1:
             pair.fail(Status.MULTI_IMAGE, f"{len(images)} images in one row; only one image per row is supported")
         elif images and isinstance(images[0], bytes):
             pair.load = partial(bytes, images[0])
-            pair.image_path = fields.image or fields.turns
+            pair.image_path = where
         elif images and self._root is not None:
             self._root.attach(pair, str(images[0]))
         elif images:
@@ -223,11 +223,15 @@ class RowReader:
         return key
 
 
-def _images(row: Mapping[str, Any], fields: Fields, inside: Sequence[Any] = ()) -> list[str | bytes]:
-    """The images of a row: of its image field, or those `inside` its conversation, if these are more."""
-    images = images_in(row.get(fields.image)) if fields.image else []
+def _images(row: Mapping[str, Any], fields: Fields, inside: Sequence[Any] = ()) -> tuple[list[str | bytes], str | None]:
+    """The images of a row, and the field that has them: an image field, or the conversation, if it names more."""
+    images, where = images_in(row.get(fields.image)) if fields.image else [], fields.image
+    for name in fields.others if not images else ():
+        if found := [image for image in images_in(row.get(name)) if is_image(image)]:
+            images, where = found, name
+            break
     named = images_in(inside)
-    return named if len(named) > len(images) else images
+    return (named, fields.turns) if len(named) > len(images) else (images, where)
 
 
 def _inside(row: Mapping[str, Any], fields: Fields) -> list[Any]:

@@ -10,6 +10,7 @@ from aligncurate.dataset.record import Pair, Status
 from aligncurate.sources.captions import Several, with_captions
 from aligncurate.sources.coerce import as_level
 from aligncurate.sources.conversations import other_fields, parse_conversation, set_conversation
+from aligncurate.sources.fields import IMAGES, is_image
 from aligncurate.sources.marks import IMAGE, marks_video
 
 _VIDEOS = ("video", "videos", "video_path")
@@ -58,7 +59,10 @@ def without_image(pair: Pair, row: Mapping[str, Any], missing: str) -> None:
         missing: the sentence on a row that should have an image.
     """
     texts = [turn["text"] for turn in pair.conversations or ()]
-    if any(IMAGE in text for text in texts):
+    named = next((i for name in IMAGES for i in images_in(row.get(name)) if isinstance(i, str) and is_image(i)), None)
+    if named is not None:
+        pair.fail(Status.MISSING_IMAGE, f"it names the image {named}, but {missing}")
+    elif any(IMAGE in text for text in texts):
         pair.fail(Status.MISSING_IMAGE, f"the text marks an image ({IMAGE}), but {missing}")
     elif any(row.get(name) for name in _VIDEOS) or any(marks_video(text) for text in texts):
         pair.fail(Status.MISSING_IMAGE, "it is about a video; only images are supported")

@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import polars as pl
 import pytest
 
@@ -172,3 +173,20 @@ def test_a_folder_that_cannot_be_read_now_fails_the_shard(tmp_path, monkeypatch)
         assert run.dataset is None and "Input/output" in run.failures[0].error
     again = aligncurate.ingest(tmp_path / "a.csv", tmp_path / "out", quiet=True)
     assert statuses(again.dataset.scan().collect()) == ["ok"]
+
+
+def test_spellings_at_a_uri(tmp_path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/spelled/images/a b.jpg", jpeg(1))
+    names = ["images/a b.jpg", "images\\a b.jpg", "images/a%20b.jpg", "./images//a b.jpg", "images/gone%20.jpg"]
+    rows = "".join(json.dumps({"image": name, "caption": "c"}) + "\n" for name in names)
+    memory.pipe("/spelled/a.jsonl", rows.encode())
+    frame = ingested("memory://spelled/a.jsonl", tmp_path / "out")
+    assert statuses(frame) == ["ok"] * 4 + ["missing_image"]
+    assert frame["image_path"].to_list()[:4] == ["memory://spelled/images/a b.jpg"] * 4
+
+
+def test_a_folder_with_the_name_of_an_image(folder) -> None:
+    (folder / "images" / "two words").mkdir()
+    (folder / "images" / "two words.png").write_bytes(jpeg(1))
+    assert [row["status"] for row in rows_of(folder, ["two words", "sub dir"])] == ["ok", "read_error"]

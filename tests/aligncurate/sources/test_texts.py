@@ -13,7 +13,7 @@ import pytest
 
 import aligncurate
 from aligncurate.sources.options import SourceOptions
-from tests.support.inputs import cli, ingested, jpeg, read_all, statuses
+from tests.support.inputs import cli, ingested, jpeg, read_all, statuses, write_tar
 
 ANSWER = {"role": "assistant", "content": "A box."}
 
@@ -351,3 +351,39 @@ def test_a_row_that_breaks_the_reader_is_invalid(images) -> None:
     assert [row["status"] for row in found] == ["ok", "missing_caption", "invalid_row", "invalid_caption"]
     (row,) = rows_of(images, rows[1:2], "one")
     assert row["status"] == "invalid_row" and row["row"] == 0
+
+
+def test_rows_that_name_their_images_in_different_fields(images) -> None:
+    rows: list[dict[str, Any]] = [{"image": "0.jpg"}, {"images": ["1.jpg"]}, {"image": None, "img": "2.jpg"}, {}]
+    found = rows_of(images, [{**row, "conversations": talk("Hi", "Hello.")} for row in rows])
+    assert [row["status"] for row in found] == ["ok"] * 3 + ["text_only"]
+    assert [row["image_path"] and row["image_path"][-5:] for row in found] == ["0.jpg", "1.jpg", "2.jpg", None]
+    row = {"pic": None, "image": "0.jpg", "conversations": talk("Hi", "Hello.")}
+    chosen = rows_of(images, [row], "chosen", image_column="pic")
+    assert chosen[0]["status"] == "missing_image" and "0.jpg" in chosen[0]["error"]
+
+
+def test_a_sample_of_a_tar_that_names_or_marks_an_image_is_not_text_only(tmp_path) -> None:
+    metas = {
+        "named": {"image": "x.jpg", "conversations": talk("Hi", "Hello.")},
+        "marked": {"conversations": talk("<ImageHere> Hi", "Hello.")},
+        "part": {"messages": [{"role": "USER", "content": [{"type": "input_image", "image_url": "x.jpg"}]}, ANSWER]},
+        "text": {"conversations": talk("Hi", "Hello.")},
+    }
+    write_tar(tmp_path / "a.tar", {key: {"json": json.dumps(meta).encode()} for key, meta in metas.items()})
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert statuses(frame) == ["missing_image"] * 3 + ["text_only"]
+    assert all(frame["error"][:3])
+
+
+def test_several_captions_in_a_tar(tmp_path) -> None:
+    captions = [["a", "b"], "c", ["d"], [{"raw": "e"}, {"raw": "f"}]]
+    write_tar(
+        tmp_path / "a.tar",
+        {f"k{i}": {"jpg": jpeg(i), "json": json.dumps({"caption": c}).encode()} for i, c in enumerate(captions)},
+    )
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert frame["key"].to_list() == ["k0-0", "k0-1", "k1", "k2", "k3-0", "k3-1"]
+    assert frame["caption"].to_list() == list("abcdef") and statuses(frame) == ["ok"] * 6
+    first = ingested(tmp_path / "a.tar", tmp_path / "first", captions="first")
+    assert first["caption"].to_list() == list("acde")
