@@ -74,11 +74,13 @@ class Sample:
     """The files with one key, by their endings: images, texts that were read, and the names of all.
 
     Attributes:
+        unnamed: images by their content, with unusual endings; taken if there is no other.
         fault: what makes the sample unusable: a status and a sentence.
     """
 
     key: str
     images: dict[str, Image] = field(default_factory=dict)
+    unnamed: dict[str, Image] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     fault: tuple[Status, str] | None = None
@@ -106,6 +108,7 @@ def split_at_dots(sample: Sample, endings: Endings) -> list[Sample]:
     They are two pairs if the last dot is taken, which is done only where the first makes no pair.
     """
     captions = {*endings.captions, "json"}
+    sample.images = sample.images or sample.unnamed
     if sample.fault or not any("." in ending for ending in sample.files):
         return [sample]
     if len(sample.images) == 1 and captions & sample.files.keys():
