@@ -22,7 +22,10 @@ ENDINGS = {
 }
 """Usual endings of each kind of file. In a folder with several kinds the first wins: tables often describe the tars."""
 
-EXPECTED = {"webdataset": "a tar", "parquet": "a Parquet file", "annotations": "a JSON file", "table": "a table"}
+EXPECTED = {
+    "webdataset": "a tar", "parquet": "a Parquet file", "annotations": "a JSON file", "table": "a table",
+    "imagefolder": "a folder", "dataset": "a dataset",
+}  # fmt: skip
 """What a file of each kind should be, for a sentence."""
 
 _CONTENTS = {"tar": "webdataset", "parquet": "parquet", "json": "annotations"}

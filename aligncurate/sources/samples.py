@@ -16,8 +16,9 @@ from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io.tar import readable
 from aligncurate.sources.base import Shard, Source
-from aligncurate.sources.captions import CAPTIONS, Several, captions_in, clean, several_remark, text_of
+from aligncurate.sources.captions import CAPTIONS, captions_in, clean, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score, infer_extras
+from aligncurate.sources.options import Several
 from aligncurate.sources.texts import with_texts, without_image
 
 MAX_IMAGE_BYTES = 1 << 29

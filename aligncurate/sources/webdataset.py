@@ -17,9 +17,9 @@ from aligncurate.io import storage
 from aligncurate.io.content import image_format
 from aligncurate.io.tar import readable, tar_members
 from aligncurate.sources.base import Shard, merge_extras
-from aligncurate.sources.captions import Several
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
+from aligncurate.sources.options import Several
 from aligncurate.sources.samples import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
