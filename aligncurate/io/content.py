@@ -47,7 +47,7 @@ _CAPTIONS = "give its folder with a caption file beside each image, or a table t
 EMPTY = Content("damaged", "an empty file (0 bytes)", _COPY)
 TAR = Content("tar", "a tar", "use --format webdataset")
 PARQUET = Content("parquet", "a Parquet file", "use --format parquet")
-JSON = Content("json", "JSON", "use --format annotations")
+JSON = Content("json", "JSON", "if it is data and not the error of a server, use --format annotations")
 TEXT = Content("text", "text", _COPY)
 UNKNOWN = Content("damaged", "of no known format", _COPY)
 _ZEROS = Content("damaged", "a file that begins with zeros, as an interrupted download leaves", _COPY)
@@ -145,12 +145,16 @@ def _recognise(head: bytes) -> Content:
     for magic, name, command, look_inside in _COMPRESSED:
         if head.startswith(magic) and not (text and magic.isascii()):
             return Content(None, _compressed(head, name, look_inside), f"decompress it first (`{command} -c`)")
-    for pattern, name in _IMAGES:
-        if pattern.match(head):
-            return Content("image", f"an image ({name})", _CAPTIONS)
+    if image := image_format(head):
+        return Content("image", f"an image ({image})", _CAPTIONS)
     if _VIDEO.match(head):
         return Content(None, "a video", "give images and their captions")
     return _text(head)
+
+
+def image_format(head: bytes) -> str | None:
+    """The format of an image that begins with `head`; None if it is no image of a usual format."""
+    return next((name for pattern, name in _IMAGES if pattern.match(head)), None)
 
 
 def _compressed(head: bytes, name: str, look_inside: Callable[[bytes], bytes] | None) -> str:

@@ -11,20 +11,18 @@ from contextlib import suppress
 from dataclasses import replace
 from io import StringIO
 from tokenize import STRING, TokenError, generate_tokens
-from typing import Any, Literal
+from typing import Any
 
 from aligncurate.dataset.record import Pair, Status
 from aligncurate.progress import count
 from aligncurate.sources.marks import without_marks
+from aligncurate.sources.options import Several
 
 CAPTIONS = (
     "caption", "text", "caption_text", "alt_text", "TEXT", "captions", "sentence", "sentences", "description", "title",
     "texts", "descriptions", "caption_list", "raw",
 )  # fmt: skip
 """Usual names of caption columns, the most likely first."""
-
-Several = Literal["all", "first"]
-"""What becomes of several captions in one field: a pair for each, or one for the first."""
 
 _TEXT_KEYS = ("caption", "text", "raw", "sentence", "value", "content", "description", "title")
 _INVISIBLE = "\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufffe\0"

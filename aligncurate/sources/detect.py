@@ -175,7 +175,7 @@ class _Inputs:
             # img2dataset's tables beside the folders were tried as data; they are read with the images.
             tables = tuple(f"{folder}.parquet: " for folder in images)
             self._skipped = [error for error in self._skipped if not error.startswith(tables)]
-        elif len(self._skipped) == skipped:
+        elif len(self._skipped) == skipped or folders.odd_content(tree):
             raise UserError(f"{path}: {folders.describe_nothing(tree, format)}.")
 
     def _add_data(self, path: str, data: Mapping[str, Sequence[str]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,11 +22,15 @@ ENDINGS = {
 }
 """Usual endings of each kind of file. In a folder with several kinds the first wins: tables often describe the tars."""
 
-EXPECTED = {"webdataset": "a tar", "parquet": "a Parquet file", "annotations": "a JSON file", "table": "a table"}
+EXPECTED = {
+    "webdataset": "a tar", "parquet": "a Parquet file", "annotations": "a JSON file", "table": "a table",
+    "imagefolder": "a folder", "dataset": "a dataset",
+}  # fmt: skip
 """What a file of each kind should be, for a sentence."""
 
 _CONTENTS = {"tar": "webdataset", "parquet": "parquet", "json": "annotations"}
 _DEEPEST = 8  # folders below the given one
+_LOOKS = 20  # files without a usual ending whose content is looked at
 _ENTRIES = 1_000  # of a folder beside the data, that are looked at
 
 
@@ -50,6 +55,7 @@ class Folder:
     Attributes:
         data: data files by kind, as their names say.
         images: the images and texts of each folder that has images.
+        texts: the texts of each folder that has captions of the images in one beside it (`images`, `captions`).
         pairs: whether there is an image with a text of the same name.
         others: files of no usual ending, and no image or text.
         datasets: folders of our own datasets.
@@ -57,6 +63,7 @@ class Folder:
 
     data: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in ENDINGS})
     images: dict[str, list[str]] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
     pairs: bool = False
     others: list[str] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
@@ -67,6 +74,7 @@ class Folder:
         folder = cls()
         for below, files in _walk(path, _DEEPEST if deep else 0, set()):
             folder.add(below, files, endings, top=below == path)
+        folder._add_texts_beside(endings)
         return folder
 
     def add(self, path: str, files: list[str], endings: Endings, *, top: bool = False) -> None:
@@ -79,6 +87,8 @@ class Folder:
         if images:
             self.images[path] = [file for group in groups.values() for file in group.values()]
             self.pairs |= any(is_pair(group, endings) for group in groups.values())
+        elif re.search("caption|text|txt|prompt", storage.basename(path).lower()):
+            self.texts[path] = [file for group in groups.values() for file in group.values()]
         stems = {stem for stem, group in groups.items() if has_image(group, endings)}
         for file in files:
             name = storage.basename(file)
@@ -89,6 +99,17 @@ class Folder:
                 self.data[kind].append(file)
             elif not endings.is_image(ending.lower()):
                 self.others.append(file)
+
+    def _add_texts_beside(self, endings: Endings) -> None:
+        """Give the images in `images` the texts in `captions`, if they have none of their own."""
+        for path, texts in self.texts.items():
+            for images, files in self.images.items():
+                groups = group_by_stem(files, endings)
+                if storage.parent(images) == storage.parent(path) and not any(
+                    is_pair(group, endings) for group in groups.values()
+                ):
+                    files += [file for file in texts if storage.basename(file).rpartition(".")[0] in groups]
+                    self.pairs |= any(is_pair(group, endings) for group in group_by_stem(files, endings).values())
 
 
 def _walk(path: str, depth: int, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
@@ -131,6 +152,16 @@ def with_data(path: str, endings: Endings) -> list[str]:
     return found
 
 
+def odd_content(folder: Folder) -> str | None:
+    """What the first file of an unusual kind in a folder is, and what to do; None if there is none."""
+    for file in folder.others[:_LOOKS]:
+        content = what_is(file)
+        if content.kind not in ("text", "damaged"):
+            name = storage.basename(file)
+            return f"no file in the folder has a usual ending; {name} is {content.name}: {content.advice}"
+    return None
+
+
 def describe_nothing(folder: Folder, format: str | None) -> str:
     """Why a folder has nothing to read, and what to do."""
     if folder.datasets:
@@ -138,16 +169,13 @@ def describe_nothing(folder: Folder, format: str | None) -> str:
         return f"the folder contains datasets of aligncurate; give those instead ({names})"
     if format is not None:
         return f"the folder has no files for --format {format}"
+    if odd := odd_content(folder):
+        return odd
     if folder.images:
         return (
             "the folder contains only images; put a text of the same name beside each (0.jpg and 0.txt), or give a "
             "table or JSON file with their names and captions"
         )
-    for file in folder.others[:20]:
-        content = what_is(file)
-        if content.kind != "text":
-            name = storage.basename(file)
-            return f"no file in the folder has a usual ending; {name} is {content.name}: {content.advice}"
     if folder.others:
         return "the folder has no tars, Parquet, JSON, JSONL, CSV or TSV files, and no images with texts"
     return "the folder is empty; give tars, Parquet, JSON, JSONL, CSV or TSV files, or images with texts"

@@ -11,8 +11,8 @@ from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
 from aligncurate.io import storage
 from aligncurate.sources.base import Shard, cut, merge_extras
-from aligncurate.sources.captions import Several
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
+from aligncurate.sources.options import Several
 from aligncurate.sources.samples import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from aligncurate.settings import check, setting
-from aligncurate.sources.captions import Several
 
 Format = Literal["webdataset", "parquet", "annotations", "table", "imagefolder", "dataset"]
+Several = Literal["all", "first"]
+"""What becomes of several captions in one field: a pair for each, or one for the first."""
+
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 

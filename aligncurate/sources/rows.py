@@ -19,11 +19,12 @@ from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.progress import count
 from aligncurate.sources.base import Shard, Source, cut, merge_extras
-from aligncurate.sources.captions import Several, captions_in, several_remark, text_of
+from aligncurate.sources.captions import captions_in, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score
 from aligncurate.sources.conversations import parse_conversation
 from aligncurate.sources.fields import Fields, Naming, find_fields, is_image, turns_of
 from aligncurate.sources.image_root import ImageRoot
+from aligncurate.sources.options import Several
 from aligncurate.sources.texts import listed, with_texts, without_image
 
 _SPREAD = 512  # rows throughout a file that say what is in it

@@ -16,8 +16,9 @@ from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io.tar import readable
 from aligncurate.sources.base import Shard, Source
-from aligncurate.sources.captions import CAPTIONS, Several, captions_in, several_remark, text_of
+from aligncurate.sources.captions import CAPTIONS, captions_in, clean, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score, infer_extras
+from aligncurate.sources.options import Several
 from aligncurate.sources.texts import with_texts, without_image
 
 MAX_IMAGE_BYTES = 1 << 29
@@ -74,11 +75,13 @@ class Sample:
     """The files with one key, by their endings: images, texts that were read, and the names of all.
 
     Attributes:
+        unnamed: images by their content, with unusual endings; taken if there is no other.
         fault: what makes the sample unusable: a status and a sentence.
     """
 
     key: str
     images: dict[str, Image] = field(default_factory=dict)
+    unnamed: dict[str, Image] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     fault: tuple[Status, str] | None = None
@@ -106,6 +109,7 @@ def split_at_dots(sample: Sample, endings: Endings) -> list[Sample]:
     They are two pairs if the last dot is taken, which is done only where the first makes no pair.
     """
     captions = {*endings.captions, "json"}
+    sample.images = sample.images or sample.unnamed
     if sample.fault or not any("." in ending for ending in sample.files):
         return [sample]
     if len(sample.images) == 1 and captions & sample.files.keys():
@@ -202,6 +206,8 @@ class SampleReader:
             pair.fail(Status.INVALID_ROW, f"the JSON cannot be used: {error}")
         pair.score, pair.level = as_score(meta.get("score")), as_level(meta.get("level"))
         pair.extra = extra_fields(sample, meta, self.endings)
+        if others := self._other_captions(sample, meta):
+            pair.extra["other_captions"] = others
         key = text_of(meta.get("key")) or sample.key
         pair.key = ""
         turns, caption = meta.get("conversations") or meta.get("messages"), self._caption(sample, meta)
@@ -228,6 +234,13 @@ class SampleReader:
         if self.endings.caption is not None:
             return meta.get(self.endings.caption)
         return next((meta[name] for name in CAPTIONS if name in meta), None)
+
+    def _other_captions(self, sample: Sample, meta: Mapping[str, Any]) -> list[str]:
+        """The captions in files with further endings and in the JSON, where they differ from the one that is taken."""
+        texts = [text_of(sample.texts[name]) for name in self.endings.captions if name in sample.texts]
+        texts += [meta["caption"]] if texts and isinstance(meta.get("caption"), str) else []
+        cleaned = dict.fromkeys(clean(text) for text in texts if text)
+        return [text for text in cleaned if text][1:]
 
     def _attach(self, pair: Pair, sample: Sample, meta: Mapping[str, Any]) -> None:
         for image in list(sample.images.values())[:1]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from aligncurate.dataset.pointers import images_in
 from aligncurate.dataset.record import Pair, Status
-from aligncurate.sources.captions import Several, with_captions
+from aligncurate.sources.captions import with_captions
 from aligncurate.sources.coerce import as_level
 from aligncurate.sources.conversations import other_fields, parse_conversation, set_conversation
 from aligncurate.sources.fields import IMAGES, is_image
 from aligncurate.sources.marks import IMAGE, marks_video
+from aligncurate.sources.options import Several
 
 _VIDEOS = ("video", "videos", "video_path")
 

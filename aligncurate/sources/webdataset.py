@@ -14,11 +14,12 @@ import pyarrow as pa
 from aligncurate.dataset.record import Status
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
+from aligncurate.io.content import image_format
 from aligncurate.io.tar import readable, tar_members
 from aligncurate.sources.base import Shard, merge_extras
-from aligncurate.sources.captions import Several
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
+from aligncurate.sources.options import Several
 from aligncurate.sources.samples import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -155,10 +156,18 @@ class _Tar:
             elif kept:
                 load = partial(bytes, self._read(offset, size))
             sample.images[ending] = Image(name, load, offset, size)
+        elif self._is_unnamed_image(ending, offset):
+            sample.unnamed[ending] = Image(name, partial(storage.read_range, self._uri, offset, size), offset, size)
         elif readable_text is None:
             sample.fail(Status.TOO_LARGE, f"{name} has {size:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}")
         elif readable_text and self._texts:
             sample.texts[ending] = self._read(offset, size)
+
+    def _is_unnamed_image(self, ending: str, offset: int) -> bool:
+        """Whether a member with an unusual ending, such as `.jpg_large`, is an image by its content."""
+        if self._endings.image is not None or self._endings.is_text(ending):
+            return False
+        return image_format(self._read(offset, 32)) is not None
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)

@@ -104,9 +104,14 @@ def cli(*arguments: object) -> Result:
 
 
 def complaint(result: Result, code: int = 2) -> str:
-    """The error message of a run that ended with exit code `code`; it must be one line, a sentence or a question."""
+    """The error message of a run that ended with exit code `code`; it must be one line, a sentence or a question.
+
+    Notices may come before it.
+    """
     assert result.exit_code == code, (result.exit_code, result.output)
-    lines = result.stderr.strip().splitlines()
+    notices, _, error = ("\n" + result.stderr.strip()).rpartition("\nerror: ")
+    assert not notices or notices.startswith("\nnote: "), result.stderr
+    lines = f"error: {error}".splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert lines[0].endswith((".", "?")) and "Traceback" not in result.output
     return lines[0].removeprefix("error: ")

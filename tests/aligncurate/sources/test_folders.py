@@ -353,3 +353,37 @@ def test_statuses_of_an_image_folder_survive_a_second_ingest(tmp_path) -> None:
     first = ingested(tmp_path / "in", tmp_path / "first")
     assert statuses(first) == ["ok", "ok", "missing_caption"]
     assert ingested(tmp_path / "first", tmp_path / "second").equals(first)
+
+
+def test_captions_in_a_folder_beside_the_images(tmp_path) -> None:
+    images(tmp_path / "in/images")
+    (tmp_path / "in/captions").mkdir()
+    texts(tmp_path / "in/captions", "txt", "0", "1")
+    frame = ingested(tmp_path / "in", tmp_path / "out")
+    assert frame.select("key", "caption", "status").rows() == [
+        ("images/0", "caption 0", "ok"), ("images/1", "caption 1", "ok"), ("images/2", None, "missing_caption"),
+    ]  # fmt: skip
+    images(tmp_path / "yolo/images")
+    (tmp_path / "yolo/labels").mkdir()
+    texts(tmp_path / "yolo/labels")
+    with pytest.raises(UserError, match="only images"):
+        open_source(str(tmp_path / "yolo"))
+
+
+def test_captions_that_are_not_taken_are_kept(tmp_path) -> None:
+    folder = images(tmp_path / "in", "a", "b")
+    files = {"a.txt": "tags", "a.caption": "a sentence", "b.txt": "same", "b.json": '{"caption": "same "}'}
+    for name, data in files.items():
+        (folder / name).write_text(data)
+    frame = ingested(folder, tmp_path / "out")
+    assert frame["caption"].to_list() == ["tags", "same"]
+    assert "a sentence" in frame["extra"][0] and frame["extra"][1] is None
+
+
+def test_a_dataset_saved_to_disk_by_datasets_is_named(tmp_path) -> None:
+    table = pa.table({"text": ["x"]})
+    name = tmp_path / "data-00000-of-00001.arrow"
+    with pa.OSFile(str(name), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    (tmp_path / "state.json").write_text('{"_data_files": []}')
+    assert "an Arrow stream" in complaint(cli("ingest", tmp_path, "--out", tmp_path / "out"))

@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 
 from aligncurate.sources import img2dataset, samples
 from aligncurate.sources.detect import open_source
-from tests.support.inputs import cli, complaint, ingested, jpeg, pairs, read_all, statuses, tar_bytes, write_tar
+from tests.support.inputs import (
+    cli,
+    complaint,
+    encoded,
+    ingested,
+    jpeg,
+    pairs,
+    picture,
+    read_all,
+    statuses,
+    tar_bytes,
+    write_tar,
+)
 
 KEYS = st.text("abcdefg012_- ü图", min_size=1, max_size=9).filter(lambda key: key.strip())
 FOLDERS = st.sampled_from(["", "./", "a/", "v1.0/", "a b/c.d/", "/"])
@@ -94,8 +106,19 @@ def test_endings_that_the_user_names(tmp_path, option) -> None:
     frame = ingested(tmp_path / "a.tar", tmp_path / "out", image_column=option, caption_column="cap")
     assert frame.select("key", "caption", "status").rows() == [(key, "a red box", "ok") for key in "ab"]
     bare = ingested(tmp_path / "a.tar", tmp_path / "bare")
-    assert statuses(bare) == ["missing_image"] * 2
-    assert "a.img, a.Cap" in bare["error"][0] and "--image-column" in bare["error"][0]
+    assert statuses(bare) == ["missing_caption"] * 2
+    assert "a.img, a.Cap" in bare["error"][0] and "--caption-column" in bare["error"][0]
+
+
+@pytest.mark.parametrize("ending", ["img", "image", "jpg_large", "1", "jpg:large", "input"])
+def test_images_with_unusual_endings_are_known_by_their_content(tmp_path, ending) -> None:
+    files = {ending: jpeg(1), "txt": b"x"}
+    with_mask = {"jpg": jpeg(2), "mask": encoded(picture(), "PNG"), "txt": b"y"}
+    write_tar(tmp_path / "a.tar", {"a": files, "b": with_mask, "c": {"dat": b"\0\1data" * 9, "txt": b"z"}})
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert statuses(frame) == ["ok", "ok", "missing_image"]
+    assert frame["image_path"].to_list() == [f"a.{ending}", "b.jpg", None]
+    assert "c.dat, c.txt" in frame["error"][2] and "--image-column" in frame["error"][2]
 
 
 def test_a_named_image_ending_is_the_only_image(tmp_path) -> None:
