@@ -74,10 +74,13 @@ def row_groups(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.
 
 
 @contextmanager
-def open_part(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
-    """A part opened for reading; columns in `encoded` come as dictionaries. Raises UserError when it is damaged."""
+def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+    """A part opened for reading; columns in `encoded` come as dictionaries. Raises UserError when it is damaged.
+
+    With a buffer of `buffer_size` bytes, if not 0, large columns of a row group are read in pieces.
+    """
     try:
-        with pq.ParquetFile(file, read_dictionary=list(encoded), pre_buffer=False) as part:
+        with pq.ParquetFile(file, read_dictionary=list(encoded), buffer_size=buffer_size, pre_buffer=False) as part:
             yield part
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
