@@ -162,7 +162,7 @@ def _source_options(options: dict[str, Any]) -> SourceOptions:
 
 def _print_next(command: str) -> None:
     """Print the command that usually follows."""
-    make_console().print(Text(f"next: {command}", style="dim"), soft_wrap=True)
+    make_console().print(Text(f"next: {safe_text(command)}", style="dim"), soft_wrap=True)
 
 
 def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) -> None:

@@ -205,6 +205,8 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
     names = exported.files
     files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
     size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
+    if exported.nothing_new:
+        return Text(f"nothing to do: {count(exported.rows, 'row')} in {safe_text(str(out))}: {files}")
     text = Text(f"exported {count(exported.rows, 'row')}{size} to {safe_text(str(out))}: {files}")
     if exported.skipped:
         text.append(f"\nskipped {count(exported.skipped, 'row')} that cannot be used; their status says why", "yellow")

@@ -172,11 +172,12 @@ class _ImageGroup:
 
     def __init__(self, uri: str, column: str, group: int) -> None:
         self._place = uri, column, group
-        self._restart()
+        self._batches = _image_batches(uri, column, group)
+        self._batch, self._start = pa.nulls(0), 0
 
     def __getitem__(self, row: int) -> Any:
         if row < self._start:
-            self._restart()
+            self._batches, self._batch, self._start = _image_batches(*self._place), pa.nulls(0), 0
         while row >= self._start + len(self._batch):
             self._start += len(self._batch)
             self._batch = pa.nulls(0)  # released before the next one is read
@@ -185,10 +186,6 @@ class _ImageGroup:
             except StopIteration:
                 raise IndexError(f"there is no row {row}") from None
         return self._batch[row - self._start].as_py()
-
-    def _restart(self) -> None:
-        self._batches = _image_batches(*self._place)
-        self._start, self._batch = 0, pa.nulls(0)
 
 
 def _image_batches(uri: str, column: str, group: int) -> Iterator[pa.Array]:
