@@ -1,16 +1,17 @@
-"""Progress reporting: a bar on a terminal, plain lines elsewhere."""
+"""What reaches the terminal: consoles that print safe text, and progress as a bar, or as plain lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import (
     BarColumn,
     Progress,
@@ -18,6 +19,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 _LINE_EVERY = 10.0  # seconds between plain lines
@@ -26,9 +28,46 @@ PIPED_WIDTH = 100
 """Characters in a line when the output is not a terminal and COLUMNS is not set."""
 
 
+def safe_text(text: str, *, keep: str = "") -> str:
+    """Text of a file, row or path that cannot command a terminal or look like other text than it is.
+
+    Control characters (ESC, C1, newlines), bidirectional and zero-width ones, and whatever else is not printable
+    become escapes such as `\\x1b`.
+
+    Args:
+        keep: characters that stay; all spaces do.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+class _Safe:
+    """A renderable whose text is safe, however it came in; newlines are the layout's and stay."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self._inner, options):
+            yield Segment(text if control else safe_text(text, keep="\n"), style, control)
+
+
+class _SafeHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Safe(each) for each in renderables]
+
+
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that prints what it is given: no highlighting, and `:bug:` in a file name stays as it is."""
-    made = Console(stderr=stderr, highlight=False, emoji=False)
+    """A console that prints safe text as it is: no markup, no highlighting, and `:bug:` stays.
+
+    Text on one line (a key, a path) goes through `safe_text` too, which the console cannot do for newlines.
+    """
+    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    made.push_render_hook(_SafeHook())
     if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         made.width = PIPED_WIDTH
     return made
@@ -142,9 +181,9 @@ def meter(verb: str, total: int | None, *, quiet: bool = False, unit: str = "pai
 
 
 def notice(text: str, *, quiet: bool = False) -> None:
-    """Print a note for the user, unless `quiet`. The text is plain: markup in it is printed as it is."""
+    """Print a note for the user, unless `quiet`, on one line. Markup and control characters are printed as text."""
     if not quiet:
-        console.print(Text.assemble(("note: ", "yellow"), text), soft_wrap=True)
+        console.print(Text.assemble(("note: ", "yellow"), safe_text(text)), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from aligncurate.cli.options import Quiet, with_settings
 from aligncurate.errors import UserError
-from aligncurate.progress import duration, make_console
+from aligncurate.progress import duration, make_console, safe_text
 from aligncurate.settings import parse
 from aligntrain.stage import StageConfig
 
@@ -108,7 +108,8 @@ def generate(
     if show_alignment:
         weights = alignment(trained, processor, turns, picture) if picture is not None else None
         _show_gate(weights, trained.config.align_mode, with_image=picture is not None)
-    print(answer(trained, processor, turns, picture, max_new_tokens=max_new_tokens, temperature=temperature))
+    reply = answer(trained, processor, turns, picture, max_new_tokens=max_new_tokens, temperature=temperature)
+    print(safe_text(reply, keep="\n"))
 
 
 @app.command()
@@ -127,7 +128,7 @@ def chat(
     turns: list[dict[str, str]] = []
     while True:
         try:
-            question = _stdout.input("[bold cyan]you[/]  ").strip()
+            question = _stdout.input("[bold cyan]you[/]  ", markup=True).strip()
         except (EOFError, KeyboardInterrupt):
             break
         if not question:
@@ -136,7 +137,7 @@ def chat(
         if show_alignment:
             weights = alignment(trained, processor, turns, picture) if picture is not None else None
             _show_gate(weights, trained.config.align_mode, with_image=picture is not None)
-        _stdout.print("[bold green]model[/]  ", end="")
+        _stdout.print("[bold green]model[/]  ", end="", markup=True)
         reply = answer(
             trained,
             processor,
@@ -144,7 +145,7 @@ def chat(
             picture,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            on_text=lambda piece: print(piece, end="", flush=True),
+            on_text=lambda piece: print(safe_text(piece, keep="\n"), end="", flush=True),
         )
         print()
         turns.append({"role": "assistant", "content": reply})
@@ -172,7 +173,7 @@ def convert(
     from aligntrain.tools.convert.convert import convert as run
 
     done = run(source, target, llm=llm, vision=vision)
-    _stdout.print(f"converted {escape(done)} in {escape(str(target))}", soft_wrap=True)
+    _stdout.print(safe_text(f"converted {done} in {target}"), soft_wrap=True)
 
 
 @app.command()
@@ -200,9 +201,11 @@ def demo(
         *([f"aligncurate chat {out / 'finetuned'} --image {out / 'fresh.png'} --show-alignment"] if train else []),
         "aligncurate score YOUR_DATA --out scored    # tars, Parquet, JSON, CSV; downloads OpenAI's ViT-L/14",
     ]
-    _stdout.print(f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. What to look at and try next:")
+    _stdout.print(
+        f"\nDone in [bold]{duration(time.monotonic() - started)}[/]. What to look at and try next:", markup=True
+    )
     for command in commands:
-        _stdout.print(f"  {command}", style="cyan", markup=False, soft_wrap=True)
+        _stdout.print(f"  {safe_text(command)}", style="cyan", soft_wrap=True)
 
 
 def _config(
@@ -229,7 +232,7 @@ def _train(config: StageConfig) -> None:
     result = train(config)
     if os.environ.get("RANK", "0") != "0":
         return
-    out = escape(str(result.out))
+    out = safe_text(str(result.out))
     if result.stopped:
         _stdout.print(
             f"Interrupted after step {result.steps:,} of {result.total:,}. The checkpoint is saved; rerun to resume.",
@@ -243,7 +246,7 @@ def _train(config: StageConfig) -> None:
             soft_wrap=True,
         )
         if short := shortfall(config, result.total):
-            _stdout.print(f"[yellow]{short}[/]", soft_wrap=True)
+            _stdout.print(short, style="yellow", soft_wrap=True)
         return
     done = {"pretrain": "pretrained", "finetune": "finetuned"}[config.stage]
     loss = ""
@@ -251,19 +254,23 @@ def _train(config: StageConfig) -> None:
         both = result.first_loss != result.loss
         loss = f", loss {result.first_loss:.4f} -> {result.loss:.4f}" if both else f", loss {result.loss:.4f}"
     _stdout.print(
-        f"[bold]{done}[/] in {count(result.total, 'step')} ({duration(result.seconds)}){loss}; the model is in {out}",
+        Text.assemble(
+            (done, "bold"),
+            f" in {count(result.total, 'step')} ({duration(result.seconds)}){loss}; the model is in {out}",
+        ),
         soft_wrap=True,
     )
     if short := shortfall(config, result.total):
-        _stdout.print(f"[yellow]{short}[/]", soft_wrap=True)
+        _stdout.print(short, style="yellow", soft_wrap=True)
     if result.unreadable:
-        _stdout.print(f"[yellow]{count(result.unreadable, 'image')}[/] could not be read; their samples were skipped")
+        unreadable = count(result.unreadable, "image")
+        _stdout.print(f"[yellow]{unreadable}[/] could not be read; their samples were skipped", markup=True)
     following = (
         f"aligncurate train finetune DATA --init {result.out} --out TUNED"
         if config.stage == "pretrain"
         else f"aligncurate chat {result.out} --image PICTURE"
     )
-    _stdout.print(f"next: {following}", style="dim", soft_wrap=True, markup=False)
+    _stdout.print(f"next: {safe_text(following)}", style="dim", soft_wrap=True)
 
 
 def _show_preview(plan: Preview, config: StageConfig, ranks: int) -> None:
@@ -299,7 +306,7 @@ def _show_preview(plan: Preview, config: StageConfig, ranks: int) -> None:
     if facts.skipped:
         skipped = Table("skipped rows", "cause", "such as", box=box.SIMPLE_HEAD)
         for cause, rows in facts.skipped.most_common():
-            skipped.add_row(f"{rows:,}", escape(cause), escape(facts.examples[cause]))
+            skipped.add_row(f"{rows:,}", safe_text(cause), safe_text(facts.examples[cause]))
         _stdout.print(skipped)
 
 
@@ -313,6 +320,6 @@ def _show_gate(weights: list[float] | None, align_mode: str, *, with_image: bool
         return
     largest = max(weights)
     for level, weight in enumerate(weights, 1):
-        _stdout.print(f"level {level}  {weight:.3f}  [cyan]{'█' * round(20 * weight / largest)}[/]")
+        _stdout.print(f"level {level}  {weight:.3f}  [cyan]{'█' * round(20 * weight / largest)}[/]", markup=True)
     if align_mode == "gated":
         _stdout.print(f"level {len(weights) + 1}  always on; the gate adds the others to it", style="dim")

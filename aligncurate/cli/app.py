@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from aligncurate import __version__
 from aligncurate.cli import curate
 from aligncurate.errors import NonFiniteError, RunError, UserError
-from aligncurate.progress import make_console
+from aligncurate.progress import make_console, safe_text
 
 _MISTAKES = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
@@ -47,7 +47,8 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _print_error(sentence: str) -> None:
-    make_console(stderr=True).print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
+    lines = "\n  ".join(safe_text(line) for line in sentence.split("\n  "))  # several shards have a line each
+    make_console(stderr=True).print(Text.assemble(("error: ", "bold red"), lines), soft_wrap=True)
 
 
 class _Commands(TyperGroup):

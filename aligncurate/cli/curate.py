@@ -12,7 +12,7 @@ from rich.text import Text
 
 from aligncurate.cli.options import DatasetFolder, DatasetFolders, Out, Quiet, ScoreColumn, Sources, with_settings
 from aligncurate.errors import ShardError
-from aligncurate.progress import make_console
+from aligncurate.progress import make_console, safe_text
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types
 from aligncurate.sources.options import SourceOptions
@@ -94,7 +94,7 @@ def inspect(
 
     inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
     if as_json:
-        print(json.dumps(inspection.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(inspection.to_json(), indent=1))
         return
     make_console().print(render(inspection))
     if command := next_command(inspection):
@@ -173,7 +173,7 @@ def _source_options(options: dict[str, Any]) -> SourceOptions:
 
 def _print_next(command: str) -> None:
     """Print the command that usually follows."""
-    make_console().print(Text(f"next: {command}", style="dim"), soft_wrap=True)
+    make_console().print(Text(f"next: {safe_text(command)}", style="dim"), soft_wrap=True)
 
 
 def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) -> None:
@@ -186,6 +186,6 @@ def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) 
         if result.dataset is not None and any(part.failed < part.rows for part in result.dataset.parts):
             _print_next(following)
     if result.failures:
-        errors = [failure.error for failure in result.failures]
+        errors = [safe_text(failure.error) for failure in result.failures]
         several = f"{len(errors):,} shards could not be read:\n  " if len(errors) > 1 else ""
         raise ShardError(several + "\n  ".join(errors))

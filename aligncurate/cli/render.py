@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aligncurate.cli.histogram import HistogramDrawing, format_score, level_style
-from aligncurate.progress import count, duration
+from aligncurate.progress import count, duration, safe_text
 from aligncurate.verbs.inspect.result import Inspection
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def next_command(inspection: Inspection) -> str | None:
 
 
 def _head(inspection: Inspection) -> Text:
-    text = Text(inspection.path, style="bold")
+    text = Text(safe_text(inspection.path), style="bold")
+    made_by = safe_text(inspection.made_by)
     text.append(
-        f"\n{count(inspection.rows, 'row')} in {count(inspection.parts, 'part')}, made by `{inspection.made_by}`",
-        style="not bold",
+        f"\n{count(inspection.rows, 'row')} in {count(inspection.parts, 'part')}, made by `{made_by}`", style="not bold"
     )
     if inspection.encoder:
-        text.append(f"\nscored with {inspection.encoder}", style="not bold")
+        text.append(f"\nscored with {safe_text(inspection.encoder)}", style="not bold")
     if inspection.levels:
         text.append(f"\n{_origin(inspection)}", style="not bold")
     return text
@@ -72,9 +72,9 @@ def _origin(inspection: Inspection) -> str:
     levels = count(sum(level.level is not None for level in inspection.levels), "level")
     if inspection.method is None:
         return f"{levels}, as they came with the source"
-    sizes = {"quantile": "of equal size", "uniform": "of equal width"}[inspection.method]
+    sizes = {"quantile": "of equal size ", "uniform": "of equal width "}.get(inspection.method, "")
     where = "thresholds taken from other scores" if inspection.frozen else "thresholds found on its own scores"
-    return f"{levels} {sizes} ({inspection.method}), {where}"
+    return safe_text(f"{levels} {sizes}({inspection.method}), {where}")
 
 
 def _table(*columns: str, left: Sequence[int] = (), title: str) -> Table:
@@ -89,22 +89,22 @@ def _table(*columns: str, left: Sequence[int] = (), title: str) -> Table:
 def _status_table(inspection: Inspection) -> Table:
     table = _table("status", "rows", "share", "example", left=(3,), title="Status")
     table.columns[0].justify = "left"
-    examples = {error["status"]: f"{error['key']}: {error['error']}" for error in inspection.errors}
+    examples = {error["status"]: safe_text(f"{error['key']}: {error['error']}") for error in inspection.errors}
     for status, rows in inspection.statuses.items():
-        name = Text(status, style=_STATUS_STYLES.get(status, "red"))
+        name = Text(safe_text(status), style=_STATUS_STYLES.get(status, "red"))
         table.add_row(name, f"{rows:,}", f"{rows / inspection.rows:.1%}", Text(examples.get(status, ""), style="dim"))
     return table
 
 
 def _failed_command(inspection: Inspection) -> Text:
-    path = shlex.quote(inspection.path)
+    path = safe_text(shlex.quote(inspection.path))
     return Text(f"all failed rows: aligncurate filter {path} --where 'error IS NOT NULL' --out FAILED", style="dim")
 
 
 def _score_summary(inspection: Inspection) -> Group:
     """Mean and quantiles, as many beside each other as fit."""
     names = {"0": "min", "0.05": "5%", "0.25": "25%", "0.5": "median", "0.75": "75%", "0.95": "95%", "1": "max"}
-    column = "" if inspection.score_column == "score" else f" ({inspection.score_column})"
+    column = "" if inspection.score_column == "score" else f" ({safe_text(inspection.score_column)})"
     values = {"mean": inspection.mean} | {name: inspection.quantiles[q] for q, name in names.items()}
     cells = [Text.assemble((f"{name} ", "dim"), format_score(value)) for name, value in values.items()]
     heading = Text(f"Scores{column} of {count(inspection.scored, 'row')}", style="bold")
@@ -124,7 +124,7 @@ def _cut_table(inspection: Inspection) -> Table:
 
 
 def _level_table(inspection: Inspection) -> Table:
-    title = f"Levels ({inspection.method})" if inspection.method else "Levels"
+    title = f"Levels ({safe_text(inspection.method)})" if inspection.method else "Levels"
     table = _table("level", "rows", "share", "score", "mean", title=title)
     total = sum(level.level is not None for level in inspection.levels)
     for level in reversed([level for level in inspection.levels if level.level is not None]):
@@ -149,11 +149,12 @@ def _example_table(inspection: Inspection) -> Table:
 
 def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     """How a run of `score` or `ingest` ended; `done` is `scored` or `ingested`."""
+    folder = safe_text(str(out))
     if result.resumed and not result.rows and not result.failures:
-        lines = [Text(f"nothing to do: {count(result.resumed, 'part')} in {out} from an earlier run")]
+        lines = [Text(f"nothing to do: {count(result.resumed, 'part')} in {folder} from an earlier run")]
     else:
         rate = f" ({result.rows / result.seconds:,.0f}/s)" if result.rows and result.seconds else ""
-        lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {out}")]
+        lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {folder}")]
         if result.resumed:
             lines.append(Text(f"{count(result.resumed, 'part')} kept from an earlier run"))
     if result.rows:
@@ -185,7 +186,8 @@ def _outcome(dataset: Dataset, out: Path) -> list[Text]:
             )
         )
     if any(part.failed for part in dataset.parts):
-        lines.append(Text(f"why rows failed: aligncurate inspect {shlex.quote(str(out))}", style="dim"))
+        path = safe_text(shlex.quote(str(out)))
+        lines.append(Text(f"why rows failed: aligncurate inspect {path}", style="dim"))
     if all(part.failed == part.rows for part in dataset.parts):
         lines.append(Text("no row can be used", style="red"))
     return lines
@@ -194,7 +196,7 @@ def _outcome(dataset: Dataset, out: Path) -> list[Text]:
 def render_kept(kept: int, total: int, out: Path) -> Text:
     """What `filter` kept."""
     share = f" ({kept / total:.1%})" if total else ""
-    text = Text(f"kept {kept:,} of {count(total, 'row')}{share} in {out}")
+    text = Text(f"kept {kept:,} of {count(total, 'row')}{share} in {safe_text(str(out))}")
     return text if kept else text.append("\nno rows match", style="yellow")
 
 
@@ -208,11 +210,13 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
     names = exported.files
     files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
     size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
-    text = Text(f"exported {count(exported.rows, 'row')}{size} to {out}: {files}")
+    if exported.nothing_new:
+        return Text(f"nothing to do: {count(exported.rows, 'row')} in {safe_text(str(out))}: {files}")
+    text = Text(f"exported {count(exported.rows, 'row')}{size} to {safe_text(str(out))}: {files}")
     if exported.skipped:
         text.append(f"\nskipped {count(exported.skipped, 'row')} that cannot be used; their status says why", "yellow")
     if exported.failed:
-        listed = out / failures
+        listed = safe_text(str(out / failures))
         text.append(f"\n{count(len(exported.failed), 'image')} could not be read any more; see {listed}", "red")
     return text
 

@@ -33,14 +33,20 @@ def row_groups(file: Path, columns: Sequence[str] | None = None, *, use_threads:
 
 
 @contextmanager
-def open_part(file: Path, encoded: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
     """A part opened for reading, its pages' checksums verified; columns in `encoded` come as dictionaries.
+
+    With a buffer of `buffer_size` bytes, if not 0, large columns of a row group are read in pieces.
 
     Raises UserError when it is damaged or missing.
     """
     try:
         with pq.ParquetFile(
-            file, read_dictionary=list(encoded), pre_buffer=False, page_checksum_verification=True
+            file,
+            read_dictionary=list(encoded),
+            buffer_size=buffer_size,
+            pre_buffer=False,
+            page_checksum_verification=True,
         ) as part:
             yield part
     except PARQUET_ERRORS as error:

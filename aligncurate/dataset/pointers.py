@@ -164,10 +164,44 @@ def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
 _reading = Lock()  # one thread reads a row group, the others find it in the cache
 
 
+_BATCH_BYTES = 1 << 26  # of images that are decoded at once
+
+
+class _ImageGroup:
+    """The images of a row group, of which one batch is in memory; reading backwards starts the group again."""
+
+    def __init__(self, uri: str, column: str, group: int) -> None:
+        self._place = uri, column, group
+        self._batches = _image_batches(uri, column, group)
+        self._batch, self._start = pa.nulls(0), 0
+
+    def __getitem__(self, row: int) -> Any:
+        if row < self._start:
+            self._batches, self._batch, self._start = _image_batches(*self._place), pa.nulls(0), 0
+        while row >= self._start + len(self._batch):
+            self._start += len(self._batch)
+            self._batch = pa.nulls(0)  # released before the next one is read
+            try:
+                self._batch = next(self._batches)
+            except StopIteration:
+                raise IndexError(f"there is no row {row}") from None
+        return self._batch[row - self._start].as_py()
+
+
+def _image_batches(uri: str, column: str, group: int) -> Iterator[pa.Array]:
+    with open_parquet(uri, buffer_size=_PAGE_BUFFER) as file:
+        metadata = file.metadata.row_group(group)
+        rows = max(1, _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
+        for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
+            yield batch.column(column)
+
+
+_PAGE_BUFFER = 1 << 20  # bytes; without one, Arrow reads a column of a row group whole
+
+
 @lru_cache(maxsize=2)
-def _image_group(uri: str, mark: object, column: str, group: int) -> list[Any]:
-    with open_parquet(uri) as file:
-        return list(file.read_row_group(group, columns=[column])[column].to_pylist())
+def _image_group(uri: str, mark: object, column: str, group: int) -> _ImageGroup:
+    return _ImageGroup(uri, column, group)
 
 
 @lru_cache(maxsize=64)

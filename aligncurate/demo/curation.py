@@ -11,6 +11,7 @@ from pathlib import Path
 import polars as pl
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 import aligncurate
 from aligncurate.cli.render import render
@@ -66,7 +67,7 @@ def _curate(out: Path, count: int, quiet: bool) -> None:
 
 def announce(number: int, text: str) -> None:
     """Print the heading of a step."""
-    console.print(f"\n[bold cyan]{number}[/] [bold]{text}[/]")
+    console.print(Text.assemble("\n", (f"{number}", "bold cyan"), (f" {text}", "bold")))
 
 
 def correctness_table(levelled: Dataset) -> Table:
@@ -83,7 +84,7 @@ def correctness_table(levelled: Dataset) -> Table:
     for kind, name in NAMES.items():
         some = rows.filter(pl.col("correctness") == kind)
         shares = [some.filter(pl.col("level") == n).height / totals[n] for n in numbers]
-        cells = [f"[bold green]{s:.0%}[/]" if s >= 0.5 else f"{s:.0%}" for s in shares]
+        cells = [Text(f"{s:.0%}", "bold green" if s >= 0.5 else "") for s in shares]
         score, level = some.select(pl.col("score", "level").mean()).row(0)
         table.add_row(name, f"{score:.3f}", f"{level:.1f}", *cells)
     table.caption = f"score and level: means; L1 to L{numbers[-1]}: composition of each level"

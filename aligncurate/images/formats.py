@@ -7,8 +7,6 @@ import re
 from functools import cache
 from typing import Literal
 
-from PIL import Image
-
 _EXTENSION_OF = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "DIB": "bmp",
     "TIFF": "tif", "PPM": "ppm", "AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "TGA": "tga", "HEIF": "heic",
@@ -109,6 +107,8 @@ def _has_heif() -> bool:
 
 def extension(data: bytes | memoryview) -> str | None:
     """The usual extension for the image format of `data`, without the dot; None when it is not an image."""
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(data), formats=read_formats(data)) as image:
             return _EXTENSION_OF[str(image.format)]

@@ -26,8 +26,11 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
     """Open the Parquet file at `uri` for reading.
+
+    Args:
+        buffer_size: bytes of a column that are read at once; 0 reads a column of a row group whole.
 
     Raises:
         UserError: the file is damaged or not Parquet, whether opening it or reading it inside the block shows that.
@@ -35,7 +38,7 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """
     with storage.open_file(uri) as file:
         try:
-            yield pq.ParquetFile(file)
+            yield pq.ParquetFile(file, buffer_size=buffer_size, pre_buffer=False)
         except PARQUET_ERRORS as error:
             if not is_damage(error):
                 raise

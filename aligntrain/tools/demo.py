@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from aligncurate.demo import scenes
 from aligncurate.demo.curation import SEED, announce, console
@@ -89,11 +90,13 @@ def _ask(out: Path, *, quiet: bool) -> None:
     table = Table("question", "answer", "", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     first = sum(question.key == "0" for question in asked)
     for question, reply, reference in result.examples[:first]:
-        table.add_row(question, reply, "[green]right[/]" if reply == reference else f"[red]wrong: {reference}[/]")
+        right = Text("right", "green") if reply == reference else Text(f"wrong: {reference}", "red")
+        table.add_row(question, reply, right)
     console.print(f"{out / FRESH} shows: {scenes.describe(fresh)}", soft_wrap=True)
     console.print(table)
     console.print(
         f"Of {result.questions:,} questions about {_FRESH_SCENES} fresh scenes [bold]{result.accuracy:.0%}[/] "
         f"are answered correctly; always answering “{result.usual}” would get {result.baseline:.0%}.",
+        markup=True,
         soft_wrap=True,
     )

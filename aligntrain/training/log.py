@@ -57,7 +57,7 @@ class Log:
         self._file.flush()
         for _, send in self._sinks:
             send(flatten(record), record["step"])
-        console.print(line_of(record, total), soft_wrap=True)
+        console.print(line_of(record, total), markup=True, soft_wrap=True)
 
 
 def line_of(record: Mapping[str, Any], total: int) -> str:

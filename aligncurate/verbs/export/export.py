@@ -71,7 +71,11 @@ def export(
     with ExitStack() as stack:
         stack.enter_context(claim(done.path, [RECORD]))
         delete_unfinished(done.path.rglob(f"{TEMPORARY}*"))  # levels and images have folders of their own
-        _check_record(done.path, record)
+        before = _check_record(done.path, record)
+        if before.get("complete") and not before["failed"] and _all_there(done.path, before):
+            done.nothing_new, done.rows, done.files = True, before["rows"], before["files"]
+            done.bytes = before["bytes"]
+            return done
         progress = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
         if format == "webdataset":
             write_webdataset(opened, done, shard_size, per_level, workers, progress)
@@ -80,7 +84,17 @@ def export(
         else:
             write_datacomp(opened, done, progress)
         _write_failures(done)
-        write_json(done.path / RECORD, {**record, "complete": True, "rows": done.rows, "failed": len(done.failed)})
+        write_json(
+            done.path / RECORD,
+            {
+                **record,
+                "complete": True,
+                "rows": done.rows,
+                "failed": len(done.failed),
+                "files": done.files,
+                "bytes": done.bytes,
+            },
+        )
     return done
 
 
@@ -94,12 +108,37 @@ def _write_failures(done: Exported) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.failed), "utf-8")
 
 
-def _check_record(folder: Path, record: dict[str, Any]) -> None:
-    """Record the export in `folder`. Raises UserError if the folder holds a different one."""
+def _all_there(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the files of a finished export still exist. LLaVA's images are looked at one by one by its writer."""
+    if record["format"] == "llava-json" or "files" not in record:  # an older record does not list them
+        return False
+    tables = [f"{file.removesuffix('.tar')}.parquet" for file in record["files"] if file.endswith(".tar")]
+    return all((folder / file).is_file() for file in [*record["files"], *tables])
+
+
+def _check_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Record the export in `folder`; returns what was recorded before.
+
+    Raises UserError if the folder holds a different one.
+    """
     file = folder / RECORD
     if not file.is_file():
         write_json(file, {**record, "complete": False})
-        return
+        return {}
     before = read_json(file)
-    if any(before.get(key) != value for key, value in record.items()):
-        raise UserError(f"{folder}: this folder holds a different export; choose a new folder, or delete this one.")
+    different = [key for key, value in record.items() if before.get(key) != value]
+    if different:
+        hints = [_difference(key, before.get(key), record[key]) for key in different]
+        raise UserError(
+            f"{folder}: this folder holds a different export ({', '.join(hints)}); "
+            "choose a new folder, or delete this one."
+        )
+    return before
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What differs between two exports: an option, or the dataset."""
+    if key != "dataset":
+        return f"--{key.replace('_', '-')} was {before}, now {now}"
+    paths = [value.get("path") if isinstance(value, dict) else None for value in (before, now)]
+    return "the dataset has changed" if paths[0] == paths[1] else f"the dataset was {paths[0]}, now {paths[1]}"

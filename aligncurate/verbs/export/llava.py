@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from aligncurate.dataset.pointers import Pointer
+from aligncurate.dataset.pointers import POINTER_COLUMNS, Pointer
 from aligncurate.dataset.reader import Dataset
 from aligncurate.io.files import atomic_file
 from aligncurate.progress import Meter
@@ -13,6 +13,7 @@ from aligncurate.verbs.export.plan import exportable_rows
 from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.export.sample import free_name, image_ending, safe_name
 
+_COLUMNS = (*POINTER_COLUMNS, "image", "key", "caption", "conversations", "level")
 _PER_FOLDER = 10_000  # images in one folder
 _NAME_BYTES = 180  # of the key; most file systems allow names of 255 bytes
 
@@ -23,7 +24,7 @@ def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
     images: dict[bytes, str] = {}  # sha256 -> path; an image that several rows share is written once
     with atomic_file(done.path / "annotations.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
-        for row in exportable_rows(dataset):
+        for row in exportable_rows(dataset, _COLUMNS):
             pointer = Pointer.of(row)
             try:
                 data = pointer.read() if pointer and row["sha256"] not in images else None

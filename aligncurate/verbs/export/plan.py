@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from aligncurate.dataset.part import open_part
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import FINE
 
@@ -23,12 +25,53 @@ def is_exportable(table: pa.Table) -> pa.ChunkedArray:
     return pc.is_in(table["status"], pa.array(sorted(FINE)))
 
 
-def exportable_rows(dataset: Dataset, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The exported rows of the whole dataset, in order."""
-    for index in range(len(dataset.parts)):
-        for table in dataset.groups(index, columns):
-            for batch in table.filter(is_exportable(table)).to_batches(500):
-                yield from batch.to_pylist()
+def exportable_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The exported rows of the whole dataset, in order, with those of the columns that the dataset has."""
+    for path in dataset.files:
+        with open_part(path, buffer_size=PAGE_BUFFER) as file:
+            for group in range(file.num_row_groups):
+                mask = is_exportable(file.read_row_group(group, ["status"], use_threads=False))
+                for batch in group_batches(file, group, mask, columns):
+                    yield from batch.to_pylist()
+
+
+PAGE_BUFFER = 1 << 20
+"""Bytes of a column that are read at once; without a buffer, Arrow reads a column of a row group whole."""
+
+_BATCH_ROWS, _BATCH_BYTES = 500, 1 << 26  # of a batch, whichever is less
+
+
+def group_batches(
+    file: pq.ParquetFile, group: int, mask: pa.ChunkedArray, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a row group for which `mask` [rows] is true, a bounded batch at a time; no batch is empty."""
+    metadata = file.metadata.row_group(group)
+    rows = _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)
+    names = [name for name in file.schema_arrow.names if name in columns]
+    start = 0
+    for batch in file.iter_batches(max(1, min(_BATCH_ROWS, rows)), [group], columns=names, use_threads=False):
+        kept = pa.table(batch).cast(without_views(batch.schema)).filter(mask.slice(start, batch.num_rows))
+        start += batch.num_rows
+        yield from kept.to_batches()
+
+
+def without_views(schema: pa.Schema) -> pa.Schema:
+    """A schema with plain text and bytes for views, which Arrow can neither filter nor all readers read."""
+    return pa.schema([field.with_type(_without_views(field.type)) for field in schema])
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(_without_views(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_without_views(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
+    return kind
 
 
 @dataclass

@@ -17,6 +17,7 @@ class Exported:
         failed: key and error of the rows whose image could not be read; `failed.jsonl` lists them too.
         files: the files written, relative to `path`.
         bytes: size of the exported images.
+        nothing_new: an earlier run had finished this export, and nothing was written again.
     """
 
     path: Path
@@ -25,3 +26,4 @@ class Exported:
     failed: list[dict[str, str]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     bytes: int = 0
+    nothing_new: bool = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,12 +22,13 @@ from aligncurate.engines import processes, threads
 from aligncurate.io.files import atomic_file
 from aligncurate.io.tar import Buffer, TarWriter
 from aligncurate.progress import Meter
-from aligncurate.verbs.export.plan import Tar, is_exportable, plan_tars
+from aligncurate.verbs.export.plan import PAGE_BUFFER, Tar, group_batches, is_exportable, plan_tars, without_views
 from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.export.sample import free_name, image_ending, safe_name, strict_json
 
 _BUFFER = 1 << 20  # a tar is written this many bytes at a time
-_NOT_IN_JSON = {*POINTER_COLUMNS, "image", "error", IMAGE_EMBEDDING, TEXT_EMBEDDING} - {"source"}
+_HIDDEN = (IMAGE_EMBEDDING, TEXT_EMBEDDING)  # in the Parquet file beside the tar only
+_NOT_IN_JSON = {*POINTER_COLUMNS, "image", "error"} - {"source"}
 _MANY_ROWS = 10_000  # fewer are exported before worker processes have started
 
 
@@ -87,15 +89,16 @@ def _note(beside: Path) -> dict[str, Any]:
 def _tar_batches(dataset: Dataset, tar: Tar, per_level: bool) -> Iterator[pa.RecordBatch]:
     """The rows of a tar, a few hundred at a time."""
     for part, skip, left in tar.pieces:
-        with open_part(dataset.files[part]) as file:
+        with open_part(dataset.files[part], buffer_size=PAGE_BUFFER) as file:
             for group in range(file.num_row_groups):
                 # All other columns, which may be embedded images, are read only if the group has rows for this tar.
                 mask = _matching(file.read_row_group(group, ["status", "level"], use_threads=False), tar, per_level)
                 matches = pc.sum(mask, min_count=0).as_py()
                 take = min(max(matches - skip, 0), left)
                 if take:
-                    rows = file.read_row_group(group, use_threads=False).filter(mask)
-                    yield from rows.slice(skip, take).to_batches(500)
+                    rank = np.cumsum(mask.to_numpy())  # 1 for the first match
+                    wanted = mask.to_numpy() & (rank > skip) & (rank <= skip + take)
+                    yield from group_batches(file, group, pa.chunked_array([wanted]), dataset.schema.names)
                 skip, left = max(skip - matches, 0), left - take
                 if not left:
                     break
@@ -110,7 +113,7 @@ def _matching(table: pa.Table, tar: Tar, per_level: bool) -> pa.ChunkedArray:
 
 
 def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check: Callable[[], None]) -> None:
-    schema = pa.schema([f for f in dataset.schema if f.name != "image"])
+    schema = without_views(pa.schema([f for f in dataset.schema if f.name != "image"]))
     written: list[pa.RecordBatch] = []
     failed: list[dict[str, str]] = []
     names: set[str] = set()
@@ -121,7 +124,7 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
         for batch in _tar_batches(dataset, tar, per_level):
             check()
             readable_image = []
-            rows = batch.to_pylist()
+            rows = batch.select([name for name in batch.schema.names if name not in _HIDDEN]).to_pylist()
             for row, data in zip(rows, read_images(rows), strict=True):
                 readable_image.append(not isinstance(data, OSError))
                 if isinstance(data, OSError):

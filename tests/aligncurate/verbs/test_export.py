@@ -289,7 +289,14 @@ def test_only_row_groups_with_rows_of_the_tar_are_read_whole(tmp_path, monkeypat
         (all_columns if columns is None or "image" in columns else two_columns).append(group)
         return read(self, group, columns, **options)
 
+    batches = pq.ParquetFile.iter_batches
+
+    def batch_spy(self, size, groups, columns, **options):
+        all_columns.extend(groups)
+        return batches(self, size, groups, columns, **options)
+
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", batch_spy)
     options = {"shard_size": 4, "per_level": per_level, "workers": 1, "quiet": True}
     done = aligncurate.export(dataset, tmp_path / "out", **options)
     assert all_columns == [group for rows in tar_rows for group in sorted({i // 10 for i in rows})]
