@@ -223,7 +223,7 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
 
 def after_export(format: str, dataset: Dataset, out: Path) -> str:
     """The command that usually follows `export`."""
-    folder = shlex.quote(str(out))
+    folder = safe_text(shlex.quote(str(out)))
     if format == "datacomp-uids":
         uids = shlex.quote(str(out / "uids.npy"))
         return f"aligncurate filter {shlex.quote(str(dataset.path))} --uids {uids} --out SUBSET"

@@ -50,7 +50,9 @@ def group_batches(
     names = [name for name in file.schema_arrow.names if name in columns]
     start = 0
     for batch in file.iter_batches(max(1, min(_BATCH_ROWS, rows)), [group], columns=names, use_threads=False):
-        kept = pa.table(batch).cast(without_views(batch.schema)).filter(mask.slice(start, batch.num_rows))
+        kept = (
+            pa.Table.from_batches([batch]).cast(without_views(batch.schema)).filter(mask.slice(start, batch.num_rows))
+        )
         start += batch.num_rows
         yield from kept.to_batches()
 
