@@ -142,7 +142,7 @@ def test_an_image_url_is_not_opened_by_a_later_verb(tmp_path, mini) -> None:
     (tmp_path / "in/rows.json").write_text(json.dumps(rows))
     ingested = aligncurate.ingest(tmp_path / "in", tmp_path / "ingested", quiet=True).dataset
     scored = aligncurate.score(ingested.path, tmp_path / "scored", **mini, quiet=True).dataset
-    assert scored.statuses == {"missing_image": 1}
+    assert scored.statuses == {"unsafe_path": 1}
 
 
 def test_brackets_in_a_folder_name_are_not_wildcards(tmp_path) -> None:

@@ -14,7 +14,7 @@ from aligncurate.settings import recorded
 from tests.support.inputs import pairs, write_tar
 
 
-def test_the_manifest_records_what_earlier_versions_did(tmp_path) -> None:
+def test_what_the_manifest_records(tmp_path) -> None:
     assert recorded(ScoreOptions(batch_size=8)) == {
         "batch_size": 8, "decode": "exact", "embeddings": "none", "score_text": "assistant", "embed_images": False,
         "limit": None,
@@ -23,7 +23,7 @@ def test_the_manifest_records_what_earlier_versions_did(tmp_path) -> None:
     run = aligncurate.ingest(tar, tmp_path / "out", limit=1, workers=1, quiet=True)
     assert run.dataset.manifest["options"] == {
         "embed_images": False, "limit": 1, "format": None, "caption_column": None, "image_column": None,
-        "image_root": None, "rows_per_shard": 10_000,
+        "image_root": None, "captions": "all", "rows_per_shard": 10_000,
     }  # fmt: skip
 
 
