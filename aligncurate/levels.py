@@ -213,7 +213,10 @@ class Thresholds:
                 raise ValueError("unknown method or encoder")
             fields = {k: data[k] for k in ("method", "score_column", "count", "minimum", "maximum", "encoder")}
             values = tuple(float(v) for v in data["values"])
-        except (TypeError, KeyError, ValueError) as error:
+            numbers = [float(fields[name]) for name in ("count", "minimum", "maximum")]
+            if not isinstance(fields["score_column"], str) or not np.isfinite(numbers).all():
+                raise ValueError("the score column is not text, or the count or a limit not a number")
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
             raise UserError(f"{where}: not thresholds saved by `aligncurate bucket` ({error!r}).") from None
         if len(values) >= MAX_LEVELS:
             raise UserError(f"{where}: {len(values)} thresholds are too many; use at most {MAX_LEVELS - 1}.")

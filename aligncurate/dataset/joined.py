@@ -159,9 +159,9 @@ def _check_alike(datasets: Sequence[Dataset], *, new_levels: bool) -> None:
 
 
 def _encoders(dataset: Dataset) -> dict[str, Any]:
-    """The encoders by score column; without the name of the device, which versions before this one recorded here."""
+    """The encoders by score column; without the device, which earlier versions recorded here."""
     encoders = dataset.manifest.get("encoders") or {"score": dataset.manifest.get("encoder")}
-    return {column: {**encoder, "device": None} for column, encoder in encoders.items() if encoder}
+    return {column: {k: v for k, v in e.items() if k != "device"} for column, e in encoders.items() if e}
 
 
 def _names(dataset: Dataset) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from aligncurate import __version__
 from aligncurate.dataset.checked import check_depth, take, take_objects
-from aligncurate.dataset.receipt import PartInfo
+from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo
 from aligncurate.errors import UserError
 from aligncurate.io.files import read_json
 from aligncurate.levels import Thresholds
@@ -94,7 +94,8 @@ def _check(manifest: Mapping[str, Any], file: Path) -> None:
     check_depth(manifest)
     take(manifest, "complete", bool)
     for step in (manifest, *take_objects({"history": [], **manifest}, "history")):
-        take(step, "verb", str)
+        if take(step, "verb", str) == "bucket":
+            take(take(step, "options", dict), "thresholds", str)
         take(step, "options", dict)
         for line in take_objects(step, "inputs"):
             for entry in take_objects({"files": [], **line}, "files"):
@@ -102,10 +103,22 @@ def _check(manifest: Mapping[str, Any], file: Path) -> None:
     for encoder in (manifest.get("encoder"), *take({"encoders": {}, **manifest}, "encoders", dict).values()):
         if encoder is not None:
             take(encoder, "model", str)
-    if manifest.get("thresholds") is not None:
-        Thresholds.from_json(manifest["thresholds"], f"{file}: thresholds")
+            take(encoder, "precision", str)
+            if not {"pretrained", "weights_sha256"} <= encoder.keys():
+                raise ValueError("an encoder without pretrained or weights_sha256")
+    if (cut := manifest.get("thresholds")) is not None:
+        levels = Thresholds.from_json(cut, f"{file}: damaged thresholds").levels
+        if take(cut, "levels", int) != levels:
+            raise ValueError("thresholds for another number of levels")
+    for environment in take_objects({"computed_with": [], **manifest}, "computed_with"):
+        take(environment, "device", dict)
+        take(environment, "versions", dict)
+    take({"written_with": {}, **manifest}, "written_with", dict)
+    take({SCORE_COUNTS: {}, **manifest}, SCORE_COUNTS, dict)
     parts = [PartInfo.from_json(line) for line in take_objects(manifest, "parts")]
     if len({part.name for part in parts}) < len(parts):
         raise ValueError("a part is listed twice")
     take({"columns": {}, **manifest}, "columns", dict)
+    if "arrow_schema" in manifest:
+        take(manifest, "arrow_schema", str)
     arrow_schema(manifest)

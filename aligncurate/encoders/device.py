@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import platform
+from typing import TYPE_CHECKING, Any, Literal
 
+from aligncurate.dataset.manifest import library_versions
 from aligncurate.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+_SCORING = ("torch", "torchvision", "open_clip_torch", "pillow", "simplejpeg", "numpy")
 
 
 def find_device(name: str) -> torch.device:
@@ -37,3 +41,28 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
         return precision
     native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return "bf16" if native else "fp32"
+
+
+def scoring_environment(device: torch.device) -> dict[str, Any]:
+    """What scores depend on besides the encoder and the options, as the manifest records it in `computed_with`.
+
+    Kernels round differently on another kind of GPU or CPU, so only equal environments give equal scores.
+    """
+    return {"device": kind_of(device), "versions": library_versions(_SCORING)}
+
+
+def kind_of(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    if device.type != "cuda":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"kind": device.type, "machine": platform.machine(), "instructions": capability}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "kind": device.type,
+        "name": torch.cuda.get_device_name(device),
+        "capability": f"{major}.{minor}",
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }

@@ -113,7 +113,6 @@ def load(
         "context_length": int(tokenizer.context_length),
         "preprocess": {k: settings[k] for k in ("size", "mean", "std", "interpolation", "resize_mode")},
         "precision": kind,
-        "device": place.type,
         "compiled": compiled,
     }
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32

@@ -55,6 +55,11 @@ class ScoreOptions(IngestOptions):
         "open_clip JSON config for a model of your own, named like the file. May be repeated.", None, recorded=False
     )
     device: str = setting("auto, cpu, cuda or cuda:0.", "auto", recorded=False)
+    mixed_devices: bool = setting(
+        "Resume a run that began on another kind of device; its scores differ in the last digits.",
+        False,
+        recorded=False,
+    )
     precision: Precision = setting("auto is bf16 on GPUs that support it, else fp32.", "auto", recorded=False)
     compiled: bool = setting(
         "Use torch.compile and CUDA graphs: a slow start, then faster.", False, flag="--compile", recorded=False

@@ -105,7 +105,7 @@ def _read_thresholds(file: Path, dataset: Dataset, score_column: str, levels: in
         data = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"--thresholds {file}: there is no such file.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--thresholds {file}: not a JSON file ({error}).") from None
     thresholds = Thresholds.from_json(data, f"--thresholds {file}")
     if levels is not None and levels != thresholds.levels:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import schema
 from aligncurate.dataset.writer import DatasetWriter
+from aligncurate.encoders.device import scoring_environment
 from aligncurate.engines import threads
 from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings
@@ -107,6 +108,8 @@ def make_dataset(
         "thresholds": None,
         "history": [],
     }
+    if first:
+        head["computed_with"] = [scoring_environment(first.device)]
     if len(encoders) > 1:
         head["encoders"] = {column: encoder.identity for column, encoder in encoders.items()}
     width = _embedding_width(first) if first and options.embeddings != "none" else 0
@@ -115,7 +118,14 @@ def make_dataset(
     shards = limit_shards(source, options.limit)
     if options.limit is not None and (taken := limit_taken(source, shards, options.limit)):
         notice(taken, quiet=quiet)
-    writer = DatasetWriter(out, head, columns, _identities(shards, head["inputs"]), retry_errors=options.retry_errors)
+    writer = DatasetWriter(
+        out,
+        head,
+        columns,
+        _identities(shards, head["inputs"]),
+        retry_errors=options.retry_errors,
+        mixed_devices=options.mixed_devices,
+    )
     if finished := writer.finished():
         return nothing_to_do(finished)
     with ExitStack() as stack:

@@ -188,10 +188,10 @@ def test_part_info_counts() -> None:
     assert PartInfo.from_json(info.to_json()) == info
 
 
-ENCODER = {"model": "tiny", "weights_sha256": "ab", "config": {"a": 1}, "precision": "fp32"}
+ENCODER = {"model": "tiny", "pretrained": "x", "weights_sha256": "ab", "config": {"a": 1}, "precision": "fp32"}
 FILES = [{"kind": "webdataset", "files": [{"uri": f"{name}.tar", "bytes": 1} for name in "ab"]}]
 CUTS = {"method": "quantile", "values": [0.1, 0.2, 0.3], "score_column": "score", "count": 4, "minimum": 0.0}
-CUTS |= {"maximum": 1.0, "encoder": None}
+CUTS |= {"levels": 4, "maximum": 1.0, "encoder": None}
 BEFORE = {
     "verb": "test",
     "options": {"root": "/x" * 60 + "/one", "seed": 0, "keep": True, "thresholds": "fitted"},
