@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aligncurate.dataset.pointers import Pointer
+from aligncurate.dataset.pointers import POINTER_COLUMNS, Pointer
 from aligntrain.data.sealed import check_files, read_sealed
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE
@@ -97,24 +97,28 @@ class Index:
         if check:
             check_files(file.parent, stored["files"])
         self.facts, self.digest = Facts.from_json(stored["facts"]), str(stored["digest"])
-        self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
+        table = pa.Table.from_batches(self._batches, reader.schema)
         self._image_id, self._patches = processor.image_token_id, processor.num_patches
-        self.lengths: NDArray[np.int64] = self._table["length"].to_numpy().astype(np.int64)
-        self.levels: NDArray[np.int64] = self._table["level"].to_numpy().astype(np.int64)
-        self.images: NDArray[np.int64] = self._table["image_path"].is_valid().to_numpy().astype(np.int64)
+        self.lengths: NDArray[np.int64] = table["length"].to_numpy().astype(np.int64)
+        self.levels: NDArray[np.int64] = table["level"].to_numpy().astype(np.int64)
+        self.images: NDArray[np.int64] = table["image_path"].is_valid().to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def key(self, number: int) -> str:
         """The sample's key in the data."""
-        return str(self._table["key"][number].as_py())
+        batch, row = self._at(number)
+        return str(batch["key"][row].as_py())
 
     def encoded(self, number: int) -> Encoded:
         """The sample as token ids and labels, placeholders expanded."""
-        row = self._table.slice(number, 1)
-        ids = row["tokens"][0].as_py()
-        ends = row["answers"][0].as_py()
+        batch, row = self._at(number)
+        ids = batch["tokens"][row].values.to_pylist()
+        ends = batch["answers"][row].values.to_pylist()
         labels = [IGNORE] * len(ids)
         for start, end in zip(ends[::2], ends[1::2], strict=True):
             labels[start:end] = ids[start:end]
@@ -128,9 +132,14 @@ class Index:
 
     def image(self, number: int) -> bytes | None:
         """The original bytes of the sample's image, None without image. Raises OSError when they cannot be read."""
-        row = self._table.slice(number, 1).drop_columns(["tokens", "answers"]).to_pylist()[0]
-        pointer = Pointer.of(row)
+        batch, row = self._at(number)
+        pointer = Pointer.of({name: batch[name][row].as_py() for name in POINTER_COLUMNS})
         return pointer.read() if pointer else None
+
+    def _at(self, number: int) -> tuple[pa.RecordBatch, int]:
+        """The batch with a sample, and its row there; a slice of the table would look through all batches."""
+        batch = int(np.searchsorted(self._ends, number, side="right"))
+        return self._batches[batch], number - (int(self._ends[batch - 1]) if batch else 0)
 
 
 def facts_file(file: Path) -> Path:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import transformers
 
 from aligncurate import __version__
 from aligncurate.dataset.record import FINE, Pair, Status
@@ -20,14 +22,18 @@ from aligncurate.progress import meter, notice
 from aligncurate.sources.base import Source
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
+from aligntrain.data import index_cache
 from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
 from aligntrain.data.levels import check_levels
 from aligntrain.data.sealed import DamagedError, list_files, read_sealed, write_sealed
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
+from aligntrain.inputs.templates import caption_turns
 from aligntrain.model.loss import IGNORE
 from aligntrain.stage import StageConfig
 
 _ROWS = 2_000  # per record batch
+_AT_ONCE = 256  # rows tokenized together
+_FORMAT = 2  # to be raised when the same data gives another index
 _OF_ONE_ROW = re.compile(r"(?<=\bturn )\d+|\b\d+(?= times)")  # numbers in a cause, left out to count rows by cause
 _NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
 
@@ -43,9 +49,9 @@ def open_data(config: StageConfig) -> Source:
 def build_index(
     source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, file: Path
 ) -> Index:
-    """Tokenize the data of a stage, unless `file` is already the index of the same data and settings.
+    """Tokenize the data of a stage, unless `file` is already the index of the same data and settings, or one is kept.
 
-    Images are not read.
+    Images are not read. Raises no error for a kept index that is damaged, but makes it again.
 
     Args:
         source: the data, from `open_data`.
@@ -67,6 +73,12 @@ def build_index(
         except DamagedError as error:
             notice(f"{file}: the index is damaged ({error}); it is made again")
     notes.unlink(missing_ok=True)
+    # Of a folder or a remote file the fingerprint may miss a change; such an index is not shared between runs.
+    shared = all(Path(shard.uri).is_file() for shard in source.shards)
+    if shared:
+        index_cache.fetch(made_of, file)
+    if notes.is_file():
+        return Index(file, processor)
     facts, digest = Facts(), hashlib.sha256()
     with atomic_file(file) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -81,6 +93,8 @@ def build_index(
         _check(config, facts, num_levels)
     made = {"made_of": made_of, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}
     write_sealed(notes, {**made, "files": list_files([file])})
+    if shared:
+        index_cache.store(made_of, file)
     return Index(file, processor)
 
 
@@ -88,6 +102,8 @@ def _fingerprint(source: Source, config: StageConfig, processor: AlignGPTProcess
     """Digest of everything that the index depends on."""
     made_of: list[Any] = [
         __version__,
+        _FORMAT,
+        transformers.__version__,
         config.stage,
         num_levels,
         source.describe(),
@@ -115,52 +131,60 @@ def _rows(
         )
     with meter("reading", None, unit="rows") as progress:
         for shard in source.shards:
-            pairs = source.read(shard)
+            pairs = enumerate(source.read(shard))
             try:
-                for number, pair in enumerate(pairs):
-                    progress.add(1, 1, 0)
-                    row = _row(pair, config, processor, needs_level, facts)
-                    if row is None:
-                        continue
-                    if row["level"] > num_levels > 0:
-                        raise UserError(
-                            f"{pair.source}: {pair.key} has level {pair.level}, but the model has {num_levels} levels; "
-                            f"pass --num-levels for a new model, or bucket the data with --levels {num_levels}."
-                        )
-                    if pair.image is not None:  # embedded in the dataset's part
-                        row |= {"source": shard.uri, "image_path": "image", "row": number}
-                        row |= {"image_offset": None, "image_length": None}
-                    yield row
+                while batch := list(islice(pairs, _AT_ONCE)):
+                    progress.add(len(batch), len(batch), 0)
+                    usable = [(number, pair) for number, pair in batch if _is_usable(pair, config, needs_level, facts)]
+                    samples = processor.encode_all([_conversation(pair) for _, pair in usable])
+                    for (number, pair), sample in zip(usable, samples, strict=True):
+                        if isinstance(sample, ValueError):
+                            facts.skip(_OF_ONE_ROW.sub("…", str(sample).rstrip(".")), pair.key)
+                            continue
+                        if (pair.level or 0) > num_levels > 0:
+                            raise UserError(
+                                f"{pair.source}: {pair.key} has level {pair.level}, but the model has {num_levels} "
+                                "levels; pass --num-levels for a new model, or bucket the data with --levels "
+                                f"{num_levels}."
+                            )
+                        row = _row(pair, sample, processor, facts)
+                        if pair.image is not None:  # embedded in the dataset's part
+                            row |= {"source": shard.uri, "image_path": "image", "row": number}
+                            row |= {"image_offset": None, "image_length": None}
+                        yield row
             except (ShardError, OSError) as error:
                 raise UserError(f"{shard}: cannot be read ({error}).") from None
 
 
-def _row(
-    pair: Pair, config: StageConfig, processor: AlignGPTProcessor, needs_level: bool, facts: Facts
-) -> dict[str, Any] | None:
-    """The pair as a row of the index; if it cannot be used, counts the cause and returns None."""
+def _is_usable(pair: Pair, config: StageConfig, needs_level: bool, facts: Facts) -> bool:
+    """Whether the stage can use the pair; if not, counts the cause."""
     has_image = pair.load is not None
-    scored = (pair.stored or {}) if pair.load is not None else {}
+    scored = (pair.stored or {}) if has_image else {}
     status = Status(scored.get("status", pair.status))  # images that scoring could not read are not used
     if status in FINE and pair.status not in FINE:
         status = pair.status
+    cause = None
     if status not in FINE or (status is Status.OK and not has_image):
-        facts.skip(str(status if status not in FINE else Status.MISSING_IMAGE), pair.key)
-        return None
-    if config.stage == "pretrain" and not has_image:
-        facts.skip("no image, which pretraining needs", pair.key)
-        return None
-    if needs_level and pair.level is None:
-        facts.skip("no level", pair.key)
-        return None
-    try:
-        if pair.conversations is not None:
-            sample = processor.encode(pair.conversations, has_image=has_image)
-        else:
-            sample = processor.encode_caption(pair.caption or "")
-    except ValueError as error:
-        facts.skip(_OF_ONE_ROW.sub("…", str(error).rstrip(".")), pair.key)
-        return None
+        cause = str(status if status not in FINE else Status.MISSING_IMAGE)
+    elif config.stage == "pretrain" and not has_image:
+        cause = "no image, which pretraining needs"
+    elif needs_level and pair.level is None:
+        cause = "no level"
+    if cause is not None:
+        facts.skip(cause, pair.key)
+    return cause is None
+
+
+def _conversation(pair: Pair) -> tuple[list[dict[str, Any]], bool]:
+    """The pair's conversation, that of a caption being an image and its answer; and whether there is an image."""
+    if pair.conversations is not None:
+        return pair.conversations, pair.load is not None
+    return caption_turns(pair.caption or ""), True
+
+
+def _row(pair: Pair, sample: Encoded, processor: AlignGPTProcessor, facts: Facts) -> dict[str, Any]:
+    """The pair as a row of the index, counted."""
+    has_image = pair.load is not None
     facts.rows += 1
     facts.images += has_image
     facts.tokens += len(sample.input_ids)
@@ -170,7 +194,7 @@ def _row(
     facts.levels[pair.level or 0] += 1
     row = {name: getattr(pair, name) for name in ("key", "source", "image_offset", "image_length", "row")}
     row |= {"image_path": pair.image_path if has_image else None, "level": pair.level or 0}
-    row["sha256"] = scored.get("sha256")
+    row["sha256"] = (pair.stored or {}).get("sha256") if has_image else None
     return row | {"length": len(sample.input_ids), **_folded(sample, processor)}
 
 

@@ -10,8 +10,9 @@ One sample with its labels (x: none) and the tokens that the gate averages (g), 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.image_utils import load_image
 from aligncurate.sources.conversations import parse_conversation
 from aligncurate.sources.marks import IMAGE
 from aligntrain.inputs.pixels import IMAGE_MODES, pixels_of
-from aligntrain.inputs.templates import ALIGN, PLAIN, V1, ChatTemplate, Rendered, messages_of
+from aligntrain.inputs.templates import ALIGN, PLAIN, V1, ChatTemplate, Rendered, caption_turns, messages_of
 from aligntrain.inputs.tokenizer import end_pattern, load_tokenizer, prepare_tokenizer
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loss import IGNORE
@@ -142,24 +143,34 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             ValueError: an irregular conversation, one without an answer or without a label left, or an image that
                 ``max_length`` would cut.
         """
-        try:
-            messages = messages_of(conversation, has_image)
-            if self.template == "plain" and training and [m["role"] for m in messages] != ["user", "assistant"]:
-                raise ValueError("the plain template needs exactly one question and one answer (the caption).")
-            if training and messages[-1]["role"] == "user":
-                messages = messages[:-1]
-            if training and not any(m["role"] == "assistant" for m in messages):
-                raise ValueError("the conversation has no answer.")
-            rendered = self._chat.render(messages, cue=messages[-1]["role"] == "user")
-            encoded = self._tokenize(rendered, has_image)
-            return self._cut(encoded) if training else encoded
-        except ValueError as error:
-            raise ValueError(f"sample {key!r}: {error}" if key else str(error)) from error
+        (encoded,) = self.encode_all([(conversation, has_image)], training=training)
+        if isinstance(encoded, ValueError):
+            raise ValueError(f"sample {key!r}: {encoded}" if key else str(encoded)) from encoded
+        return encoded
+
+    def encode_all(
+        self, samples: Sequence[tuple[Sequence[Mapping[str, Any]], bool]], *, training: bool = True
+    ) -> list[Encoded | ValueError]:
+        """Encode many (conversation, has_image) at once, which the tokenizer does on all cores.
+
+        Returns what ``encode`` would return or raise for each of them.
+        """
+        rendered = [self._render(conversation, has_image, training) for conversation, has_image in samples]
+        tokens = self._tokens([text.text if isinstance(text, Rendered) else "" for text in rendered])
+        results: list[Encoded | ValueError] = []
+        for (_, has_image), text, pieces in zip(samples, rendered, tokens, strict=True):
+            try:
+                if isinstance(text, ValueError):
+                    raise text
+                encoded = self._join(text, pieces, has_image)
+                results.append(self._cut(encoded) if training else encoded)
+            except ValueError as error:
+                results.append(error)
+        return results
 
     def encode_caption(self, caption: str, *, key: str = "") -> Encoded:
         """Encode an image's caption as a pretraining sample. Raises ValueError as ``encode`` does."""
-        turns = [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": caption}]
-        return self.encode(turns, has_image=True, key=key)
+        return self.encode(caption_turns(caption), has_image=True, key=key)
 
     @property
     def moves_system(self) -> bool:
@@ -313,24 +324,53 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         ends = re.compile("\n") if self.template == "plain" else end_pattern(self.tokenizer)
         return ChatTemplate(self.tokenizer, text, ends)
 
+    def _render(
+        self, conversation: Sequence[Mapping[str, Any]], has_image: bool, training: bool
+    ) -> Rendered | ValueError:
+        try:
+            messages = messages_of(conversation, has_image)
+            if self.template == "plain" and training and [m["role"] for m in messages] != ["user", "assistant"]:
+                raise ValueError("the plain template needs exactly one question and one answer (the caption).")
+            if training and messages[-1]["role"] == "user":
+                messages = messages[:-1]
+            if training and not any(m["role"] == "assistant" for m in messages):
+                raise ValueError("the conversation has no answer.")
+            return self._chat.render(messages, cue=messages[-1]["role"] == "user")
+        except ValueError as error:
+            return error
+
     def _tokenize(self, rendered: Rendered, has_image: bool) -> Encoded:
-        """Tokenize the text before and after the image separately, as in the official code."""
+        return self._join(rendered, next(self._tokens([rendered.text])), has_image)
+
+    def _tokens(self, texts: Sequence[str]) -> Iterator[list[tuple[list[int], list[tuple[int, int]]]]]:
+        """Token ids and character offsets of each text's pieces before and after the image.
+
+        These are tokenized separately, as in the official code.
+        """
+        pieces = [text.split(IMAGE) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        batch = self.tokenizer(flat, add_special_tokens=False, return_offsets_mapping=True) if flat else BatchFeature()
+        tokens = zip(batch.get("input_ids", []), batch.get("offset_mapping", []), strict=True)
+        return (list(islice(tokens, len(of_text))) for of_text in pieces)
+
+    def _join(
+        self, rendered: Rendered, tokens: list[tuple[list[int], list[tuple[int, int]]]], has_image: bool
+    ) -> Encoded:
+        """A sample from the tokens of its text's pieces, with placeholders between them."""
         pieces = rendered.text.split(IMAGE)
         if len(pieces) != 1 + has_image:
             raise ValueError(f"the text has {IMAGE} {len(pieces) - 1} times; the limit is one per sample.")
         ids: list[int] = []
         labels: list[int] = []
         start = 0
-        for number, piece in enumerate(pieces):
+        for number, (piece, (own, spans)) in enumerate(zip(pieces, tokens, strict=True)):
             if number:
                 ids += [self.image_token_id] * self.num_patches
                 labels += [IGNORE] * self.num_patches
-            tokens = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-            offsets = [(start + a, start + b) for a, b in tokens.offset_mapping]
-            if {self.image_token_id, self.align_token_id} & set(tokens.input_ids):
+            if {self.image_token_id, self.align_token_id} & set(own):
                 raise ValueError(f"the text contains {ALIGN}, which is a reserved token.")
-            ids += tokens.input_ids
-            labels += _labels(tokens.input_ids, offsets, rendered.answers)
+            ids += own
+            labels += _labels(own, [(start + a, start + b) for a, b in spans], rendered.answers)
             start += len(piece) + len(IMAGE)
         bos = self.tokenizer.bos_token_id
         if self._starts_with_bos and ids[:1] != [bos]:

@@ -93,6 +93,11 @@ def messages_of(conversation: Sequence[Mapping[str, Any]], has_image: bool | Non
     return system + turns
 
 
+def caption_turns(caption: str) -> list[dict[str, Any]]:
+    """A caption as a conversation: the image, and the caption as the answer."""
+    return [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": caption}]
+
+
 class ChatTemplate:
     """A chat template (Jinja) of a tokenizer, and where the answers are in its text.
 

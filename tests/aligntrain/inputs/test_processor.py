@@ -184,6 +184,21 @@ def test_image_goes_to_the_front_of_its_question() -> None:
     assert ids[0] == ids[1] == ids[2] == ids[3]
 
 
+def test_many_at_once_are_encoded_as_one_by_one() -> None:
+    proc = processor(max_length=150)
+    talk = [({"role": "user", "text": f"What is {n}?"}, {"role": "assistant", "text": "red " * n}) for n in range(30)]
+    samples: list[Any] = [(turns, n % 3 == 0) for n, turns in enumerate(talk)]
+    samples += [([], False), (TURNS[:1], True), (TURNS, False), ([{"role": "user", "text": "<align>"}, TURNS[1]], True)]
+    outcomes: set[type] = set()
+    for (turns, has_image), result in zip(samples, proc.encode_all(samples), strict=True):
+        outcomes.add(type(result))
+        try:
+            assert result == proc.encode(turns, has_image=has_image)
+        except ValueError as error:
+            assert str(result) == str(error)
+    assert len(outcomes) == 2 and proc.encode_all([]) == []
+
+
 def test_caption() -> None:
     proc = processor(template="plain")
     encoded = proc.encode_caption("A red chair")
