@@ -23,7 +23,7 @@ def test_the_manifest_records_what_earlier_versions_did(tmp_path) -> None:
     run = aligncurate.ingest(tar, tmp_path / "out", limit=1, workers=1, quiet=True)
     assert run.dataset.manifest["options"] == {
         "embed_images": False, "limit": 1, "format": None, "caption_column": None, "image_column": None,
-        "image_root": None, "rows_per_shard": 10_000,
+        "image_root": None, "captions": "all", "rows_per_shard": 10_000,
     }  # fmt: skip
 
 
