@@ -6,27 +6,33 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from errno import ENOENT
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
-from posixpath import normpath
 from threading import Lock
 from typing import Self
-from unicodedata import is_normalized, normalize
-from urllib.parse import unquote
 
 from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import ShardError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.io.tar import is_readable, tar_members
+from aligncurate.sources.image_names import (
+    ENDINGS,
+    ending_of,
+    files_of,
+    first_existing,
+    paths_in,
+    plain,
+    shortened,
+    similar_name,
+    spellings,
+    without_scheme,
+)
 
+# Where images usually are, relative to the file that names them.
 _FOLDERS = ("images", "imgs", "img", "image", "train2017", "val2017", "train2014", "val2014", "../images",
            "../train2017", "../val2017", "../train2014", "../val2014")  # fmt: skip
-# Where images usually are, relative to the file that names them.
-
-_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "JPG", "JPEG", "PNG")  # tried for names without one
 _MOST_FOLDERS = 64  # beside a file, in which its images are looked for
-_MOST_NAMES = 100_000  # of a folder, among which a similar name is looked for
 _MOST_MEMBERS = 5_000_000  # of tars; an index of more would not fit in memory
 
 Member = tuple[str, int, int]  # tar, offset, length
@@ -54,11 +60,11 @@ class ImageRoot:
     @classmethod
     def near(cls, base: str, names: Sequence[str]) -> Self:
         """The folders in or near `base` that have images with these `names`, those with the most first, then `base`."""
-        names = [name for name in dict.fromkeys(map(_without_scheme, names)) if "://" not in name and name[:1] != "/"]
+        names = [name for name in dict.fromkeys(map(without_scheme, names)) if "://" not in name and name[:1] != "/"]
         if not names:
             return cls([base])
         if storage.is_remote(base):
-            names = names[:16]  # each costs a request
+            names = names[:16]
         best = _having(names, [base, *(storage.join(base, folder) for folder in _FOLDERS)])
         beside = _having(names, _folders_in(base)) if not best else []
         return cls(list(dict.fromkeys([*map(storage.absolute, best), base])), beside[0] if beside else None)
@@ -68,14 +74,14 @@ class ImageRoot:
 
         Raises OSError if a folder or tar cannot be read now.
         """
-        local = _without_scheme(name)
+        local = without_scheme(name)
         if "://" in local or local[:5].lower() == "data:":
             # Not kept as image_path, so that nothing that reads the dataset later follows it.
             what = "is a URL; download it first, for example with img2dataset"
             what = what if "://" in local else "cannot be decoded"
-            pair.fail(Status.MISSING_IMAGE, f"{_short(local)} {what}")
+            pair.fail(Status.MISSING_IMAGE, f"{shortened(local)} {what}")
             return
-        paths = list(dict.fromkeys(path for folder in self.folders for path in _paths(folder, local)))
+        paths = list(dict.fromkeys(path for folder in self.folders for path in paths_in(folder, local)))
         if not paths:
             pair.image_path = name
             pair.fail(Status.UNSAFE_PATH, self._outside(local))
@@ -84,7 +90,7 @@ class ImageRoot:
         if storage.is_remote(paths[0]):
             pair.load = partial(_read_first, pair, paths)
             return
-        files = _files(paths)
+        files = files_of(paths)
         if len(files) == 1:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0])
         elif member := None if files else self._member(local):
@@ -95,7 +101,7 @@ class ImageRoot:
             pair.load = partial(storage.read_range, tar, offset, length)
         else:
             hint = f"there are {' and '.join(map(storage.basename, files))}" if files else self._hint(local, paths)
-            pair.fail(Status.MISSING_IMAGE, f"there is no image {_short(paths[0])}{hint and '; '}{hint}")
+            pair.fail(Status.MISSING_IMAGE, f"there is no image {shortened(paths[0])}{hint and '; '}{hint}")
 
     def _outside(self, name: str) -> str:
         """Why a name is not in the folders."""
@@ -113,11 +119,11 @@ class ImageRoot:
         for path in paths:
             if os.path.islink(path):
                 return f"it is a link to {os.readlink(path)}, which does not exist"
-            if near := _similar(path):
+            if near := similar_name(path):
                 return f"there is {near}"
-        if self.elsewhere and _existing(list(_paths(self.elsewhere, name))):
+        if self.elsewhere and first_existing(list(paths_in(self.elsewhere, name))):
             return f"there is one in {self.elsewhere}, so pass --image-root {self.elsewhere}"
-        if _existing([storage.absolute(name)]):
+        if first_existing([os.path.abspath(name)]):
             return f"there is one relative to the working folder, so pass --image-root {os.getcwd()}"
         if inside := self._trailing(name):
             return f"there is {inside}"
@@ -127,16 +133,16 @@ class ImageRoot:
         """The file in the folders whose path is the end of `name`, the longest."""
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         for start in range(1, len(parts)):
-            paths = [p for folder in self.folders for p in _paths(folder, "/".join(parts[start:]))]
-            if paths and not storage.is_remote(paths[0]) and (files := _existing(paths)):
+            paths = [p for folder in self.folders for p in paths_in(folder, "/".join(parts[start:]))]
+            if paths and not storage.is_remote(paths[0]) and (files := first_existing(paths)):
                 return files[0]
         return None
 
     def _member(self, name: str) -> Member | None:
         """The member of the folders' tars with this name; tars are read only as far as needed, once."""
-        names = [_plain(spelling) for spelling in _spellings(name)]
-        if _ending(names[0]) not in EXTENSIONS:
-            names += [f"{names[0]}.{ending}" for ending in _ENDINGS]
+        names = [plain(spelling) for spelling in spellings(name)]
+        if ending_of(names[0]) not in EXTENSIONS:
+            names += [f"{names[0]}.{ending}" for ending in ENDINGS]
         with self._lock:
             self._unread = self._unread or self._read_tars()
             try:
@@ -163,7 +169,7 @@ class ImageRoot:
                                 self._faults.append(f"only {_MOST_MEMBERS:,} images of the tars were looked through")
                                 return
                             place = (uri, member.offset_data, member.size)
-                            if self._members.setdefault(_plain(member.name), place) is place:
+                            if self._members.setdefault(plain(member.name), place) is place:
                                 yield
             except (ShardError, PermissionError) as error:  # what comes before the damage is used
                 self._faults.append(f"{str(error).rstrip('.')}, so it may be lost in there")
@@ -171,51 +177,24 @@ class ImageRoot:
 
 def _having(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """The folders that have some of the named images, those with the most first."""
-    folders = [folder for folder in folders if storage.is_remote(folder) or os.path.isdir(folder)]
-    found = {folder: sum(bool(_files(list(_paths(folder, name)))) for name in names) for folder in folders}
-    return sorted((folder for folder in folders if found[folder]), key=lambda folder: -found[folder])
+    counts: dict[str, int] = {}
+    for folder in folders:
+        remote = storage.is_remote(folder)
+        if remote or os.path.isdir(folder):
+            found = (1 for name in names if files_of(list(paths_in(folder, name))))
+            counts[folder] = sum(islice(found, 1 if remote else None))
+        if remote and counts[folder]:  # each look costs a request
+            break
+    return sorted((folder for folder, count in counts.items() if count), key=lambda folder: -counts[folder])
 
 
 def _folders_in(folder: str) -> list[str]:
     """Some of the folders in a local folder."""
-    if storage.is_remote(folder):
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.path for entry in islice((e for e in entries if e.is_dir()), _MOST_FOLDERS))
-
-
-def _without_scheme(name: str) -> str:
-    """A path for a `file:` URI; any other name as it is."""
-    name = name.strip().strip("\ufeff")
-    if name[:5].lower() != "file:":
-        return name
-    path = unquote(name[5:])
-    path = path[2:] if path.startswith("//") else path
-    return path.removeprefix("localhost") if path.startswith("localhost/") else path
-
-
-def _spellings(name: str) -> list[str]:
-    """The ways to write the same name, as it is given first."""
-    if name.isascii() and "\\" not in name and "%" not in name:
-        return [name]
-    found = [name, name.replace("\\", "/")]
-    found += [unquote(spelling) for spelling in found]
-    found += [normalize(form, spelling) for spelling in found for form in ("NFC", "NFD")] if not name.isascii() else []
-    return list(dict.fromkeys(found))
-
-
-def _paths(folder: str, name: str) -> Iterator[str]:
-    """The paths of `name` in `folder`, in its spellings; none if all lead out of it."""
-    for spelling in _spellings(name):
-        path = normpath(spelling)
-        if path.startswith("/"):
-            inside = folder.rstrip("/") + "/"
-            if path.startswith(inside):
-                yield path
-            elif _existing([storage.join(folder, path.lstrip("/"))]):
-                yield storage.join(folder, path.lstrip("/"))
-        elif path != ".." and not path.startswith("../"):
-            yield storage.join(folder, path)
+    found: list[str] = []
+    if not storage.is_remote(folder):
+        with suppress(OSError), os.scandir(folder) as entries:
+            found += islice((entry.path for entry in entries if entry.is_dir()), _MOST_FOLDERS)
+    return sorted(found)
 
 
 def _read_first(pair: Pair, paths: Sequence[str]) -> bytes:
@@ -228,71 +207,6 @@ def _read_first(pair: Pair, paths: Sequence[str]) -> bytes:
     raise FileNotFoundError(ENOENT, "there is no such file", paths[0])
 
 
-def _existing(paths: Sequence[str]) -> list[str]:
-    """The first of `paths` that exists, or cannot be looked at: reading it reports why."""
-    for path in paths:
-        try:
-            if storage.exists(path):
-                return [path]
-        except (FileNotFoundError, ValueError):  # ValueError: an impossible name
-            continue
-        except OSError:
-            return [path]
-    return []
-
-
-def _files(paths: Sequence[str]) -> list[str]:
-    """The file that one of `paths` means; several, if it lacks an ending and they differ by that."""
-    found = _existing(paths)
-    if found and (_ending(found[0]) in EXTENSIONS or not os.path.isdir(found[0])):
-        return found
-    return _with_ending(paths) or found
-
-
-def _with_ending(paths: Sequence[str]) -> list[str]:
-    """The image files that differ from the first of `paths` only by an ending that it lacks."""
-    if not paths or _ending(paths[0]) in EXTENSIONS:
-        return []
-    found = [file for ending in _ENDINGS for file in _existing([f"{paths[0]}.{ending}"])]
-    return sorted({file.lower(): file for file in reversed(found)}.values())
-
-
-def _similar(path: str) -> str | None:
-    """An image beside `path` whose name differs by its ending or by capitals; None if there is none."""
-    names = _names_in(storage.parent(path))
-    stem = storage.basename(path)
-    return names.get(_folded(stem)) or names.get(_folded(stem.rpartition(".")[0] or stem))
-
-
-@lru_cache(maxsize=16)
-def _names_in(folder: str) -> dict[str, str]:
-    """The images of a folder, by folded name and by folded name without ending."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in islice(entries, _MOST_NAMES) if _ending(entry.name) in EXTENSIONS)
-    except (OSError, ValueError):
-        return {}
-    return {_folded(n.rpartition(".")[0]): n for n in names} | {_folded(n): n for n in names}
-
-
-def _folded(name: str) -> str:
-    return normalize("NFC", name).casefold()
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2].lower()
-
-
-def _plain(name: str) -> str:
-    """A member's name in the one form that all its spellings share."""
-    name = normpath(name.lstrip("/"))
-    return name if is_normalized("NFC", name) else normalize("NFC", name)
-
-
 def _tars(folder: str) -> list[str]:
     files = storage.list_files(folder) if storage.is_folder(folder) else [folder]
     return [file for file in files if file.endswith(".tar")]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 300 else f"{name[:300]}…"

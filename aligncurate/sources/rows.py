@@ -102,7 +102,7 @@ class RowSource(Source):
         self._files = {file.uri: file for file in files}
         self._several = several
         self._counts: list[Counter[str]] = []  # of each shard that was read
-        nested = kind == "parquet" or any(file.fields.turns for file in files)
+        nested = kind == "parquet" or any(file.fields.turns or file.fields.asked for file in files)
         self.extras = merge_extras([*(file.extras for file in files), {EXTRA: pa.string()} if nested else {}])
         self.inline = any(file.inline for file in files)
 
@@ -194,6 +194,7 @@ class RowReader:
         fields = self._fields
         if len(images) > 1:
             pair.fail(Status.MULTI_IMAGE, f"{len(images)} images in one row; only one image per row is supported")
+            pair.extra["named_images"] = [image for image in images if isinstance(image, str)] or None
         elif images and isinstance(images[0], bytes):
             pair.load = partial(bytes, images[0])
             pair.image_path = where

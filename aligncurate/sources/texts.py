@@ -7,7 +7,7 @@ from typing import Any
 
 from aligncurate.dataset.pointers import images_in
 from aligncurate.dataset.record import Pair, Status
-from aligncurate.sources.captions import with_captions
+from aligncurate.sources.captions import text_of, with_captions
 from aligncurate.sources.coerce import as_level
 from aligncurate.sources.conversations import other_fields, parse_conversation, set_conversation
 from aligncurate.sources.fields import IMAGES, is_image
@@ -43,6 +43,8 @@ def with_texts(
     if not parsed:
         pair.fail(Status.MISSING_CAPTION, "the conversation is empty")
         return [pair], []
+    if caption:
+        pair.extra["unused_caption"] = text_of(caption) or caption
     set_conversation(pair, parsed)
     if rest := other_fields(turns):
         pair.extra["turn_fields"] = rest

@@ -387,3 +387,29 @@ def test_several_captions_in_a_tar(tmp_path) -> None:
     assert frame["caption"].to_list() == list("abcdef") and statuses(frame) == ["ok"] * 6
     first = ingested(tmp_path / "a.tar", tmp_path / "first", captions="first")
     assert first["caption"].to_list() == list("acde")
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "tar"])
+def test_no_text_of_a_row_is_dropped(images, kind) -> None:
+    row = {"image": "0.jpg", "caption": "a caption", "conversations": json.dumps(talk("<image> q", "a")), "title": "t"}
+    file = images / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({name: [value] for name, value in row.items()}), file)
+    elif kind == "csv":
+        cells = [value.replace('"', '""') for value in row.values()]
+        file.write_text(",".join(row) + '\n"' + '","'.join(cells) + '"\n')
+    elif kind == "tar":
+        write_tar(file, {"k": {"jpg": jpeg(), "json": json.dumps(row).encode()}})
+    else:
+        file.write_text(json.dumps([row]))
+    (found,) = ingested(file, images / "out").to_dicts()
+    assert found["status"] == "ok" and len(found["conversations"]) == 2
+    assert "a caption" in found["extra"] and found["title"] == "t"
+    (two,) = rows_of(images, [{"image": ["0.jpg", "1.jpg"], "caption": "c"}], "two")
+    assert two["status"] == "multi_image" and "1.jpg" in two["extra"]
+
+
+def test_an_unanswered_question_is_not_lost(images) -> None:
+    (images / "a.csv").write_text("image,question,answer\n0.jpg,What?,A box.\n1.jpg,Why?,\n")
+    rows = ingested(images / "a.csv", images / "out").to_dicts()
+    assert [row["status"] for row in rows] == ["ok", "invalid_row"] and "Why?" in rows[1]["extra"]
