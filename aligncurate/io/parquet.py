@@ -15,6 +15,10 @@ PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for a damaged file; `is_damage` tells its OSErrors from those of the disk or network."""
 
 
+PAGE_BUFFER = 1 << 20
+"""Bytes of a column to read at once, where a row group may hold more than memory."""
+
+
 def is_damage(error: Exception) -> bool:
     """Whether one of PARQUET_ERRORS is about the file's bytes: an OSError of pyarrow's own has no errno."""
     return not isinstance(error, OSError) or error.errno is None
@@ -42,4 +46,6 @@ def open_parquet(uri: str, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
         except PARQUET_ERRORS as error:
             if not is_damage(error):
                 raise
+            if "decryption" in str(error):
+                raise UserError(f"{uri}: the file is encrypted; write it again without encryption.") from None
             raise UserError(f"{uri}: damaged, or not a Parquet file ({first_line(error)}).") from None

@@ -218,7 +218,7 @@ class _Inputs:
         return {
             "parquet": lambda uri: ParquetRows(uri, naming),
             "annotations": lambda uri: AnnotationRows(uri, naming, options.rows_per_shard),
-            "table": lambda uri: TableRows(uri, naming),
+            "table": lambda uri: TableRows(uri, naming, options),
         }
 
     def _open(self, kind: str, items: list[Any]) -> Source:

@@ -19,12 +19,18 @@ IMAGES = ("image", "image_bytes", "jpg", "png", "images", "image_path", "img", "
           "photos", "pic", "pics", "image_base64", "image_b64", "base64")  # fmt: skip
 """Usual names of image columns, the most likely first."""
 
-KEYS = ("key", "id", "uid", "image_id")
+KEYS = ("key", "id", "uid", "image_id", "__key__", "sample_id")
+
+URLS = ("url", "image_url", "img_url", "urls", "image_link", "image_uri")
+"""Usual names of columns with the web addresses of images."""
 
 _LAST_IMAGES = ("image_url", "img_url", "image_uri", "image_id", "img_id")  # if nothing else names images
 _TURNS = ("conversations", "messages")
 _MAYBE_TURNS = ("conversation", "dialog", "dialogs", "dialogue", "dialogues", "turns", "texts", "chat", "chats",
                 "contents", "items")  # fmt: skip
+TURNS = (*_TURNS, *_MAYBE_TURNS)
+"""Usual names of fields with conversations."""
+
 _ASKED = (("question", "answer"), ("query", "response"), ("instruction", "output"), ("prompt", "response"),
           ("prompt", "completion"), ("question", "response"), ("instruction", "response"))  # fmt: skip
 
@@ -48,6 +54,7 @@ class Fields:
     """The names of the fields that a row's image, texts and key are in; None if it has no such field.
 
     Attributes:
+        url: the field with the image's web address, which is kept as an extra column.
         asked: the fields of a question and its answer, which make a conversation.
         all: every field of the file, for messages.
         others: further usual fields for images, for rows in which `image` is empty.
@@ -57,6 +64,7 @@ class Fields:
     caption: str | None
     turns: str | None
     key: str | None
+    url: str | None = None
     asked: tuple[str, str] | None = None
     all: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -105,15 +113,13 @@ def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[M
             image = pick(None, _LAST_IMAGES, "")
     if image == caption:
         image = None
-    if turns is None and asked is None and (caption is None or image is None):
+    url = pick(None, URLS, "")
+    if turns is None and asked is None and (caption is None or (image is None and url is None)):
         missing = "captions (--caption-column)" if caption is None else "images (--image-column)"
-        hint = ""
-        if image is None and any(n in lower for n in ("url", "image_url", "urls")):
-            hint = " Its images are URLs; download them first, for example with img2dataset."
-        raise NoPairsError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
+        raise NoPairsError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.")
     others = [lower[n] for n in (*IMAGES, *_LAST_IMAGES) if n in lower and naming.image_column is None]
     others = [name for name in dict.fromkeys(others) if name not in (image, caption, turns, *(asked or ()))]
-    return Fields(image, caption, turns, pick(None, KEYS, ""), asked, tuple(columns), tuple(others))
+    return Fields(image, caption, turns, pick(None, KEYS, ""), url, asked, tuple(columns), tuple(others))
 
 
 def turns_of(row: Mapping[str, Any], fields: Fields) -> Any:
@@ -151,3 +157,8 @@ def is_image(image: str | bytes) -> bool:
     if isinstance(image, bytes):
         return True
     return "://" not in image and "\n" not in image and image.rpartition(".")[2].lower() in EXTENSIONS and "." in image
+
+
+def is_url(value: Any) -> bool:
+    """Whether a field holds a web address."""
+    return isinstance(value, str) and value.strip().lower().startswith(("http://", "https://"))
