@@ -28,7 +28,7 @@ class AnnotationRows(RowFile):
         some = self._rows.spread()
         head = list(chain(self._rows.peek(), some))
         self.recognise(dict.fromkeys(name for row in head for name in row), some, naming)
-        self.extras = infer_extras({k: v for k, v in row.items() if k not in self.fields.used} for row in head)
+        self.extras = infer_extras(self.fields.extras(row) for row in head)
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
         for number, row in enumerate(self._rows.read(start, stop), start):
@@ -66,9 +66,10 @@ def _rows_of(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     if len(lists) == len(data) > 1 and len({len(value) for value in lists.values()}) == 1:
         return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
-    if data and all(isinstance(value, dict) for value in data.values()):
+    texts = {*CAPTIONS, *TURNS}
+    if data and all(isinstance(value, dict) and not texts.isdisjoint(value) for value in data.values()):
         return [{"key": key, **row} for key, row in data.items()]
-    if not {name.lower() for name in data}.isdisjoint((*IMAGES, *CAPTIONS, *TURNS)):
+    if not {*IMAGES, *texts}.isdisjoint(data):
         return [data]
     raise NoPairsError(f"{uri}: this JSON is neither a list of rows nor COCO captions.")
 

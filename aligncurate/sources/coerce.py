@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from aligncurate.dataset.record import COLUMNS, EXTRA
 
+_OURS = frozenset(COLUMNS)
 _MOST_COLUMNS = 1_000  # fields beyond these, for example ids as names, go to the `extra` column
 _LARGEST_SCORE = 3e38  # of float32
 
@@ -38,6 +39,14 @@ def unique_names(names: Iterable[str]) -> list[str]:
         used.add(new)
         unique.append(new)
     return unique
+
+
+def extra_name(name: str) -> str:
+    """The column that keeps an input field: one with the name of a column of ours is called `input_<name>`.
+
+    Upper and lower case count as the same, as they do in DuckDB and Spark.
+    """
+    return f"input_{name}" if name.lower() in _OURS else name
 
 
 def infer_extras(rows: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:

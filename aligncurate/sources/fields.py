@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+
 from aligncurate.dataset.pointers import images_in
-from aligncurate.dataset.record import COLUMNS
 from aligncurate.errors import NoPairsError, UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.sources.captions import CAPTIONS, text_of
+from aligncurate.sources.coerce import as_level, as_score, extra_name
 from aligncurate.sources.conversations import is_conversation
 
 IMAGES = ("image", "image_bytes", "jpg", "png", "images", "image_path", "img", "img_path", "filename", "file_name",
@@ -69,11 +72,43 @@ class Fields:
     all: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
-    @property
-    def used(self) -> frozenset[str]:
-        """Fields that are not kept as extra columns."""
-        named = {self.image, self.caption, self.turns, *(self.asked or ())}
-        return frozenset(n for n in named if n) | frozenset(COLUMNS)
+    def extras(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a row that are kept as extra columns, by the names of these.
+
+        Its score and level are not among them if they can be kept as such.
+        """
+        kept = {}
+        for name, value in row.items():
+            if name in self._texts or (name == "score" and as_score(value) is not None):
+                continue
+            if name == "level" and as_level(value) is not None:
+                continue
+            if name.lower() == "image" and images_in(value) and isinstance(images_in(value)[0], bytes):
+                continue  # an image that is not chosen
+            kept[self._extra_name(name)] = value
+        return kept
+
+    def extra_types(self, types: Mapping[str, pa.DataType | None]) -> dict[str, pa.DataType]:
+        """The extra columns of a file whose columns have these types; None for what no column can hold."""
+        kept = {}
+        for name, kind in types.items():
+            if name in self._texts or kind is None or (name.lower() == "image" and not pa.types.is_string(kind)):
+                continue
+            number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            if not (name in ("score", "level") and number):
+                kept[self._extra_name(name)] = kind
+        return kept
+
+    @cached_property
+    def _texts(self) -> frozenset[str]:
+        """Fields whose values become columns of ours."""
+        key = self.key if self.key == "key" else None
+        named = {self.image, self.caption, self.turns, key, *(self.asked or ())}
+        return frozenset(n for n in named if n)
+
+    def _extra_name(self, name: str) -> str:
+        new = extra_name(name)
+        return new if new == name or new not in self.all else f"{new}_2"
 
 
 def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[Mapping[str, Any]] = ()) -> Fields:

@@ -48,8 +48,7 @@ class ParquetRows(RowFile):
         self._lock = Lock()
         image = naming.image_column or _bytes_column(schema)
         self.recognise(schema.names, self._some(schema), replace(naming, image_column=image))
-        kinds = {f.name: storable(f.type) for f in schema if f.name not in self.fields.used}
-        self.extras = {name: kind for name, kind in kinds.items() if kind is not None}
+        self.extras = self.fields.extra_types({f.name: storable(f.type) for f in schema})
 
     def _some(self, schema: pa.Schema) -> list[dict[str, Any]]:
         """Some rows from throughout the file, without columns that hold image bytes."""

@@ -56,6 +56,11 @@ class RowFile(ABC):
     has_cells = False
     notices: Sequence[str] = ()
 
+    @property
+    def only_urls(self) -> bool:
+        """Whether the file has captions, and of images only the URLs."""
+        return self.fields.image is None and self.fields.url is not None and self.fields.caption is not None
+
     def starts(self, per_shard: int) -> Sequence[int]:
         """The first row of each shard, where shards have about `per_shard` rows."""
         return range(0, self.rows, per_shard)
@@ -184,7 +189,7 @@ class RowReader:
         fields = self._fields
         pair = Pair("", self.uri, row=number)
         pair.score, pair.level = as_score(row.get("score")), as_level(row.get("level"))
-        pair.extra = {k: v for k, v in row.items() if k not in fields.used}
+        pair.extra = fields.extras(row)
         caption = row.get(fields.caption) if fields.caption else None
         pairs, inside = with_texts(pair, turns_of(row, fields), caption, self._several, row.get("similarity"))
         images, where = _images(row, fields, inside)

@@ -60,7 +60,7 @@ class TableRows(RowFile):
     def _index(self, naming: Naming) -> None:
         """Go through the file once: where shards begin, which columns are numbers, which lines are bad."""
         self._begins: list[tuple[int, int]] = []  # (offset, line number) of each shard
-        self.rows, self.extras = 0, {}
+        self.rows = 0
         numbers = _NumberColumns(enumerate(self._names))
         some = _Spread()
         problem, bad = None, 0
@@ -83,10 +83,9 @@ class TableRows(RowFile):
         if notice := self._file.settle():
             self.notices = [notice]
         kinds = {int: pa.int64(), float: pa.float64()}
-        for name in self._names:
-            if name not in self.fields.used:
-                self.extras[name] = kinds[self._numbers[name]] if name in self._numbers else pa.string()
-        if bad:
+        types = {n: kinds[self._numbers[n]] if n in self._numbers else pa.string() for n in self._names}
+        self.extras = fields.extra_types(types)
+        if bad or not {"score", "level", EXTRA}.isdisjoint(self._names):
             self.extras[EXTRA] = pa.string()
 
     def _records(self, offset: int | None, line: int, *, observe: bool = False) -> Iterator[Record]:

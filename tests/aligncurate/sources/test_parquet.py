@@ -252,7 +252,7 @@ def test_a_footer_that_claims_too_many_rows(tmp_path) -> None:
                 read_all(tmp_path / "b.parquet")
 
 
-def test_encrypted_files_and_unknown_codecs_are_named(tmp_path) -> None:
+def test_encrypted_files_are_named(tmp_path) -> None:
     (tmp_path / "e.parquet").write_bytes(b"PARE" + bytes(100) + b"\x10\0\0\0PARE")
-    with pytest.raises(UserError, match=r"e\.parquet: the file is encrypted"):
+    with pytest.raises(UserError, match=r"e\.parquet: .* encrypted"):
         open_source(str(tmp_path / "e.parquet"))
