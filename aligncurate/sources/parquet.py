@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, repeat
 from threading import Lock
 from typing import Any
 
@@ -16,15 +16,13 @@ import pyarrow.parquet as pq
 from aligncurate.dataset.record import Pair
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
-from aligncurate.io.parquet import PAGE_BUFFER, PARQUET_ERRORS, first_line, is_damage, open_parquet
+from aligncurate.io.parquet import PAGE_BUFFER, batches, open_parquet
 from aligncurate.sources.arrow_types import storable, to_python
 from aligncurate.sources.coerce import unique_names
 from aligncurate.sources.fields import Naming
 from aligncurate.sources.rows import RowFile, RowReader, spread
 
 _SOME_GROUPS, _SOME_ROWS = 8, 64  # that say what is in the file
-_BATCH = 256  # rows read at a time
-_BATCH_BYTES = 32 << 20  # of a batch, if its rows are of average size; a row group may hold more than memory
 _CHECKED = 1_000_000  # a footer may claim as many rows without a look at the file's size
 _ROWS_PER_BYTE = 100  # at most, even if all rows are alike
 _IDLE = 2  # readers of one file that wait for the shard after theirs
@@ -141,39 +139,19 @@ class _Reader:
 
     def _read(self, first: int) -> Generator[dict[str, Any] | str]:
         with open_parquet(self._uri, buffer_size=PAGE_BUFFER) as file:
-            begin = 0
-            for group, end in enumerate(self._ends):
-                if end > first:
-                    yield from self._group(file, group, begin, end)
-                begin = end
+            paths = self._paths(file.schema_arrow.names)
+            for group in range(bisect_right(self._ends, first), len(self._ends)):
+                begin = self._ends[group - 1] if group else 0
+                for number, batch in batches(file, group, begin, paths):
+                    end = self._ends[group] if isinstance(batch, str) else number + batch.num_rows
+                    start = min(max(number, self._skipped_to), end)
+                    # A reader that waits here may have been told to skip more when it goes on.
+                    for place, row in enumerate(self._rows_of(batch, start - number, end - start), start):
+                        if place >= self._skipped_to:
+                            yield row
 
-    def _group(self, file: pq.ParquetFile, group: int, begin: int, end: int) -> Iterator[dict[str, Any] | str]:
-        done = begin  # rows before this one have been given or skipped
-        cause = "it holds fewer rows than it says"
-        size = _batch_size(file, group)
-        paths = self._paths(file.schema_arrow.names)
-        # After a failure again row by row: rows before the damage are read, and a batch may be too large for Arrow.
-        for rows in (size, 1) if size > 1 else (1,):
-            number = begin
-            try:
-                for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=paths, use_threads=False):
-                    last = min(number + batch.num_rows, end)
-                    done = max(done, min(last, self._skipped_to))
-                    if done < last:
-                        for row in self._dictionaries(batch.slice(done - number, last - done)):
-                            done += 1
-                            if done > self._skipped_to:
-                                yield row
-                    number = last
-                break
-            except PARQUET_ERRORS as error:
-                if not is_damage(error):
-                    raise
-                cause = first_line(error)
-        while done < end:
-            done += 1
-            if done > self._skipped_to:
-                yield f"the Parquet file is damaged here ({cause})"
+    def _rows_of(self, batch: pa.RecordBatch | str, start: int, count: int) -> Iterable[dict[str, Any] | str]:
+        return repeat(batch, count) if isinstance(batch, str) else self._dictionaries(batch.slice(start, count))
 
     def _paths(self, names: Sequence[str]) -> list[str] | None:
         """The columns to read, or all where Arrow could take a name for several columns."""
@@ -196,13 +174,6 @@ def _ends(uri: str, file: pq.ParquetFile) -> list[int]:
     if min(rows, default=0) < 0 or (total > _CHECKED and total > _ROWS_PER_BYTE * storage.size(uri)):
         raise UserError(f"{uri}: damaged: its footer claims {total:,} rows, more than the file can hold.")
     return list(accumulate(rows))
-
-
-def _batch_size(file: pq.ParquetFile, group: int) -> int:
-    """Rows of this row group to read at a time."""
-    facts = file.metadata.row_group(group)
-    per_row = int(facts.total_byte_size) // max(int(facts.num_rows), 1) + 1
-    return max(1, min(_BATCH, _BATCH_BYTES // per_row))
 
 
 def _bytes_column(schema: pa.Schema) -> str | None:
