@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from aligncurate.verbs.export.result import Exported
     from aligncurate.verbs.from_sources import ScoreResult
 
-_STATUS_STYLES = {"ok": "green", "text_only": "cyan"}  # all others are failures, in red
+_STATUS_STYLES = {"ok": "green", "text_only": "cyan", "url_only": "cyan"}  # all others are failures, in red
 
 
 def render(inspection: Inspection) -> RenderableType:

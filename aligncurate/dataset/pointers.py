@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.io.parquet import open_parquet
+from aligncurate.io.parquet import PAGE_BUFFER, batches, open_parquet
 
 POINTER_COLUMNS = ("source", "image_path", "image_offset", "image_length", "row", "sha256")
 """The columns that `Pointer.of` needs; with embedded images also `image`."""
@@ -164,9 +164,6 @@ def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
 _reading = Lock()  # one thread reads a row group, the others find it in the cache
 
 
-_BATCH_BYTES = 1 << 26  # of images that are decoded at once
-
-
 class _ImageGroup:
     """The images of a row group, of which one batch is in memory; reading backwards starts the group again."""
 
@@ -189,14 +186,11 @@ class _ImageGroup:
 
 
 def _image_batches(uri: str, column: str, group: int) -> Iterator[pa.Array]:
-    with open_parquet(uri, buffer_size=_PAGE_BUFFER) as file:
-        metadata = file.metadata.row_group(group)
-        rows = max(1, _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
-        for batch in file.iter_batches(rows, row_groups=[group], columns=[column]):
+    with open_parquet(uri, buffer_size=PAGE_BUFFER) as file:
+        for _, batch in batches(file, group, 0, [column]):
+            if isinstance(batch, str):
+                raise OSError(batch)
             yield batch.column(column)
-
-
-_PAGE_BUFFER = 1 << 20  # bytes; without one, Arrow reads a column of a row group whole
 
 
 @lru_cache(maxsize=2)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from aligncurate.dataset.checked import count, take
-from aligncurate.dataset.record import FINE, Status
+from aligncurate.dataset.record import NOT_FAILED, Status
 from aligncurate.errors import UserError
 from aligncurate.io.files import read_json
 from aligncurate.levels import Counts
@@ -49,7 +49,7 @@ class PartInfo:
 
     @property
     def failed(self) -> int:
-        return self.rows - sum(self.statuses.get(s, 0) for s in FINE)
+        return self.rows - sum(self.statuses.get(s, 0) for s in NOT_FAILED)
 
     def without_counts(self) -> Self:
         """The same without counts of scores, of which a long run would hold too many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class Status(StrEnum):
     OK = "ok"
     TEXT_ONLY = "text_only"  # a conversation without an image: nothing to score, but good training data
     MISSING_IMAGE = "missing_image"
+    URL_ONLY = "url_only"  # metadata of an image that was not downloaded: cannot be scored, but can be filtered
     MISSING_CAPTION = "missing_caption"
     INVALID_CAPTION = "invalid_caption"  # the caption's bytes are not UTF-8
     INVALID_ROW = "invalid_row"  # the row, its JSON or its conversation cannot be parsed
@@ -32,7 +34,10 @@ class Status(StrEnum):
 
 
 FINE = frozenset({Status.OK, Status.TEXT_ONLY})
-"""Statuses of good rows; all others count as failed."""
+"""Statuses of rows that can be exported and trained on."""
+
+NOT_FAILED = FINE | {Status.URL_ONLY}
+"""Statuses of rows in which nothing is wrong; all others count as failed."""
 
 IMAGE_STATUSES = frozenset({Status.OK, Status.MISSING_IMAGE, Status.DECODE_ERROR, Status.TOO_LARGE, Status.READ_ERROR})
 """Statuses that come from reading the image; reading it again may change them."""
@@ -174,8 +179,9 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 def _without_surrogates(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
+    if isinstance(value, (list, tuple)):  # tuples are the entries of a map
+        items = [_without_surrogates(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return {k: _without_surrogates(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
@@ -191,8 +197,18 @@ def _split_extra(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
         elif value is not None:
             rest[name] = value
     if rest:
-        columns[EXTRA] = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str)
+        columns[EXTRA] = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=_as_text)
     return columns
+
+
+def _as_text(value: Any) -> str:
+    """A value that JSON has no form for: bytes that are not UTF-8 in base64, dates and decimals as they are written."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode()
 
 
 def _parsed(text: str) -> dict[str, Any]:

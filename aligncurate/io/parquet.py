@@ -1,8 +1,8 @@
-"""Opening Parquet files, local or remote, and telling a damaged file from a failed disk or network."""
+"""Reading Parquet files, local or remote, in small memory, and telling a damaged file from a failed disk or network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -13,6 +13,13 @@ from aligncurate.io import storage
 
 PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for a damaged file; `is_damage` tells its OSErrors from those of the disk or network."""
+
+
+PAGE_BUFFER = 1 << 20
+"""Bytes of a column to read at once, where a row group may hold more than memory."""
+
+_BATCH = 256  # rows read at a time
+_BATCH_BYTES = 32 << 20  # of a batch, if its rows are of average size
 
 
 def is_damage(error: Exception) -> bool:
@@ -42,4 +49,44 @@ def open_parquet(uri: str, *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
         except PARQUET_ERRORS as error:
             if not is_damage(error):
                 raise
+            if "decryption" in str(error):
+                raise UserError(f"{uri}: the file is encrypted; write it again without encryption.") from None
             raise UserError(f"{uri}: damaged, or not a Parquet file ({first_line(error)}).") from None
+
+
+def batches(
+    file: pq.ParquetFile, group: int, begin: int, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, pa.RecordBatch | str]]:
+    """(number of the first row, batch) of a row group, in order, in batches of few bytes.
+
+    Where the file is damaged, the last batch is what is wrong, and stands for all rows from there to the group's end.
+
+    Args:
+        file: opened with `open_parquet`.
+        group: number of the row group.
+        begin: number of its first row in the file.
+        columns: names of the columns to read; all by default.
+
+    Raises OSError if the disk or network fails.
+    """
+    facts = file.metadata.row_group(group)
+    end = begin + facts.num_rows
+    done, cause = begin, "it holds fewer rows than it says"
+    size = max(1, min(_BATCH, _BATCH_BYTES // (int(facts.total_byte_size) // max(int(facts.num_rows), 1) + 1)))
+    # After a failure again row by row: rows before the damage are read, and a batch may be too large for Arrow.
+    for rows in (size, 1) if size > 1 else (1,):
+        number = begin
+        try:
+            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False):
+                last = min(number + batch.num_rows, end)
+                if done < last:
+                    first, done = done, last
+                    yield first, batch.slice(first - number, last - first)
+                number = last
+            break
+        except PARQUET_ERRORS as error:
+            if not is_damage(error):
+                raise
+            cause = first_line(error)
+    if done < end:
+        yield done, f"the Parquet file is damaged here ({cause})"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.part import PartWriter
 from aligncurate.dataset.receipt import PartInfo
-from aligncurate.dataset.record import FINE, Pair, Status
+from aligncurate.dataset.record import NOT_FAILED, Pair, Status
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.errors import ShardError
 from aligncurate.progress import Meter
@@ -68,6 +68,8 @@ class ShardScorer:
         self._window = max(self._batch, min(_BATCHES * self._batch, _LARGEST_WINDOW))
         # The next window is decoded while this one is being loaded.
         self._ahead = self._window + 2 * options.workers
+        # Pairs that wait for a worker, with their images' bytes where the source has these at hand.
+        self._queue = 4 * options.workers
         self._decode_pool = ThreadPoolExecutor(options.workers, thread_name_prefix="decode")
         self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
@@ -124,6 +126,8 @@ class ShardScorer:
                 check()
                 prepare = self._preparer.prepare
                 waiting.append(self._decode_pool.submit(prepare, pair, next(earlier, None), number < compared))
+                if len(waiting) > self._queue:
+                    wait([waiting[-self._queue]])
                 if len(waiting) > self._ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -154,5 +158,5 @@ class ShardScorer:
         taken_over = sum(prepared.taken_over for prepared in window.pairs)
         ok = sum(p.pair.status is Status.OK and not p.taken_over for p in window.pairs)
         self._meter.skip(taken_over)
-        self._meter.add(len(pairs) - taken_over, ok, sum(pair.status not in FINE for pair in pairs))
+        self._meter.add(len(pairs) - taken_over, ok, sum(pair.status not in NOT_FAILED for pair in pairs))
         rows.add(pairs)

@@ -124,6 +124,9 @@ class _Inputs:
                     raise fault from None
                 self._skipped.append(str(fault).rstrip("."))
                 return False
+            if skip and item.only_urls and storage.is_folder(beside := uri.rpartition(".")[0]):
+                self._skipped.append(f"{uri}: it has no images, but says where those in {beside} are from")
+                return False
         if kind != "dataset" and self._groups and self._groups[-1][0] == kind:
             self._groups[-1][1].append(item)
         else:
@@ -218,7 +221,7 @@ class _Inputs:
         return {
             "parquet": lambda uri: ParquetRows(uri, naming),
             "annotations": lambda uri: AnnotationRows(uri, naming, options.rows_per_shard),
-            "table": lambda uri: TableRows(uri, naming),
+            "table": lambda uri: TableRows(uri, naming, options),
         }
 
     def _open(self, kind: str, items: list[Any]) -> Source:

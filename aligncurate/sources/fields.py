@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+
 from aligncurate.dataset.pointers import images_in
-from aligncurate.dataset.record import COLUMNS
 from aligncurate.errors import NoPairsError, UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.sources.captions import CAPTIONS, text_of
+from aligncurate.sources.coerce import as_level, as_score, extra_name
 from aligncurate.sources.conversations import is_conversation
 
 IMAGES = ("image", "image_bytes", "jpg", "png", "images", "image_path", "img", "img_path", "filename", "file_name",
@@ -19,12 +22,18 @@ IMAGES = ("image", "image_bytes", "jpg", "png", "images", "image_path", "img", "
           "photos", "pic", "pics", "image_base64", "image_b64", "base64")  # fmt: skip
 """Usual names of image columns, the most likely first."""
 
-KEYS = ("key", "id", "uid", "image_id")
+KEYS = ("key", "id", "uid", "image_id", "__key__", "sample_id")
+
+URLS = ("url", "image_url", "img_url", "urls", "image_link", "image_uri")
+"""Usual names of columns with the web addresses of images."""
 
 _LAST_IMAGES = ("image_url", "img_url", "image_uri", "image_id", "img_id")  # if nothing else names images
 _TURNS = ("conversations", "messages")
 _MAYBE_TURNS = ("conversation", "dialog", "dialogs", "dialogue", "dialogues", "turns", "texts", "chat", "chats",
                 "contents", "items")  # fmt: skip
+TURNS = (*_TURNS, *_MAYBE_TURNS)
+"""Usual names of fields with conversations."""
+
 _ASKED = (("question", "answer"), ("query", "response"), ("instruction", "output"), ("prompt", "response"),
           ("prompt", "completion"), ("question", "response"), ("instruction", "response"))  # fmt: skip
 
@@ -48,6 +57,7 @@ class Fields:
     """The names of the fields that a row's image, texts and key are in; None if it has no such field.
 
     Attributes:
+        url: the field with the image's web address, which is kept as an extra column.
         asked: the fields of a question and its answer, which make a conversation.
         all: every field of the file, for messages.
         others: further usual fields for images, for rows in which `image` is empty.
@@ -57,15 +67,48 @@ class Fields:
     caption: str | None
     turns: str | None
     key: str | None
+    url: str | None = None
     asked: tuple[str, str] | None = None
     all: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
-    @property
-    def used(self) -> frozenset[str]:
-        """Fields that are not kept as extra columns."""
-        named = {self.image, self.caption, self.turns, *(self.asked or ())}
-        return frozenset(n for n in named if n) | frozenset(COLUMNS)
+    def extras(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a row that are kept as extra columns, by the names of these.
+
+        Its score and level are not among them if they can be kept as such.
+        """
+        kept = {}
+        for name, value in row.items():
+            if name in self._texts or (name == "score" and as_score(value) is not None):
+                continue
+            if name == "level" and as_level(value) is not None:
+                continue
+            if name.lower() == "image" and images_in(value) and isinstance(images_in(value)[0], bytes):
+                continue  # an image that is not chosen
+            kept[self._extra_name(name)] = value
+        return kept
+
+    def extra_types(self, types: Mapping[str, pa.DataType | None]) -> dict[str, pa.DataType]:
+        """The extra columns of a file whose columns have these types; None for what no column can hold."""
+        kept = {}
+        for name, kind in types.items():
+            if name in self._texts or kind is None or (name.lower() == "image" and not pa.types.is_string(kind)):
+                continue
+            number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            if not (name in ("score", "level") and number):
+                kept[self._extra_name(name)] = kind
+        return kept
+
+    @cached_property
+    def _texts(self) -> frozenset[str]:
+        """Fields whose values become columns of ours."""
+        key = self.key if self.key == "key" else None
+        named = {self.image, self.caption, self.turns, key, *(self.asked or ())}
+        return frozenset(n for n in named if n)
+
+    def _extra_name(self, name: str) -> str:
+        new = extra_name(name)
+        return new if new == name or new not in self.all else f"{new}_2"
 
 
 def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[Mapping[str, Any]] = ()) -> Fields:
@@ -105,15 +148,13 @@ def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[M
             image = pick(None, _LAST_IMAGES, "")
     if image == caption:
         image = None
-    if turns is None and asked is None and (caption is None or image is None):
+    url = pick(None, URLS, "")
+    if turns is None and asked is None and (caption is None or (image is None and url is None)):
         missing = "captions (--caption-column)" if caption is None else "images (--image-column)"
-        hint = ""
-        if image is None and any(n in lower for n in ("url", "image_url", "urls")):
-            hint = " Its images are URLs; download them first, for example with img2dataset."
-        raise NoPairsError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.{hint}")
+        raise NoPairsError(f"{uri}: no column with {missing} found; it has {', '.join(columns) or 'none'}.")
     others = [lower[n] for n in (*IMAGES, *_LAST_IMAGES) if n in lower and naming.image_column is None]
     others = [name for name in dict.fromkeys(others) if name not in (image, caption, turns, *(asked or ()))]
-    return Fields(image, caption, turns, pick(None, KEYS, ""), asked, tuple(columns), tuple(others))
+    return Fields(image, caption, turns, pick(None, KEYS, ""), url, asked, tuple(columns), tuple(others))
 
 
 def turns_of(row: Mapping[str, Any], fields: Fields) -> Any:
@@ -151,3 +192,8 @@ def is_image(image: str | bytes) -> bool:
     if isinstance(image, bytes):
         return True
     return "://" not in image and "\n" not in image and image.rpartition(".")[2].lower() in EXTENSIONS and "." in image
+
+
+def is_url(value: Any) -> bool:
+    """Whether a field holds a web address."""
+    return isinstance(value, str) and value.strip().lower().startswith(("http://", "https://"))

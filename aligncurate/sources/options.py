@@ -27,6 +27,11 @@ class SourceOptions:
         shown="next to the input file",
     )
     captions: Several = setting("A row with several captions: a pair for each of them, or one for the first.", "all")
+    separator: str | None = setting("Column separator of CSV and TSV files.", None, shown="auto-detected")
+    encoding: str | None = setting("Encoding of CSV and TSV files, e.g. cp1252.", None, shown="auto-detected")
+    columns: tuple[str, ...] | None = setting(
+        "Column names of a CSV or TSV file without a header line, separated by commas.", None, shown="auto-detected"
+    )
     rows_per_shard: int = setting("Rows of a big file that go into one part.", 10_000, at_least=1)
 
     def __post_init__(self) -> None:

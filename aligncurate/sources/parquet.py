@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, repeat
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +15,17 @@ import pyarrow.parquet as pq
 
 from aligncurate.dataset.record import Pair
 from aligncurate.errors import ShardError, UserError
-from aligncurate.io.parquet import PARQUET_ERRORS, first_line, is_damage, open_parquet
+from aligncurate.io import storage
+from aligncurate.io.parquet import PAGE_BUFFER, batches, open_parquet
+from aligncurate.sources.arrow_types import storable, to_python
+from aligncurate.sources.coerce import unique_names
 from aligncurate.sources.fields import Naming
 from aligncurate.sources.rows import RowFile, RowReader, spread
 
 _SOME_GROUPS, _SOME_ROWS = 8, 64  # that say what is in the file
-_BATCH = 256  # rows read at a time; the images of a whole row group may not fit in memory
+_CHECKED = 1_000_000  # a footer may claim as many rows without a look at the file's size
+_ROWS_PER_BYTE = 100  # at most, even if all rows are alike
+_IDLE = 2  # readers of one file that wait for the shard after theirs
 _BYTES_FIRST = ("image_bytes", "image", "jpg", "png", "images", "img")
 
 
@@ -30,106 +38,142 @@ class ParquetRows(RowFile):
         self.uri = uri
         with open_parquet(uri) as file:
             schema = file.schema_arrow
-            image = naming.image_column or _bytes_column(schema)
-            self.rows = file.metadata.num_rows
-            self.recognise(schema.names, _some(file), replace(naming, image_column=image))
-            self.extras = {f.name: _in_microseconds(f.type) for f in schema if f.name not in self.fields.used}
+            self._names = unique_names(schema.names)
+            schema = pa.schema([f.with_name(n) for f, n in zip(schema, self._names, strict=True)])
+            self._ends = _ends(uri, file)
+        self.rows = self._ends[-1] if self._ends else 0
+        self._idle: list[_Reader] = []
+        self._lock = Lock()
+        image = naming.image_column or _bytes_column(schema)
+        self.recognise(schema.names, self._some(schema), replace(naming, image_column=image))
+        self.extras = self.fields.extra_types({f.name: storable(f.type) for f in schema})
+
+    def _some(self, schema: pa.Schema) -> list[dict[str, Any]]:
+        """Some rows from throughout the file, without columns that hold image bytes."""
+        columns = [i for i, name in enumerate(self._names) if not _has_bytes(schema, name)]
+        begins = [0, *self._ends][: len(self._ends)]
+        found: list[dict[str, Any] | str] = []
+        for group in spread(len(begins), _SOME_GROUPS):
+            with closing(_Reader(self.uri, self._names, self._ends, begins[group], columns)) as reader:
+                found += reader.take(min(_SOME_ROWS, self._ends[group] - begins[group]))
+        return [row for row in found if isinstance(row, dict)]
+
+    def starts(self, per_shard: int) -> list[int]:
+        """Shards end with a row group where one ends near: other shards need not read it then."""
+        starts = [0]
+        while (target := starts[-1] + per_shard) < self.rows:
+            after = bisect_left(self._ends, target)
+            nearest = min(self._ends[max(after - 1, 0) : after + 1], key=lambda end: abs(end - target))
+            starts.append(nearest if abs(nearest - target) <= per_shard // 4 else target)
+        return starts if starts[-1] < self.rows else starts[:-1]
 
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
         try:
-            with open_parquet(self.uri) as file:
-                for number, row in rows(file, start, stop):
-                    if isinstance(row, dict):
-                        yield from reader.pairs(row, number)
-                    else:
-                        yield reader.unreadable(number, row)
+            rows = self._reader_at(start)
+            for number, row in enumerate(rows.take(stop - start), start):
+                if isinstance(row, dict):
+                    yield from reader.pairs(row, number)
+                else:
+                    yield reader.unreadable(number, row)
+            self._keep(rows)
         except UserError as error:  # damaged since it was opened; other shards go on
             raise ShardError(str(error).rstrip(".")) from None
 
+    def _reader_at(self, start: int) -> _Reader:
+        """A reader whose next row is `start`: Parquet cannot skip rows, so one that has come near goes on."""
+        group = bisect_right(self._ends, start)
+        first = self._ends[group - 1] if group else 0
+        with self._lock:
+            near = [r for r in self._idle if first <= r.position <= start]
+            reader = max(near, key=lambda r: r.position, default=None)
+            if reader is not None:
+                self._idle.remove(reader)
+        reader = reader or _Reader(self.uri, self._names, self._ends, first)
+        reader.skip(start - reader.position)
+        return reader
 
-def _some(file: pq.ParquetFile) -> list[dict[str, Any]]:
-    """Some rows from throughout the file, without columns that hold image bytes."""
-    schema = file.schema_arrow
-    columns = [name for name in schema.names if not _has_bytes(schema, name)]
-    ends = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
-    starts = [0, *ends][: len(ends)]
-    chosen = [starts[i] for i in spread(len(starts), _SOME_GROUPS)]
-    found = [row for start in chosen for _, row in rows(file, start, start + _SOME_ROWS, columns)]
-    return [row for row in found if isinstance(row, dict)]
+    def _keep(self, reader: _Reader) -> None:
+        with self._lock:
+            self._idle.append(reader)
+            dropped = self._idle.pop(0) if len(self._idle) > _IDLE else None
+        if dropped is not None:
+            dropped.close()
 
 
-def rows(
-    file: pq.ParquetFile, start: int, stop: int, columns: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(row number, row) of rows start..stop-1; each row of a damaged row group is an error message instead.
+class _Reader:
+    """Reads the rows of a file in order, in batches of few bytes.
 
-    Only the row groups with these rows are read.
+    Args:
+        uri: the file.
+        names: of its columns, as rows have them.
+        ends: the row number after each row group.
+        first: the row to begin with, the first of a row group.
+        columns: numbers of the columns to read; all by default.
+
+    Attributes:
+        position: number of the next row.
     """
-    first = 0
-    for group in range(file.num_row_groups):
-        end = first + file.metadata.row_group(group).num_rows
-        number = first
-        if first < stop and end > start:
-            try:
-                for batch in file.iter_batches(batch_size=_BATCH, row_groups=[group], columns=columns):
-                    low, high = max(start - number, 0), min(stop - number, batch.num_rows)
-                    if low < high:
-                        for i, row in enumerate(_pylist(batch.slice(low, high - low)), low):
-                            yield number + i, row
-                    number += batch.num_rows
-            except PARQUET_ERRORS as error:
-                if not is_damage(error):
-                    raise
-                for i in range(max(number, start), min(end, stop)):
-                    yield i, f"the Parquet file is damaged here ({first_line(error)})"
-        first = end
+
+    def __init__(
+        self, uri: str, names: Sequence[str], ends: Sequence[int], first: int, columns: Sequence[int] | None = None
+    ) -> None:
+        self._uri, self._ends, self._columns = uri, ends, columns
+        self._names = names if columns is None else [names[i] for i in columns]
+        self.position = first
+        self._skipped_to = first
+        self._rows = self._read(first)
+
+    def skip(self, rows: int) -> None:
+        """Go on `rows` rows further; they are read, but not made into Python objects."""
+        self.position = self._skipped_to = self.position + rows
+
+    def take(self, rows: int) -> Iterator[dict[str, Any] | str]:
+        """The next `rows` rows; a row that cannot be read is an error message instead."""
+        for _ in range(rows):
+            row = next(self._rows)
+            self.position += 1
+            yield row
+
+    def close(self) -> None:
+        self._rows.close()
+
+    def _read(self, first: int) -> Generator[dict[str, Any] | str]:
+        with open_parquet(self._uri, buffer_size=PAGE_BUFFER) as file:
+            paths = self._paths(file.schema_arrow.names)
+            for group in range(bisect_right(self._ends, first), len(self._ends)):
+                begin = self._ends[group - 1] if group else 0
+                for number, batch in batches(file, group, begin, paths):
+                    end = self._ends[group] if isinstance(batch, str) else number + batch.num_rows
+                    start = min(max(number, self._skipped_to), end)
+                    # A reader that waits here may have been told to skip more when it goes on.
+                    for place, row in enumerate(self._rows_of(batch, start - number, end - start), start):
+                        if place >= self._skipped_to:
+                            yield row
+
+    def _rows_of(self, batch: pa.RecordBatch | str, start: int, count: int) -> Iterable[dict[str, Any] | str]:
+        return repeat(batch, count) if isinstance(batch, str) else self._dictionaries(batch.slice(start, count))
+
+    def _paths(self, names: Sequence[str]) -> list[str] | None:
+        """The columns to read, or all where Arrow could take a name for several columns."""
+        if self._columns is None or len(set(names)) < len(names) or any("." in name for name in names):
+            return None
+        return [names[i] for i in self._columns]
+
+    def _dictionaries(self, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+        read = batch.columns
+        if len(read) > len(self._names) and self._columns is not None:
+            read = [read[i] for i in self._columns]
+        columns = [to_python(column) for column in read]
+        return [dict(zip(self._names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _pylist(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as dictionaries; bytes that are not UTF-8 become lone surrogates, which set the status of their row only."""
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if (kind := _in_microseconds(column.type)) != column.type:
-            column = column.cast(kind, safe=False)
-        try:
-            columns[name] = column.to_pylist()
-        except UnicodeDecodeError:
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            raw = column.cast(_as_bytes(column.type)).to_pylist()
-            columns[name] = [_decoded(value, column.type) for value in raw]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """`kind` with all strings, including those in lists and structs, as bytes."""
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(_as_bytes(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([pa.field(f.name, _as_bytes(f.type)) for f in kind])
-    return kind
-
-
-def _decoded(value: Any, kind: pa.DataType) -> Any:
-    """A value of `_as_bytes(kind)` with its strings decoded; invalid bytes become lone surrogates."""
-    if value is None or _as_bytes(kind) == kind:
-        return value
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
-    if isinstance(value, list):
-        return [_decoded(item, kind.value_type) for item in value]
-    return {f.name: _decoded(value[f.name], f.type) for f in kind}
-
-
-def _in_microseconds(kind: pa.DataType) -> pa.DataType:
-    """`kind` in microseconds if it is in nanoseconds, as pandas writes by default: Python's times have none."""
-    if pa.types.is_timestamp(kind) and kind.unit == "ns":
-        return pa.timestamp("us", kind.tz)
-    if pa.types.is_duration(kind) and kind.unit == "ns":
-        return pa.duration("us")
-    return pa.time64("us") if kind == pa.time64("ns") else kind
+def _ends(uri: str, file: pq.ParquetFile) -> list[int]:
+    """The row number after each row group. Raises UserError if the footer claims what cannot be."""
+    rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    total = sum(rows)
+    if min(rows, default=0) < 0 or (total > _CHECKED and total > _ROWS_PER_BYTE * storage.size(uri)):
+        raise UserError(f"{uri}: damaged: its footer claims {total:,} rows, more than the file can hold.")
+    return list(accumulate(rows))
 
 
 def _bytes_column(schema: pa.Schema) -> str | None:
@@ -138,9 +182,9 @@ def _bytes_column(schema: pa.Schema) -> str | None:
 
 
 def _has_bytes(schema: pa.Schema, name: str) -> bool:
-    kind = schema.field(name).type
-    if pa.types.is_list(kind):
+    kind = storable(schema.field(name).type)
+    if kind is not None and (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)):
         kind = kind.value_type
-    if pa.types.is_struct(kind):
+    if kind is not None and pa.types.is_struct(kind):
         return any(field.name == "bytes" for field in kind)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return kind is not None and bool(pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind))

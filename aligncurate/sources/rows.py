@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,15 +18,16 @@ from aligncurate.errors import AlignCurateError, UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.progress import count
-from aligncurate.sources.base import Shard, Source, cut, merge_extras
+from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.captions import captions_in, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score
 from aligncurate.sources.conversations import parse_conversation
-from aligncurate.sources.fields import Fields, Naming, find_fields, is_image, turns_of
+from aligncurate.sources.fields import Fields, Naming, find_fields, is_image, is_url, turns_of
 from aligncurate.sources.image_root import ImageRoot
 from aligncurate.sources.options import Several
 from aligncurate.sources.texts import listed, with_texts, without_image
 
+DOWNLOAD = "download it first, for example with img2dataset"
 _SPREAD = 512  # rows throughout a file that say what is in it
 
 
@@ -42,6 +43,7 @@ class RowFile(ABC):
         several: whether rows have several captions.
         inline: whether images are inside texts (base64), so that they can't be pointed at.
         has_cells: whether a pointer can lead to one field of one row.
+        notices: messages to show the user before the run.
     """
 
     uri: str
@@ -52,6 +54,16 @@ class RowFile(ABC):
     several: bool
     inline: bool
     has_cells = False
+    notices: Sequence[str] = ()
+
+    @property
+    def only_urls(self) -> bool:
+        """Whether the file has captions, and of images only the URLs."""
+        return self.fields.image is None and self.fields.url is not None and self.fields.caption is not None
+
+    def starts(self, per_shard: int) -> Sequence[int]:
+        """The first row of each shard, where shards have about `per_shard` rows."""
+        return range(0, self.rows, per_shard)
 
     @abstractmethod
     def pairs(self, start: int, stop: int, reader: RowReader) -> Iterator[Pair]:
@@ -95,8 +107,12 @@ class RowSource(Source):
     def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int, several: Several = "all") -> None:
         self.kind = kind
         self.shards = []
+        self._uneven = False
         for file in files:
-            self.shards += cut(file.uri, file.rows, rows_per_shard, len(self.shards))
+            starts = file.starts(rows_per_shard)
+            self._uneven |= list(starts) != list(range(0, file.rows, rows_per_shard))
+            for start, stop in pairwise([*starts, file.rows]):
+                self.shards.append(Shard(len(self.shards), file.uri, start, stop))
         if not self.shards:
             raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows in the input.")
         self._files = {file.uri: file for file in files}
@@ -105,6 +121,12 @@ class RowSource(Source):
         nested = kind == "parquet" or any(file.fields.turns or file.fields.asked for file in files)
         self.extras = merge_extras([*(file.extras for file in files), {EXTRA: pa.string()} if nested else {}])
         self.inline = any(file.inline for file in files)
+        self.notices = [notice for file in files for notice in file.notices]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Also whether shards end with row groups, so that parts are not mixed with those of another cut."""
+        (line,) = super().describe()
+        return [{**line, "cut": "row groups"} if self._uneven else line]
 
     def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None
@@ -167,7 +189,7 @@ class RowReader:
         fields = self._fields
         pair = Pair("", self.uri, row=number)
         pair.score, pair.level = as_score(row.get("score")), as_level(row.get("level"))
-        pair.extra = {k: v for k, v in row.items() if k not in fields.used}
+        pair.extra = fields.extras(row)
         caption = row.get(fields.caption) if fields.caption else None
         pairs, inside = with_texts(pair, turns_of(row, fields), caption, self._several, row.get("similarity"))
         images, where = _images(row, fields, inside)
@@ -198,6 +220,8 @@ class RowReader:
         elif images and isinstance(images[0], bytes):
             pair.load = partial(bytes, images[0])
             pair.image_path = where
+        elif fields.url and is_url(row.get(fields.url)) and all(map(is_url, images)):
+            pair.fail(Status.URL_ONLY, f"only the image's URL is known ({fields.url}); {DOWNLOAD}")
         elif images and self._root is not None:
             self._root.attach(pair, str(images[0]))
         elif images:

@@ -72,10 +72,29 @@ def test_a_table_option_for_a_missing_field_of_later_rows(tmp_path) -> None:
     assert SourceOptions().rows_per_shard == 10_000
 
 
+def test_metadata_with_only_urls_is_kept_but_nothing_failed(tmp_path) -> None:
+    """DataComp's metadata before the download."""
+    columns = {"uid": ["a" * 32, "b" * 32], "url": ["https://x/1.jpg", None], "text": ["one", "two"],
+               "clip_l14_similarity_score": [0.25, 0.5]}  # fmt: skip
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes(**columns))
+    pl.DataFrame(columns).write_csv(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text(pl.DataFrame(columns).write_ndjson())
+    for name in ("a.parquet", "a.csv", "a.jsonl"):
+        run = aligncurate.ingest(tmp_path / name, tmp_path / f"out-{name}", quiet=True)
+        frame = run.dataset.scan().collect()
+        assert statuses(frame) == ["url_only", "missing_image"], name
+        assert "download" in frame["error"][0] and frame["image_path"].null_count() == 2
+        assert frame.select("key", "uid", "url", "clip_l14_similarity_score").rows() == [
+            (uid, uid, url, score) for uid, url, _, score in zip(*columns.values(), strict=True)
+        ]
+        assert [part.failed for part in run.dataset.parts] == [1]
+        again = ingested(tmp_path / f"out-{name}", tmp_path / f"again-{name}")
+        assert again.equals(frame)
+
+
 # file name, content, what the sentence says
 REFUSED = [
     ("a.parquet", parquet_bytes(size=[1], colour=["red"]), "no column with captions .*it has size, colour"),
-    ("a.parquet", parquet_bytes(url=["http://x"], text=["c"]), "no column with images .*URLs.*img2dataset"),
     ("a.parquet", parquet_bytes(image=pa.array([], pa.binary()), caption=pa.array([], pa.string())), "no rows"),
     ("a.parquet", b"", "not a Parquet file"),
     ("a.parquet", b"PAR1 but nothing else PAR1", "not a Parquet file"),
@@ -83,7 +102,7 @@ REFUSED = [
     ("a.json", b"", "not a JSON file"),
     ("a.json", b"this is no JSON", "not a JSON file"),
     ("a.json", b'[{"image": "0.jpg", "caption": "cut', "not a JSON file"),
-    ("a.json", b'{"image": "0.jpg"}\n{"image": "1.jpg"}\n', "not a JSON file"),
+    ("a.json", b'{"image": "0.jpg"}\n{"image": "1.jpg"}\n', "no column with captions"),
     ("a.json", b"[" * 100_000, "not a JSON file.*deep"),
     ("a.json", b"[]", "no rows"),
     ("a.json", b"7", "neither a list of rows nor COCO"),
@@ -99,7 +118,7 @@ REFUSED = [
     ("a.json", b"\x89PNG\r\n\x1a\n\0\0", "not a JSON file"),
     ("a.jsonl", b"", "no rows"),
     ("a.jsonl", b"\n\n", "no rows"),
-    ("a.jsonl", b"not json\nat all\n", "not a JSONL file"),
+    ("a.jsonl", b"not json\nat all\n", "not a JSON file"),
     ("a.csv", b"", "no rows"),
     ("a.csv", b"\n \n", "no rows"),
     ("a.csv", b"image,caption\n", "no rows"),

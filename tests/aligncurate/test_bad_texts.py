@@ -15,8 +15,9 @@ from tests.support.inputs import ingested, jpeg, statuses, write_tar
 def test_captions_that_are_not_utf8(tmp_path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg())
     bad = b"caf\xe9 time"
-    (tmp_path / "a.csv").write_bytes(b"image,caption\n0.jpg," + bad + b"\n0.jpg,fine\n0.jpg,fine\n")
-    (tmp_path / "a.tsv").write_bytes(b"0.jpg\t" + bad + b"\n0.jpg\tfine\n0.jpg\tfine\n")
+    utf8 = "0.jpg,é".encode()  # so that the other lines are not taken for another encoding
+    (tmp_path / "a.csv").write_bytes(b"image,caption\n0.jpg," + bad + b"\n0.jpg,fine\n" + utf8)
+    (tmp_path / "a.tsv").write_bytes(b"0.jpg\t" + bad + b"\n0.jpg\tfine\n" + utf8.replace(b",", b"\t"))
     line = b'{"image": "0.jpg", "caption": "%s"}\n'
     (tmp_path / "a.jsonl").write_bytes(line % bad + line % b"fine" + line % rb"half \ud800")
     (tmp_path / "a.json").write_bytes(b"[" + b",".join([line % bad, line % b"fine", line % b"fine"]) + b"]")

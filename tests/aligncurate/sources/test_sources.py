@@ -243,39 +243,6 @@ def test_parquet(tmp_path, form) -> None:
     assert frame["row"].to_list() == [0, 1]
 
 
-def test_parquet_is_cut_into_shards_across_row_groups(tmp_path) -> None:
-    table = pa.table({"image": [jpeg(i % 4) for i in range(23)], "caption": [f"c{i}" for i in range(23)]})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
-    run = aligncurate.ingest(
-        tmp_path / "a.parquet", tmp_path / "out", source=SourceOptions(rows_per_shard=7), quiet=True
-    )
-    assert [p.rows for p in run.dataset.parts] == [7, 7, 7, 2]
-    frame = run.dataset.scan().collect()
-    assert frame["caption"].to_list() == [f"c{i}" for i in range(23)]
-    assert frame["row"].to_list() == list(range(23))
-    assert ingested(tmp_path / "a.parquet", tmp_path / "again", rows_per_shard=7).equals(frame)
-
-
-def test_parquet_extras_keep_their_types(tmp_path) -> None:
-    extras = {
-        "i8": pa.array([1], pa.int8()),
-        "flag": pa.array([True]),
-        "tags": pa.array([["a", "b"]]),
-        "box": pa.array([{"x": 1.0, "label": "z"}]),
-        "day": pa.array([19_000], pa.date32()),
-        "kind": pa.array(["k"]).dictionary_encode(),
-        "raw": pa.array([b"\xff\x00"]),
-        "when": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")),
-    }
-    pq.write_table(pa.table({"image": [jpeg()], "caption": ["c"], **extras}), tmp_path / "a.parquet")
-    run = aligncurate.ingest(tmp_path / "a.parquet", tmp_path / "out", quiet=True)
-    table = run.dataset.read(0)
-    for name, column in extras.items():
-        if name == "when":
-            column = column.cast(pa.timestamp("us"), safe=False)
-        assert table[name].to_pylist() == column.to_pylist(), name
-
-
 def test_columns_named_by_the_user(tmp_path) -> None:
     table = pa.table({"photo": [jpeg(3)], "alt": ["mine"], "caption": ["usual"], "image": [jpeg(4)]})
     pq.write_table(table, tmp_path / "a.parquet")

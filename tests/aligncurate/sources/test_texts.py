@@ -348,7 +348,7 @@ def test_a_row_that_breaks_the_reader_is_invalid(images) -> None:
         deep = [deep]
     rows += [{"image": deep, "caption": "c"}, {"image": "0.jpg", "caption": deep}]
     found = rows_of(images, rows)
-    assert [row["status"] for row in found] == ["ok", "missing_caption", "invalid_row", "invalid_caption"]
+    assert [row["status"] for row in found] == ["ok", "missing_caption", "invalid_row", "invalid_row"]
     (row,) = rows_of(images, rows[1:2], "one")
     assert row["status"] == "invalid_row" and row["row"] == 0
 
