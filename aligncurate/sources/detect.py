@@ -98,6 +98,8 @@ class _Inputs:
             error = f"unknown file type; set the format with --format ({', '.join(FORMATS)})"
         else:
             error = content.instead_of(folders.EXPECTED.get(named or "", "image-text data"))
+            if format is not None and content.kind is not None:
+                error = f"{error.partition(';')[0]}; leave out --format {format}"
         if not skip:
             raise UserError(f"{file}: {error}.")
         self._skipped.append(f"{file}: {error}")

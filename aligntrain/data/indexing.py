@@ -66,6 +66,8 @@ def build_index(
                 return Index(file, processor, check=True)
         except DamagedError as error:
             notice(f"{file}: the index is damaged ({error}); it is made again")
+    for text in source.notices:
+        notice(text)
     notes.unlink(missing_ok=True)
     facts, digest = Facts(), hashlib.sha256()
     with atomic_file(file) as temporary:

@@ -415,3 +415,11 @@ def test_folders_of_any_file_names(tmp_path_factory, names) -> None:
             (folder / f"{name}.{ending}".replace("/", "_")).write_bytes(jpeg() if ending == "jpg" else b"a caption")
     with suppress(UserError):
         read_all(folder)
+
+
+def test_the_data_folder_of_a_dataset_is_the_dataset(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(2))
+    aligncurate.ingest(tmp_path / "a.tar", tmp_path / "one", quiet=True)
+    data = tmp_path / "one/data"
+    assert open_source(str(data)).kind == "dataset" and [pair.key for pair in read_all(data)] == ["s0", "s1"]
+    assert any("more than once" in text for text in open_source([str(tmp_path / "one"), str(data)]).notices)
