@@ -11,6 +11,7 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import NoPairsError, UserError
 from aligncurate.io import storage
 from aligncurate.io.content import JSON, TEXT, Content, what_is
+from aligncurate.io.tar import readable
 from aligncurate.sources import folders, notes
 from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources
@@ -82,6 +83,8 @@ class _Inputs:
 
     def _kind(self, file: str, format: str | None, *, skip: bool) -> str | None:
         """The kind of a file; None if it cannot be read and is skipped. Raises UserError if it must not be skipped."""
+        if readable(file) != file:  # it could not be found again by the name that a dataset keeps
+            raise UserError(f"{readable(file)}: the name is not UTF-8; rename the file or folder.")
         named = format or folders.kind_by_name(file)
         content = self._look(file)
         kind = named if content is None else folders.kind_by_content(named, content)
@@ -95,6 +98,8 @@ class _Inputs:
             error = f"unknown file type; set the format with --format ({', '.join(FORMATS)})"
         else:
             error = content.instead_of(folders.EXPECTED.get(named or "", "image-text data"))
+            if format is not None and content.kind is not None:
+                error = f"{error.partition(';')[0]}; leave out --format {format}"
         if not skip:
             raise UserError(f"{file}: {error}.")
         self._skipped.append(f"{file}: {error}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -72,16 +71,25 @@ class Folder:
     def scan(cls, path: str, endings: Endings, *, deep: bool) -> Folder:
         """What is in the folder at `path`. Raises OSError."""
         folder = cls()
-        for below, files in _walk(path, _DEEPEST if deep else 0, set()):
-            folder.add(below, files, endings, top=below == path)
+        folder._look(path, endings, _DEEPEST if deep else 0, set())
         folder._add_texts_beside(endings)
         return folder
 
-    def add(self, path: str, files: list[str], endings: Endings, *, top: bool = False) -> None:
-        """Add the files of the folder at `path`; `top` if it is the one that was given."""
-        if not top and is_dataset(path):
+    def _look(self, path: str, endings: Endings, depth: int, seen: set[str]) -> None:
+        real = path if storage.is_remote(path) else str(Path(path).resolve())
+        files = storage.list_files(path)
+        if real in seen:  # a link to a folder above
+            return
+        if seen and storage.join(path, MANIFEST) in files and is_dataset(path):
             self.datasets.append(path)
             return
+        seen.add(real)
+        self.add(path, files, endings)
+        for below in storage.list_folders(path) if depth else ():
+            self._look(below, endings, depth - 1, seen)
+
+    def add(self, path: str, files: list[str], endings: Endings) -> None:
+        """Add the files of the folder at `path`."""
         groups = group_by_stem(files, endings)
         images = any(has_image(group, endings) for group in groups.values())
         if images:
@@ -110,17 +118,6 @@ class Folder:
                 ):
                     files += [file for file in texts if storage.basename(file).rpartition(".")[0] in groups]
                     self.pairs |= any(is_pair(group, endings) for group in group_by_stem(files, endings).values())
-
-
-def _walk(path: str, depth: int, seen: set[str]) -> Iterator[tuple[str, list[str]]]:
-    real = path if storage.is_remote(path) else str(Path(path).resolve())
-    if real in seen:  # a link to a folder above
-        return
-    seen.add(real)
-    yield path, storage.list_files(path)
-    if depth:
-        for below in storage.list_folders(path):
-            yield from _walk(below, depth - 1, seen)
 
 
 def _is_sidecar(name: str) -> bool:

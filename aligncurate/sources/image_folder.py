@@ -10,6 +10,7 @@ from typing import Any
 from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
 from aligncurate.io import storage
+from aligncurate.io.tar import readable
 from aligncurate.sources.base import Shard, cut, merge_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
 from aligncurate.sources.options import Several
@@ -109,9 +110,11 @@ class ImageFolderSource(SampleSource):
 
     def _sample(self, group: Mapping[str, str], contents: Contents) -> Sample:
         file = next(iter(group.values()))
-        sample = Sample(file.removeprefix(f"{self._root}/").rpartition(".")[0])
+        sample = Sample(readable(file.removeprefix(f"{self._root}/").rpartition(".")[0]))
         for ending, file in group.items():
-            sample.files[ending] = storage.basename(file)
+            sample.files[ending] = readable(storage.basename(file))
+            if readable(file) != file:  # it could not be found again by the name that the dataset keeps
+                sample.fail(Status.READ_ERROR, f"the name {readable(file)} is not UTF-8; rename the file or folder")
             if self._endings.is_image(ending):
                 sample.images[ending] = Image(file, partial(_load, file))
                 continue

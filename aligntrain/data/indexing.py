@@ -72,6 +72,8 @@ def build_index(
                 return Index(file, processor, check=True)
         except DamagedError as error:
             notice(f"{file}: the index is damaged ({error}); it is made again")
+    for text in source.notices:
+        notice(text)
     notes.unlink(missing_ok=True)
     # Of a folder or a remote file the fingerprint may miss a change; such an index is not shared between runs.
     shared = all(Path(shard.uri).is_file() for shard in source.shards)

@@ -15,7 +15,7 @@ from PIL import Image
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import ImageError
 from aligncurate.images.decode import load_rgb
-from aligncurate.progress import meter
+from aligncurate.progress import meter, notice
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.marks import IMAGE
 from aligncurate.sources.options import SourceOptions
@@ -98,6 +98,8 @@ def questions_of(data: Sequence[str | Path], options: SourceOptions | None = Non
         UserError: the data cannot be read.
     """
     source = open_source([str(item) for item in data], options)
+    for text in source.notices:
+        notice(text)
     for shard in source.shards:
         for pair in source.read(shard):
             if pair.load is None or pair.conversations is None or pair.status not in FINE:

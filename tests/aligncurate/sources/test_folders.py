@@ -7,12 +7,15 @@ import io
 import json
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import aligncurate
 from aligncurate.errors import UserError
@@ -387,3 +390,36 @@ def test_a_dataset_saved_to_disk_by_datasets_is_named(tmp_path) -> None:
         stream.write_table(table)
     (tmp_path / "state.json").write_text('{"_data_files": []}')
     assert "an Arrow stream" in complaint(cli("ingest", tmp_path, "--out", tmp_path / "out"))
+
+
+def test_file_names_that_are_not_utf8(tmp_path) -> None:
+    """A dataset keeps names as text, so it could not lead back to such a file."""
+    folder = images(tmp_path / "in", "a")
+    texts(folder, "txt", "a")
+    for ending, data in (("jpg", jpeg()), ("txt", b"x")):
+        (folder / os.fsdecode(b"caf\xe9." + ending.encode())).write_bytes(data)
+    frame = ingested(folder, tmp_path / "out")
+    assert statuses(frame) == ["ok", "read_error"] and "not UTF-8; rename" in frame["error"][1]
+    tar = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tar")
+    Path(tar).write_bytes(tar_bytes([("a.jpg", jpeg())]))
+    with pytest.raises(UserError, match="not UTF-8; rename"):
+        open_source(tar)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=12), st.sampled_from(["jpg", "txt", "json", "tar", "csv", ""])), max_size=6))
+def test_folders_of_any_file_names(tmp_path_factory, names) -> None:
+    folder = tmp_path_factory.mktemp("in")
+    for name, ending in names:
+        with suppress(OSError, ValueError):
+            (folder / f"{name}.{ending}".replace("/", "_")).write_bytes(jpeg() if ending == "jpg" else b"a caption")
+    with suppress(UserError):
+        read_all(folder)
+
+
+def test_the_data_folder_of_a_dataset_is_the_dataset(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(2))
+    aligncurate.ingest(tmp_path / "a.tar", tmp_path / "one", quiet=True)
+    data = tmp_path / "one/data"
+    assert open_source(str(data)).kind == "dataset" and [pair.key for pair in read_all(data)] == ["s0", "s1"]
+    assert any("more than once" in text for text in open_source([str(tmp_path / "one"), str(data)]).notices)

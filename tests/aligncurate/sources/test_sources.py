@@ -506,7 +506,7 @@ def test_the_format_can_be_forced(tmp_path) -> None:
     assert [p.key for p in read_all(tmp_path / "a.data", format="webdataset")] == ["s0"]
     with pytest.raises(UserError, match="--format zip"):
         open_source(str(tmp_path / "a.data"), SourceOptions(format="zip"))
-    with pytest.raises(UserError, match="this is a tar, not a Parquet file; use --format webdataset"):
+    with pytest.raises(UserError, match="this is a tar, not a Parquet file; leave out --format parquet"):
         open_source(str(tmp_path / "a.data"), SourceOptions(format="parquet"))
 
 
