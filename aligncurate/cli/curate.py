@@ -85,6 +85,9 @@ def inspect(
             "--embeddings show this anyway.",
         ),
     ] = False,
+    pretrained: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights for --mismatched, if the encoder's were a file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
     score_column: ScoreColumn = "score",
 ) -> None:
@@ -92,7 +95,9 @@ def inspect(
     from aligncurate.cli.render import next_command, render
     from aligncurate.verbs.inspect.inspect import inspect as measure
 
-    inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
+    inspection = measure(
+        dataset, examples=examples, mismatched=mismatched, pretrained=pretrained, score_column=score_column
+    )
     if as_json:
         print(json.dumps(inspection.to_json(), indent=1))
         return
