@@ -17,6 +17,7 @@ from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.filter.options import FilterOptions
+from aligncurate.verbs.join.options import JoinOptions
 
 app = typer.Typer()
 
@@ -131,6 +132,25 @@ def merge(datasets: DatasetFolders, out: Out, quiet: Quiet = False) -> None:
     merged = run(datasets, out, quiet=quiet)
     if not quiet:
         make_console().print(render_merged(merged.rows, len(merged.parts), out), soft_wrap=True)
+
+
+@app.command()
+@with_settings(JoinOptions)
+def join(
+    dataset: DatasetFolder,
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet, CSV or TSV file.", show_default=False)],
+    out: Out,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Add columns of another table to a dataset. Rows without a match stay, with nulls."""
+    from aligncurate.cli.render import render_joined
+    from aligncurate.verbs.join.join import join as run
+
+    joined = run(dataset, table, out, quiet=quiet, **options)
+    if not quiet:
+        make_console().print(render_joined(joined, out), soft_wrap=True)
+        _print_next(f"aligncurate filter {shlex.quote(str(out))} --where CONDITION --out SOME")
 
 
 @app.command()

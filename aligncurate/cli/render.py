@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aligncurate.scoring.timing import StageTimes
     from aligncurate.verbs.export.result import Exported
     from aligncurate.verbs.from_sources import ScoreResult
+    from aligncurate.verbs.join.join import Joined
 
 _STATUS_STYLES = {"ok": "green", "text_only": "cyan"}  # all others are failures, in red
 
@@ -203,6 +204,17 @@ def render_kept(kept: int, total: int, out: Path) -> Text:
 def render_merged(rows: int, parts: int, out: Path) -> Text:
     """What `merge` made."""
     return Text(f"merged {count(rows, 'row')} in {count(parts, 'part')} into {out}")
+
+
+def render_joined(joined: Joined, out: Path) -> Text:
+    """What `join` added."""
+    rows = joined.matched + joined.unmatched
+    text = Text(f"added {', '.join(joined.columns)} to {joined.matched:,} of {count(rows, 'row')} in {out}")
+    if joined.unmatched:
+        text.append(f"\n{count(joined.unmatched, 'row')} not found in the table; nulls there", "yellow")
+    if joined.repeated:
+        text.append(f"\n{count(joined.repeated, 'row')} of the table left out as duplicates", "yellow")
+    return text
 
 
 def render_export(exported: Exported, out: Path, failures: str) -> Text:

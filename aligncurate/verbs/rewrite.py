@@ -29,6 +29,7 @@ def rewrite(
     head: Mapping[str, Any],
     change: Callable[[int, Iterable[pa.Table]], Iterable[pa.Table]],
     *,
+    schema: pa.Schema | None = None,
     quiet: bool = False,
 ) -> Dataset:
     """Write a new dataset whose parts are those of `dataset`, changed.
@@ -38,6 +39,7 @@ def rewrite(
         out: the new dataset's folder; parts that an interrupted run committed there are kept.
         head: the new manifest without the parts.
         change: takes a part's number and its row groups, returns the row groups of the new part.
+        schema: of the new parts, where it differs from that of `dataset`.
         quiet: show no progress.
 
     Raises:
@@ -45,7 +47,7 @@ def rewrite(
     """
     check_not_in_place(dataset, out)
     shards = [{"part": part.name, "sha256": part.sha256} for part in dataset.parts]
-    writer = DatasetWriter(out, head, dataset.schema, shards)
+    writer = DatasetWriter(out, head, schema or dataset.schema, shards)
     if finished := writer.finished():
         return finished
     computing = Semaphore(_CORES)  # also limits how many row groups are in memory

@@ -48,8 +48,8 @@ def test_importing_is_light(name) -> None:
 
 def test_the_public_names() -> None:
     assert aligncurate.__all__ == [
-        "Dataset", "SourceOptions", "bucket", "export", "filter", "ingest", "inspect", "merge", "open_dataset",
-        "open_source", "score",
+        "Dataset", "SourceOptions", "bucket", "export", "filter", "ingest", "inspect", "join", "merge",
+        "open_dataset", "open_source", "score",
     ]  # fmt: skip
     for name in aligncurate.__all__:
         assert getattr(aligncurate, name).__doc__
