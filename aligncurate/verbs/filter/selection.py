@@ -14,7 +14,7 @@ from aligncurate.verbs.filter.masks import Mask, Selection, scores_of
 from aligncurate.verbs.filter.options import FilterOptions
 from aligncurate.verbs.filter.sample import Sample
 from aligncurate.verbs.filter.top import Top
-from aligncurate.verbs.filter.where import check_where, where_mask
+from aligncurate.verbs.filter.where import Where
 from aligncurate.verbs.scores import check_score_column
 from aligncurate.verbs.uids import UID_COLUMNS, UidList, row_uids
 
@@ -61,10 +61,7 @@ class _Conditions:
         self._dataset = dataset
         self._conditions: list[Callable[[int], Mask]] = []
         if options.where is not None:
-            check_where(dataset, options.where)
-            where = options.where
-            rows = [part.rows for part in dataset.parts]
-            self._conditions.append(lambda index: where_mask(dataset.files[index], where, rows[index]))
+            self._conditions.append(Where(dataset, options.where).mask)
         if options.uids is not None:
             wanted = UidList(options.uids)
             columns = [name for name in UID_COLUMNS if name in dataset.schema.names]

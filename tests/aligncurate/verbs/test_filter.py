@@ -62,7 +62,7 @@ def test_where_sees_the_rows_that_failed(tmp_path, levelled) -> None:
 
 
 def test_a_condition_that_fails_on_the_rows(tmp_path, levelled) -> None:
-    with pytest.raises(UserError, match=r"fails on rows of .*part-0000\d.parquet .*; TRY_CAST gives null instead"):
+    with pytest.raises(UserError, match=r"fails on rows of part \d .*; TRY_CAST gives null instead"):
         aligncurate.filter(levelled, tmp_path / "out", where="CAST(caption AS INT) > 3", quiet=True)
     kept = aligncurate.filter(levelled, tmp_path / "try", where="TRY_CAST(caption AS INT) > 3", quiet=True)
     assert kept.rows == 0
