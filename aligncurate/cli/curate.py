@@ -10,11 +10,21 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from aligncurate.cli.options import DatasetFolder, DatasetFolders, Out, Quiet, ScoreColumn, Sources, with_settings
+from aligncurate.cli.options import (
+    DatasetFolder,
+    DatasetFolders,
+    DryRun,
+    Out,
+    Quiet,
+    ScoreColumn,
+    Sources,
+    with_settings,
+)
+from aligncurate.encoders.model_choice import DEFAULT_MODEL
 from aligncurate.errors import ShardError
-from aligncurate.progress import make_console, safe_text
+from aligncurate.progress import make_console, notice, safe_text
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
-from aligncurate.settings import field_types
+from aligncurate.settings import field_types, make
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.filter.options import FilterOptions
 from aligncurate.verbs.join.options import JoinOptions
@@ -24,24 +34,35 @@ app = typer.Typer()
 
 @app.command()
 @with_settings(ScoreOptions, SourceOptions)
-def score(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
+def score(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = False, **options: Any) -> None:
     """Score every image-text pair of the sources; writes a new dataset.
 
     Rerun the same command to resume an interrupted run.
     """
     from aligncurate.verbs.score import score as run
 
-    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    source = _source_options(options)
+    if dry_run:
+        made = make(ScoreOptions, options)
+        configured = ", ".join(Path(config).stem for config in made.model_config or ())
+        doing = f"score with {made.model or configured or DEFAULT_MODEL}"
+        _show_dry_run(sources, out, source, made, doing)
+        return
+    result = run(sources, out, source=source, quiet=quiet, **options)
     _end_of_run("scored", result, out, f"aligncurate bucket {shlex.quote(str(out))} --out LEVELLED", quiet)
 
 
 @app.command()
 @with_settings(IngestOptions, SourceOptions)
-def ingest(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
+def ingest(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = False, **options: Any) -> None:
     """Make a dataset without scoring; loads no model. Scores and levels of the source are kept."""
     from aligncurate.verbs.ingest import ingest as run
 
-    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    source = _source_options(options)
+    if dry_run:
+        _show_dry_run(sources, out, source, make(IngestOptions, options), "ingest")
+        return
+    result = run(sources, out, source=source, quiet=quiet, **options)
     _end_of_run("ingested", result, out, f"aligncurate score {shlex.quote(str(out))} --out SCORED", quiet)
 
 
@@ -184,7 +205,6 @@ def models() -> None:
     """List the encoders that --model accepts, with input size, embedding width and weights."""
     from aligncurate.cli.render import render_models
     from aligncurate.encoders.catalogue import known_models
-    from aligncurate.encoders.model_choice import DEFAULT_MODEL
 
     console = make_console()
     console.print(render_models(known_models(), DEFAULT_MODEL))
@@ -194,6 +214,16 @@ def models() -> None:
 def _source_options(options: dict[str, Any]) -> SourceOptions:
     """Take the source's options out of those of a command."""
     return SourceOptions(**{name: options.pop(name) for name in field_types(SourceOptions) if name in options})
+
+
+def _show_dry_run(sources: list[str], out: Path, source: SourceOptions, options: IngestOptions, doing: str) -> None:
+    from aligncurate.cli.render import render_dry_run
+    from aligncurate.verbs.dry_run import dry_run
+
+    found = dry_run(sources, out, source, limit=options.limit)
+    for text in found.notices:
+        notice(text)
+    make_console().print(render_dry_run(found, out, doing), soft_wrap=True)
 
 
 def _print_next(command: str) -> None:

@@ -20,6 +20,7 @@ from aligncurate.verbs.inspect.result import Inspection
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset
     from aligncurate.scoring.timing import StageTimes
+    from aligncurate.verbs.dry_run import DryRun
     from aligncurate.verbs.export.result import Exported
     from aligncurate.verbs.from_sources import ScoreResult
     from aligncurate.verbs.join.join import Joined
@@ -163,6 +164,20 @@ def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     if result.dataset is not None:
         lines += _outcome(result.dataset, out)
     return Group(*lines)
+
+
+def render_dry_run(found: DryRun, out: Path, doing: str) -> Text:
+    """What a run would do; `doing` says it in words, such as `score with tiny`."""
+    lines = []
+    for each in found.inputs:
+        size = f", {each.bytes / 1e6:,.1f} MB" if each.bytes is not None else ""
+        names = each.files[0] if len(each.files) == 1 else f"{each.files[0]} … {each.files[-1]}"
+        lines.append(f"{each.kind}: {count(len(each.files), 'file')}{size}: {names}")
+    rows = "an unknown number of rows" if found.rows is None else count(found.rows, "row")
+    lines.append(f"would {doing}: {rows} in {count(found.parts, 'part')} into {out}")
+    if found.done:
+        lines.append(f"{count(found.done, 'part')} of them made by an earlier run, {found.parts - found.done:,} to do")
+    return Text("\n".join(lines))
 
 
 def _stage_times(times: StageTimes) -> Text:
