@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from aligncurate.dataset.reader import Dataset
 from aligncurate.settings import lists_settings, make, recorded
+from aligncurate.verbs.filter.compact import write_compact
 from aligncurate.verbs.filter.options import FilterOptions
 from aligncurate.verbs.filter.selection import select
 from aligncurate.verbs.rewrite import rewrite
@@ -36,6 +37,9 @@ def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = Fals
     if options.uids is not None:  # by its content, so that a resumed run has the same
         with Path(options.uids).open("rb") as file:
             record["uids"] = f"{Path(options.uids).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+    head = opened.derived("filter", record)
+    if options.rows_per_part is not None:
+        return write_compact(opened, out, head, selection, options.rows_per_part, quiet=quiet)
 
     def keep(index: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         mask = selection.mask(index)
@@ -44,4 +48,4 @@ def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = Fals
             yield table.filter(pa.array(mask[start : start + table.num_rows]))
             start += table.num_rows
 
-    return rewrite(opened, out, opened.derived("filter", record), keep, quiet=quiet)
+    return rewrite(opened, out, head, keep, quiet=quiet)
