@@ -68,7 +68,7 @@ def ingest(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = F
 
 @app.command()
 def bucket(
-    dataset: DatasetFolder,
+    datasets: DatasetFolders,
     out: Out,
     levels: Annotated[int | None, typer.Option(help="Number of levels N.", show_default="8")] = None,
     method: Annotated[
@@ -81,10 +81,10 @@ def bucket(
     score_column: ScoreColumn = "score",
     quiet: Quiet = False,
 ) -> None:
-    """Give every scored pair its alignment level, 1 to N, N best."""
+    """Give every scored pair its alignment level, 1 to N, N best. Several datasets become one."""
     from aligncurate.verbs.bucket import bucket as run
 
-    run(dataset, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet)
+    run(datasets, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet)
     if not quiet:
         from aligncurate.cli.render import next_command, render
         from aligncurate.verbs.inspect.inspect import inspect as measure
@@ -97,7 +97,7 @@ def bucket(
 
 @app.command()
 def inspect(
-    dataset: DatasetFolder,
+    datasets: DatasetFolders,
     examples: Annotated[int, typer.Option(metavar="K", help="Show K captions of each level.")] = 0,
     mismatched: Annotated[
         bool,
@@ -113,12 +113,12 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
     score_column: ScoreColumn = "score",
 ) -> None:
-    """Show a dataset: rows by status, the histogram of scores, what each threshold keeps, and the levels."""
+    """Show one or more datasets: rows by status, histogram of scores, what each threshold keeps, and the levels."""
     from aligncurate.cli.render import next_command, render
     from aligncurate.verbs.inspect.inspect import inspect as measure
 
     inspection = measure(
-        dataset, examples=examples, mismatched=mismatched, pretrained=pretrained, score_column=score_column
+        datasets, examples=examples, mismatched=mismatched, pretrained=pretrained, score_column=score_column
     )
     if as_json:
         print(json.dumps(inspection.to_json(), indent=1))
@@ -130,13 +130,13 @@ def inspect(
 
 @app.command()
 @with_settings(FilterOptions)
-def filter(dataset: DatasetFolder, out: Out, quiet: Quiet = False, **options: Any) -> None:
+def filter(datasets: DatasetFolders, out: Out, quiet: Quiet = False, **options: Any) -> None:
     """Keep some rows: by SQL, level, score, image and top fraction, then at random, in this order."""
     from aligncurate.cli.render import render_kept
-    from aligncurate.dataset.reader import Dataset
+    from aligncurate.dataset.joined import open_datasets
     from aligncurate.verbs.filter.filter import filter as run
 
-    before = Dataset(dataset)
+    before = open_datasets(datasets)
     kept = run(before, out, quiet=quiet, **options)
     if not quiet:
         make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
@@ -176,7 +176,7 @@ def join(
 
 @app.command()
 def export(
-    dataset: DatasetFolder,
+    datasets: DatasetFolders,
     out: Out,
     format: Annotated[
         Literal["webdataset", "llava-json", "datacomp-uids"], typer.Option(help="Output format.")
@@ -188,11 +188,11 @@ def export(
 ) -> None:
     """Export the usable rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
     from aligncurate.cli.render import after_export, render_export
-    from aligncurate.dataset.reader import Dataset
+    from aligncurate.dataset.joined import open_datasets
     from aligncurate.verbs.export.export import FAILURES
     from aligncurate.verbs.export.export import export as run
 
-    opened = Dataset(dataset)
+    opened = open_datasets(datasets)
     done = run(opened, out, format=format, shard_size=shard_size, per_level=per_level, workers=workers, quiet=quiet)
     if not quiet:
         make_console().print(render_export(done, out, FAILURES), soft_wrap=True)

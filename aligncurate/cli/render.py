@@ -48,13 +48,17 @@ def render(inspection: Inspection) -> RenderableType:
 
 def next_command(inspection: Inspection) -> str | None:
     """The command that usually follows `inspect`; None where there is nothing to go on with."""
-    path = shlex.quote(inspection.path)
+    path = _folders(inspection)
     if inspection.levels:
         levels = sum(level.level is not None for level in inspection.levels)
         return f"aligncurate filter {path} --levels {levels // 2 + 1}-{levels} --out BEST"
     if inspection.scored:
         return f"aligncurate bucket {path} --out LEVELLED"
     return f"aligncurate score {path} --out SCORED" if inspection.statuses.get("ok") else None
+
+
+def _folders(inspection: Inspection) -> str:
+    return " ".join(shlex.quote(folder) for folder in inspection.folders)
 
 
 def _head(inspection: Inspection) -> Text:
@@ -99,7 +103,7 @@ def _status_table(inspection: Inspection) -> Table:
 
 
 def _failed_command(inspection: Inspection) -> Text:
-    path = safe_text(shlex.quote(inspection.path))
+    path = safe_text(_folders(inspection))
     return Text(f"all failed rows: aligncurate filter {path} --where 'error IS NOT NULL' --out FAILED", style="dim")
 
 
@@ -177,7 +181,7 @@ def render_dry_run(found: DryRun, out: Path, doing: str) -> Text:
     lines.append(f"would {doing}: {rows} in {count(found.parts, 'part')} into {out}")
     if found.done:
         lines.append(f"{count(found.done, 'part')} of them made by an earlier run, {found.parts - found.done:,} to do")
-    return Text("\n".join(lines))
+    return Text("\n".join(safe_text(line) for line in lines))
 
 
 def _stage_times(times: StageTimes) -> Text:
@@ -224,7 +228,8 @@ def render_merged(rows: int, parts: int, out: Path) -> Text:
 def render_joined(joined: Joined, out: Path) -> Text:
     """What `join` added."""
     rows = joined.matched + joined.unmatched
-    text = Text(f"added {', '.join(joined.columns)} to {joined.matched:,} of {count(rows, 'row')} in {out}")
+    columns, folder = safe_text(", ".join(joined.columns)), safe_text(str(out))
+    text = Text(f"added {columns} to {joined.matched:,} of {count(rows, 'row')} in {folder}")
     if joined.unmatched:
         text.append(f"\n{count(joined.unmatched, 'row')} not found in the table; nulls there", "yellow")
     if joined.repeated:
@@ -253,7 +258,8 @@ def after_export(format: str, dataset: Dataset, out: Path) -> str:
     folder = shlex.quote(str(out))
     if format == "datacomp-uids":
         uids = shlex.quote(str(out / "uids.npy"))
-        return f"aligncurate filter {shlex.quote(str(dataset.path))} --uids {uids} --out SUBSET"
+        folders = " ".join(shlex.quote(str(each)) for each in dataset.folders)
+        return f"aligncurate filter {folders} --uids {uids} --out SUBSET"
     if dataset.levels:
         return f"aligncurate train pretrain {folder} --out MODEL"
     return f"aligncurate score {folder} --out SCORED"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.settings import lists_settings, make, recorded
 from aligncurate.verbs.filter.compact import write_compact
@@ -18,11 +19,11 @@ from aligncurate.verbs.rewrite import rewrite
 
 
 @lists_settings(FilterOptions)
-def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = False, **settings: Any) -> Dataset:
+def filter(dataset: Datasets, out: str | Path, *, quiet: bool = False, **settings: Any) -> Dataset:
     """Keep some rows of a dataset.
 
     Args:
-        dataset: the dataset to filter.
+        dataset: the dataset to filter; several folders are read as one.
         out: folder of the new dataset.
         quiet: show no progress and no notices.
         settings: fields of `aligncurate.verbs.filter.options.FilterOptions`, applied in their order.
@@ -31,7 +32,7 @@ def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = Fals
         UserError: no option is given, or one cannot be used.
     """
     options = make(FilterOptions, settings)
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset)
     selection = select(opened, options, quiet=quiet)
     record = recorded(options) | {"seed": options.seed if options.sample is not None else None}
     if options.uids is not None:  # by its content, so that a resumed run has the same

@@ -96,9 +96,9 @@ class _Conditions:
 def _levels_to_keep(dataset: Dataset, text: str, *, quiet: bool) -> list[int]:
     levels = parse_levels(text)
     if not dataset.levels:
-        raise UserError(f"{dataset.path}: this dataset has no levels; run `aligncurate bucket` first.")
+        raise UserError(f"{dataset.name}: this dataset has no levels; run `aligncurate bucket` first.")
     if levels[0] > dataset.levels:
-        raise UserError(f"--levels {text}: the levels of {dataset.path} are 1 to {dataset.levels}.")
+        raise UserError(f"--levels {text}: the levels of {dataset.name} are 1 to {dataset.levels}.")
     if levels[-1] > dataset.levels:
-        notice(f"--levels {text}: the levels of {dataset.path} are 1 to {dataset.levels}.", quiet=quiet)
+        notice(f"--levels {text}: the levels of {dataset.name} are 1 to {dataset.levels}.", quiet=quiet)
     return levels

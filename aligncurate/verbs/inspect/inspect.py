@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import UserError
@@ -22,7 +23,7 @@ _EXAMPLE_PARTS = 16  # examples come from at most this many parts, spread over t
 
 
 def inspect(
-    dataset: str | Path | Dataset,
+    dataset: Datasets,
     *,
     examples: int = 0,
     mismatched: bool = False,
@@ -34,7 +35,7 @@ def inspect(
     Reads the scores and levels once, and a few other rows.
 
     Args:
-        dataset: the dataset, or its folder.
+        dataset: the dataset, or its folder; several folders are read as one.
         examples: number of captions to show for each level.
         mismatched: score mismatched captions with the dataset's encoder where it has no embeddings.
         pretrained: weights file for `mismatched`, where the encoder cannot be loaded by its name.
@@ -42,7 +43,7 @@ def inspect(
 
     Raises UserError when there is no such dataset or column, or `mismatched` cannot load the encoder.
     """
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset)
     if examples < 0:
         raise UserError(f"--examples {examples}: must be at least 0.")
     if pretrained is not None and not mismatched:
@@ -58,7 +59,8 @@ def inspect(
     examples_of = _examples(opened, score_column, examples) if examples and opened.levels else {}
     encoder = opened.encoder_of(score_column)
     return Inspection(
-        path=str(opened.path),
+        path=opened.name,
+        folders=[str(folder) for folder in opened.folders],
         rows=opened.rows,
         parts=len(opened.parts),
         made_by=opened.manifest["verb"],

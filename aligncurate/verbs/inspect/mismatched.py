@@ -60,7 +60,7 @@ def from_encoder(dataset: Dataset, column: str, pretrained: str | Path | None = 
     """
     named = dataset.encoder_of(column)
     if named is None:
-        raise UserError(f"--mismatched: {dataset.path} does not say which encoder made {column}.")
+        raise UserError(f"--mismatched: {dataset.name} does not say which encoder made {column}.")
     encoder = _load(named, pretrained)
     found, missed = [], []
     images = ["image"] if "image" in dataset.schema.names else []
@@ -70,7 +70,7 @@ def from_encoder(dataset: Dataset, column: str, pretrained: str | Path | None = 
             missed.append(np.abs((image_units * text_units).sum(1) - table[column].to_numpy()))
             found.append(_shifted(image_units, text_units, table))
     if not missed:
-        raise UserError(f"--mismatched: {dataset.path} has no scored rows with captions and readable images.")
+        raise UserError(f"--mismatched: {dataset.name} has no scored rows with captions and readable images.")
     if np.median(np.concatenate(missed)) > _SAME_SCORE:
         raise UserError(f"--mismatched: {named['model']} no longer gives the scores in {column}.")
     return np.concatenate(found)

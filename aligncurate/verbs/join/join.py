@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
 from aligncurate.settings import lists_settings, make, recorded
@@ -41,16 +42,14 @@ class Joined:
 
 
 @lists_settings(JoinOptions)
-def join(
-    dataset: str | Path | Dataset, table: str | Path, out: str | Path, *, quiet: bool = False, **settings: Any
-) -> Joined:
+def join(dataset: Datasets, table: str | Path, out: str | Path, *, quiet: bool = False, **settings: Any) -> Joined:
     """Add columns of another table to a dataset. Rows without a match stay, with nulls in these columns.
 
     The table's chosen columns are held in memory, with 24 bytes more for each of its rows; the dataset is read part by
     part.
 
     Args:
-        dataset: the dataset.
+        dataset: the dataset; several folders are read as one.
         table: a Parquet, CSV or TSV file.
         out: folder of the new dataset.
         quiet: show no progress.
@@ -60,7 +59,7 @@ def join(
         UserError: the table or an option cannot be used, or no row is in the table.
     """
     options = make(JoinOptions, settings)
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset)
     _check_column(opened, options.on)
     added = Table(Path(table), options, taken=opened.schema.names)
     with Path(table).open("rb") as file:
@@ -76,7 +75,7 @@ def join(
     matched = sum(ahead(count, len(opened.parts)))
     if not matched:
         raise UserError(
-            f"{table}: none of the {opened.rows:,} rows of {opened.path} is in it; is --on {options.on} right?"
+            f"{table}: none of the {opened.rows:,} rows of {opened.name} is in it; is --on {options.on} right?"
         )
 
     def add(_: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -94,7 +93,7 @@ def join(
 def _check_column(dataset: Dataset, name: str) -> None:
     """Raise UserError unless rows can be told by column `name`."""
     if name not in dataset.schema.names and name != "uid":
-        raise UserError(f"--on {name}: {dataset.path} has no such column; it has {', '.join(dataset.schema.names)}.")
+        raise UserError(f"--on {name}: {dataset.name} has no such column; it has {', '.join(dataset.schema.names)}.")
     if name in dataset.schema.names:
         kind = dataset.schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
