@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from aligncurate.verbs.filter.filter import filter
     from aligncurate.verbs.ingest import ingest
     from aligncurate.verbs.inspect.inspect import inspect
+    from aligncurate.verbs.join.join import join
     from aligncurate.verbs.merge import merge
     from aligncurate.verbs.score import score
 
@@ -37,6 +38,7 @@ _HOMES = {
     "filter": "verbs.filter.filter",
     "ingest": "verbs.ingest",
     "inspect": "verbs.inspect.inspect",
+    "join": "verbs.join.join",
     "merge": "verbs.merge",
     "open_dataset": "dataset.reader",
     "open_source": "sources.detect",
@@ -51,6 +53,7 @@ __all__ = [
     "filter",
     "ingest",
     "inspect",
+    "join",
     "merge",
     "open_dataset",
     "open_source",

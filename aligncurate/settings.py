@@ -180,7 +180,7 @@ def choices(kind: Any) -> tuple[str, ...]:
 
 def _readable(number: float) -> str:
     """A bound as it is said: `1,000`, `0.5`, `2^64 - 1`."""
-    if number != int(number):
+    if number in (inf, -inf) or number != int(number):
         return f"{number:g}"
     whole = int(number)
     power = (whole + 1).bit_length() - 1

@@ -10,43 +10,65 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from aligncurate.cli.options import DatasetFolder, DatasetFolders, Out, Quiet, ScoreColumn, Sources, with_settings
+from aligncurate.cli.options import (
+    DatasetFolder,
+    DatasetFolders,
+    DryRun,
+    Out,
+    Quiet,
+    ScoreColumn,
+    Sources,
+    with_settings,
+)
+from aligncurate.encoders.model_choice import DEFAULT_MODEL
 from aligncurate.errors import ShardError
-from aligncurate.progress import make_console, safe_text
+from aligncurate.progress import make_console, notice, safe_text
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
-from aligncurate.settings import field_types
+from aligncurate.settings import field_types, make
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.filter.options import FilterOptions
+from aligncurate.verbs.join.options import JoinOptions
 
 app = typer.Typer()
 
 
 @app.command()
 @with_settings(ScoreOptions, SourceOptions)
-def score(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
+def score(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = False, **options: Any) -> None:
     """Score every image-text pair of the sources; writes a new dataset.
 
     Rerun the same command to resume an interrupted run.
     """
     from aligncurate.verbs.score import score as run
 
-    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    source = _source_options(options)
+    if dry_run:
+        made = make(ScoreOptions, options)
+        configured = ", ".join(Path(config).stem for config in made.model_config or ())
+        doing = f"score with {made.model or configured or DEFAULT_MODEL}"
+        _show_dry_run(sources, out, source, made, doing)
+        return
+    result = run(sources, out, source=source, quiet=quiet, **options)
     _end_of_run("scored", result, out, f"aligncurate bucket {shlex.quote(str(out))} --out LEVELLED", quiet)
 
 
 @app.command()
 @with_settings(IngestOptions, SourceOptions)
-def ingest(sources: Sources, out: Out, quiet: Quiet = False, **options: Any) -> None:
+def ingest(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = False, **options: Any) -> None:
     """Make a dataset without scoring; loads no model. Scores and levels of the source are kept."""
     from aligncurate.verbs.ingest import ingest as run
 
-    result = run(sources, out, source=_source_options(options), quiet=quiet, **options)
+    source = _source_options(options)
+    if dry_run:
+        _show_dry_run(sources, out, source, make(IngestOptions, options), "ingest")
+        return
+    result = run(sources, out, source=source, quiet=quiet, **options)
     _end_of_run("ingested", result, out, f"aligncurate score {shlex.quote(str(out))} --out SCORED", quiet)
 
 
 @app.command()
 def bucket(
-    dataset: DatasetFolder,
+    datasets: DatasetFolders,
     out: Out,
     levels: Annotated[int | None, typer.Option(help="Number of levels N.", show_default="8")] = None,
     method: Annotated[
@@ -59,10 +81,10 @@ def bucket(
     score_column: ScoreColumn = "score",
     quiet: Quiet = False,
 ) -> None:
-    """Give every scored pair its alignment level, 1 to N, N best."""
+    """Give every scored pair its alignment level, 1 to N, N best. Several datasets become one."""
     from aligncurate.verbs.bucket import bucket as run
 
-    run(dataset, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet)
+    run(datasets, out, levels=levels, method=method, thresholds=thresholds, score_column=score_column, quiet=quiet)
     if not quiet:
         from aligncurate.cli.render import next_command, render
         from aligncurate.verbs.inspect.inspect import inspect as measure
@@ -75,7 +97,7 @@ def bucket(
 
 @app.command()
 def inspect(
-    dataset: DatasetFolder,
+    datasets: DatasetFolders,
     examples: Annotated[int, typer.Option(metavar="K", help="Show K captions of each level.")] = 0,
     mismatched: Annotated[
         bool,
@@ -85,14 +107,19 @@ def inspect(
             "--embeddings show this anyway.",
         ),
     ] = False,
+    pretrained: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights for --mismatched, if the encoder's were a file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
     score_column: ScoreColumn = "score",
 ) -> None:
-    """Show a dataset: rows by status, the histogram of scores, what each threshold keeps, and the levels."""
+    """Show one or more datasets: rows by status, histogram of scores, what each threshold keeps, and the levels."""
     from aligncurate.cli.render import next_command, render
     from aligncurate.verbs.inspect.inspect import inspect as measure
 
-    inspection = measure(dataset, examples=examples, mismatched=mismatched, score_column=score_column)
+    inspection = measure(
+        datasets, examples=examples, mismatched=mismatched, pretrained=pretrained, score_column=score_column
+    )
     if as_json:
         print(json.dumps(inspection.to_json(), indent=1))
         return
@@ -103,13 +130,13 @@ def inspect(
 
 @app.command()
 @with_settings(FilterOptions)
-def filter(dataset: DatasetFolder, out: Out, quiet: Quiet = False, **options: Any) -> None:
+def filter(datasets: DatasetFolders, out: Out, quiet: Quiet = False, **options: Any) -> None:
     """Keep some rows: by SQL, level, score, image and top fraction, then at random, in this order."""
     from aligncurate.cli.render import render_kept
-    from aligncurate.dataset.reader import Dataset
+    from aligncurate.dataset.joined import open_datasets
     from aligncurate.verbs.filter.filter import filter as run
 
-    before = Dataset(dataset)
+    before = open_datasets(datasets)
     kept = run(before, out, quiet=quiet, **options)
     if not quiet:
         make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
@@ -129,8 +156,27 @@ def merge(datasets: DatasetFolders, out: Out, quiet: Quiet = False) -> None:
 
 
 @app.command()
-def export(
+@with_settings(JoinOptions)
+def join(
     dataset: DatasetFolder,
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Parquet, CSV or TSV file.", show_default=False)],
+    out: Out,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Add columns of another table to a dataset. Rows without a match stay, with nulls."""
+    from aligncurate.cli.render import render_joined
+    from aligncurate.verbs.join.join import join as run
+
+    joined = run(dataset, table, out, quiet=quiet, **options)
+    if not quiet:
+        make_console().print(render_joined(joined, out), soft_wrap=True)
+        _print_next(f"aligncurate filter {shlex.quote(str(out))} --where CONDITION --out SOME")
+
+
+@app.command()
+def export(
+    datasets: DatasetFolders,
     out: Out,
     format: Annotated[
         Literal["webdataset", "llava-json", "datacomp-uids"], typer.Option(help="Output format.")
@@ -142,11 +188,11 @@ def export(
 ) -> None:
     """Export the usable rows as webdataset tars, LLaVA JSON or a DataComp uid list."""
     from aligncurate.cli.render import after_export, render_export
-    from aligncurate.dataset.reader import Dataset
+    from aligncurate.dataset.joined import open_datasets
     from aligncurate.verbs.export.export import FAILURES
     from aligncurate.verbs.export.export import export as run
 
-    opened = Dataset(dataset)
+    opened = open_datasets(datasets)
     done = run(opened, out, format=format, shard_size=shard_size, per_level=per_level, workers=workers, quiet=quiet)
     if not quiet:
         make_console().print(render_export(done, out, FAILURES), soft_wrap=True)
@@ -159,7 +205,6 @@ def models() -> None:
     """List the encoders that --model accepts, with input size, embedding width and weights."""
     from aligncurate.cli.render import render_models
     from aligncurate.encoders.catalogue import known_models
-    from aligncurate.encoders.model_choice import DEFAULT_MODEL
 
     console = make_console()
     console.print(render_models(known_models(), DEFAULT_MODEL))
@@ -169,6 +214,16 @@ def models() -> None:
 def _source_options(options: dict[str, Any]) -> SourceOptions:
     """Take the source's options out of those of a command."""
     return SourceOptions(**{name: options.pop(name) for name in field_types(SourceOptions) if name in options})
+
+
+def _show_dry_run(sources: list[str], out: Path, source: SourceOptions, options: IngestOptions, doing: str) -> None:
+    from aligncurate.cli.render import render_dry_run
+    from aligncurate.verbs.dry_run import dry_run
+
+    found = dry_run(sources, out, source, limit=options.limit)
+    for text in found.notices:
+        notice(text)
+    make_console().print(render_dry_run(found, out, doing), soft_wrap=True)
 
 
 def _print_next(command: str) -> None:

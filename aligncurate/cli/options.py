@@ -30,6 +30,7 @@ DatasetFolders = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; created if missing.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read and done; write nothing.")]
 ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]
 
 

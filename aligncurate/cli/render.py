@@ -20,8 +20,10 @@ from aligncurate.verbs.inspect.result import Inspection
 if TYPE_CHECKING:
     from aligncurate.dataset.reader import Dataset
     from aligncurate.scoring.timing import StageTimes
+    from aligncurate.verbs.dry_run import DryRun
     from aligncurate.verbs.export.result import Exported
     from aligncurate.verbs.from_sources import ScoreResult
+    from aligncurate.verbs.join.join import Joined
 
 _STATUS_STYLES = {"ok": "green", "text_only": "cyan", "url_only": "cyan"}  # all others are failures, in red
 
@@ -46,13 +48,17 @@ def render(inspection: Inspection) -> RenderableType:
 
 def next_command(inspection: Inspection) -> str | None:
     """The command that usually follows `inspect`; None where there is nothing to go on with."""
-    path = shlex.quote(inspection.path)
+    path = _folders(inspection)
     if inspection.levels:
         levels = sum(level.level is not None for level in inspection.levels)
         return f"aligncurate filter {path} --levels {levels // 2 + 1}-{levels} --out BEST"
     if inspection.scored:
         return f"aligncurate bucket {path} --out LEVELLED"
     return f"aligncurate score {path} --out SCORED" if inspection.statuses.get("ok") else None
+
+
+def _folders(inspection: Inspection) -> str:
+    return " ".join(shlex.quote(folder) for folder in inspection.folders)
 
 
 def _head(inspection: Inspection) -> Text:
@@ -97,7 +103,7 @@ def _status_table(inspection: Inspection) -> Table:
 
 
 def _failed_command(inspection: Inspection) -> Text:
-    path = safe_text(shlex.quote(inspection.path))
+    path = safe_text(_folders(inspection))
     return Text(f"all failed rows: aligncurate filter {path} --where 'error IS NOT NULL' --out FAILED", style="dim")
 
 
@@ -164,6 +170,20 @@ def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     return Group(*lines)
 
 
+def render_dry_run(found: DryRun, out: Path, doing: str) -> Text:
+    """What a run would do; `doing` says it in words, such as `score with tiny`."""
+    lines = []
+    for each in found.inputs:
+        size = f", {each.bytes / 1e6:,.1f} MB" if each.bytes is not None else ""
+        names = each.files[0] if len(each.files) == 1 else f"{each.files[0]} … {each.files[-1]}"
+        lines.append(f"{each.kind}: {count(len(each.files), 'file')}{size}: {names}")
+    rows = "an unknown number of rows" if found.rows is None else count(found.rows, "row")
+    lines.append(f"would {doing}: {rows} in {count(found.parts, 'part')} into {out}")
+    if found.done:
+        lines.append(f"{count(found.done, 'part')} of them made by an earlier run, {found.parts - found.done:,} to do")
+    return Text("\n".join(safe_text(line) for line in lines))
+
+
 def _stage_times(times: StageTimes) -> Text:
     """Seconds of work per stage, and how busy the slowest stage was."""
     seconds = ", ".join(f"{stage} {taken:.1f} s" for stage, taken in times.seconds.items())
@@ -205,6 +225,18 @@ def render_merged(rows: int, parts: int, out: Path) -> Text:
     return Text(f"merged {count(rows, 'row')} in {count(parts, 'part')} into {out}")
 
 
+def render_joined(joined: Joined, out: Path) -> Text:
+    """What `join` added."""
+    rows = joined.matched + joined.unmatched
+    columns, folder = safe_text(", ".join(joined.columns)), safe_text(str(out))
+    text = Text(f"added {columns} to {joined.matched:,} of {count(rows, 'row')} in {folder}")
+    if joined.unmatched:
+        text.append(f"\n{count(joined.unmatched, 'row')} not found in the table; nulls there", "yellow")
+    if joined.repeated:
+        text.append(f"\n{count(joined.repeated, 'row')} of the table left out as duplicates", "yellow")
+    return text
+
+
 def render_export(exported: Exported, out: Path, failures: str) -> Text:
     """What `export` wrote into `out`; `failures` is the file that lists images that could not be read."""
     names = exported.files
@@ -226,7 +258,8 @@ def after_export(format: str, dataset: Dataset, out: Path) -> str:
     folder = safe_text(shlex.quote(str(out)))
     if format == "datacomp-uids":
         uids = shlex.quote(str(out / "uids.npy"))
-        return f"aligncurate filter {shlex.quote(str(dataset.path))} --uids {uids} --out SUBSET"
+        folders = " ".join(shlex.quote(str(each)) for each in dataset.folders)
+        return f"aligncurate filter {folders} --uids {uids} --out SUBSET"
     if dataset.levels:
         return f"aligncurate train pretrain {folder} --out MODEL"
     return f"aligncurate score {folder} --out SCORED"

@@ -16,18 +16,23 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.errors import UserError
 
+Datasets = Dataset | str | Path | Sequence[str | Path]
+"""What a verb takes: a dataset, its folder, or the folders of several that are read as one."""
 
-def open_datasets(paths: Sequence[str | Path] | str | Path, *, new_levels: bool = False) -> Dataset:
+
+def open_datasets(paths: Datasets, *, new_levels: bool = False) -> Dataset:
     """Open one or more datasets as one, whose parts are those of the first, then of the second, and so on.
 
     Args:
-        paths: the folders.
+        paths: the folders; a dataset that is open already is returned as it is.
         new_levels: the levels will be made anew, so the datasets may have been cut by different thresholds.
 
     Raises:
         UserError: one of them is not a finished dataset, is given twice, was scored by another encoder or cut by other
             thresholds than the first, or has a column of the same name and another type.
     """
+    if isinstance(paths, Dataset):
+        return paths
     folders = [paths] if isinstance(paths, str | Path) else list(paths)
     if not folders:
         raise UserError("no dataset given; name at least one dataset folder.")

@@ -83,7 +83,7 @@ class ShardScorer:
         encoding: deque[tuple[Window, Future[Embeddings]]] = deque()
         with self._writer.part(shard.index) as part:
             part.facts.update(facts)
-            rows = RowWriter(part, self._encoder.columns, self._options.embed_images, self.clock)
+            rows = RowWriter(part, self._encoder.columns or ["score"], self._options.embed_images, self.clock)
             try:
                 for pairs in self._windows(self._prepared(shard, earlier, check)):
                     window = self._encoder.load(pairs)

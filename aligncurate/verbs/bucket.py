@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.manifest import THRESHOLDS
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import COLUMNS, usable_scores
@@ -21,7 +22,7 @@ from aligncurate.verbs.scores import check_score_column, iter_scores
 
 
 def bucket(
-    dataset: str | Path | Dataset,
+    dataset: Datasets,
     out: str | Path,
     *,
     levels: int | None = None,
@@ -33,7 +34,7 @@ def bucket(
     """Give every scored pair its alignment level, from 1 to N (best).
 
     Args:
-        dataset: the dataset whose pairs get levels.
+        dataset: the dataset whose pairs get levels; several folders are read as one.
         out: folder of the new dataset; its `thresholds.json` can be applied to other data.
         levels: N; the default is 8, as in the AlignGPT paper.
         method: `quantile` (default) for levels with equal numbers of pairs, `uniform` for intervals of equal width.
@@ -44,7 +45,7 @@ def bucket(
     Raises:
         UserError: there are no scores, or the options contradict each other.
     """
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset, new_levels=True)
     check_score_column(opened, score_column)
     if thresholds is not None and method is not None:
         raise UserError(f"--method {method}: the --thresholds file has its own method; drop one of the two options.")
@@ -55,7 +56,7 @@ def bucket(
         used = 1 + len({value for value in applied.values if value > applied.minimum})
         if used < applied.levels:
             notice(
-                f"{opened.path}: so many scores are equal that only {used} of the {applied.levels} levels get pairs; "
+                f"{opened.name}: so many scores are equal that only {used} of the {applied.levels} levels get pairs; "
                 f"use --levels {max(used, 2)} or fewer.",
                 quiet=quiet,
             )
@@ -87,7 +88,7 @@ def fit_thresholds(dataset: Dataset, levels: int, method: Method, score_column: 
     counts = dataset.score_counts(score_column) or Counts.of(scan())
     if not counts.total:
         raise UserError(
-            f"{dataset.path}: no pair has a {score_column}, so there is nothing to bucket; run `aligncurate score` "
+            f"{dataset.name}: no pair has a {score_column}, so there is nothing to bucket; run `aligncurate score` "
             "first, or see with `aligncurate inspect` why rows failed."
         )
     try:

@@ -122,7 +122,7 @@ def make_dataset(
         out,
         head,
         columns,
-        _identities(shards, head["inputs"]),
+        shard_identities(shards, head["inputs"]),
         retry_errors=options.retry_errors,
         mixed_devices=options.mixed_devices,
     )
@@ -137,7 +137,7 @@ def make_dataset(
         todo = [shard for shard in shards if shard.index not in parts]
         if todo:
             writer.reopen()
-        progress = stack.enter_context(meter(verb, _total(source, shards), quiet=quiet))
+        progress = stack.enter_context(meter(verb, count_rows(source, shards), quiet=quiet))
         progress.skip(sum(part.rows for part in parts.values()))
         scorer = ShardScorer(source, writer, encoders, options, progress)
         stack.callback(scorer.close)
@@ -155,7 +155,7 @@ def nothing_to_do(dataset: Dataset) -> ScoreResult:
     return ScoreResult(dataset, 0, 0.0, len(dataset.parts), [], StageClock().times(0.0, dict.fromkeys(STAGES, 1)))
 
 
-def _identities(shards: Sequence[Shard], inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def shard_identities(shards: Sequence[Shard], inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each shard is, for its receipt: its file, as the source describes it, and its rows."""
     files = {file["uri"]: file for line in inputs for file in line.get("files", [])}
     return [
@@ -181,7 +181,7 @@ def _threads(encoding: bool, options: ScoreOptions, shards: int) -> dict[str, in
     return counts if encoding else {stage: counts[stage] for stage in ("read", "decode", "write")}
 
 
-def _total(source: Source, shards: Sequence[Shard]) -> int | None:
+def count_rows(source: Source, shards: Sequence[Shard]) -> int | None:
     """Number of pairs, if that is cheap to find out: tars must be walked, so only for a few local ones."""
     tars = [shard for shard in shards if shard.stop is None]
     if len(tars) > _TARS_COUNTED or any(storage.is_remote(shard.uri) for shard in tars):

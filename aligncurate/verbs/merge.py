@@ -54,7 +54,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path, *, quiet: bool = Fals
                     part.write(table)
         progress.add(info.rows, info.rows, 0)
 
-    with missing_parts(writer, joined, quiet=quiet) as (progress, todo):
+    with missing_parts(writer, [part.rows for part in joined.parts], quiet=quiet) as (progress, todo):
         for _ in threads.run(make, todo, workers=_THREADS):
             pass
         return writer.finish(len(shards), **{SCORE_COUNTS: joined.manifest[SCORE_COUNTS]})

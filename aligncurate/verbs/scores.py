@@ -26,7 +26,7 @@ def check_score_column(dataset: Dataset, name: str) -> None:
     """Raise UserError unless `name` is a column that can hold scores."""
     names = [f.name for f in dataset.schema if pa.types.is_floating(f.type)]
     if name not in names:
-        raise UserError(f"{dataset.path}: there is no score column {name}; the dataset has {', '.join(names)}.")
+        raise UserError(f"{dataset.name}: there is no score column {name}; the dataset has {', '.join(names)}.")
 
 
 def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:

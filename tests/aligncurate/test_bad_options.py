@@ -144,3 +144,16 @@ def test_no_permission(tmp_path) -> None:
     tar.chmod(0)
     result = as_nobody_special("ingest", tar, "--out", tmp_path / "closed-tar")
     assert result.returncode in (1, 2) and "Permission denied" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("ingest", "--limit", 2**63), "--limit 9223372036854775808: use a number from 1 to 2^63 - 1."),
+        (("ingest", "--workers", -(10**30)), f"--workers -{10**30}: use a number of at least 1."),
+        (("score", "--batch-size", 10**30), f"--batch-size {10**30}: use a number from 1 to 2^63 - 1."),
+    ],
+)
+def test_numbers_beyond_64_bits(tmp_path, arguments, sentence) -> None:
+    command, *options = arguments
+    assert complaint(cli(command, tmp_path, *options, "--out", tmp_path / "out")) == sentence

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, atomic_file, claim, delete_unfinished, read_json, write_json
 from aligncurate.progress import meter, notice
@@ -25,7 +25,7 @@ FAILURES = "failed.jsonl"
 
 
 def export(
-    dataset: str | Path | Dataset,
+    dataset: Datasets,
     out: str | Path,
     *,
     format: Format = "webdataset",
@@ -37,7 +37,7 @@ def export(
     """Export a dataset's `ok` and `text_only` rows in a format that other tools read.
 
     Args:
-        dataset: what to export.
+        dataset: what to export; several folders are read as one.
         out: a new folder, or that of an interrupted export, which is then completed.
         format: `webdataset` writes tars with the images' original bytes, `.txt` and `.json`, and an
             Parquet file like img2dataset's beside each; `llava-json` writes images and `annotations.json` with
@@ -50,7 +50,7 @@ def export(
     Raises:
         UserError: the options contradict each other, or the folder holds other files or a different export.
     """
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset)
     if format not in get_args(Format):
         raise UserError(f"--format {format}: use one of {', '.join(get_args(Format))}.")
     if shard_size < 1:
@@ -60,7 +60,7 @@ def export(
     if per_level and format != "webdataset":
         raise UserError(f"--per-level works only with --format webdataset, not {format}.")
     if per_level and not opened.levels:
-        raise UserError(f"{opened.path}: --per-level needs levels; run `aligncurate bucket` first.")
+        raise UserError(f"{opened.name}: --per-level needs levels; run `aligncurate bucket` first.")
     if format == "llava-json" and not opened.levels:
         notice(
             "the dataset has no levels, so the annotations get no `similarity`; run `aligncurate bucket` first.",

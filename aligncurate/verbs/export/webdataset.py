@@ -134,13 +134,20 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
                 key = free_name(safe_name(row["key"]), names)
                 for ending, content in sorted(_sample(row, data).items()):
                     members.add(f"{key}.{ending}", content)
-            written.append(batch.select(schema.names).filter(pa.array(readable_image)))
+            written.append(_completed(batch.filter(pa.array(readable_image)), schema))
             flushed = _start_flush(file, flushed)
         members.end()
     note = json.dumps({"failed": failed, "bytes": size}).encode()
     table = pa.Table.from_batches(written, schema).replace_schema_metadata({b"aligncurate.export": note})
     with atomic_file(target / f"{tar.name}.parquet") as temporary:
         pq.write_table(table, temporary, compression="zstd")
+
+
+def _completed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with the columns of `schema`, nulls where it lacks one: of several datasets, one may have it only."""
+    names = batch.schema.names
+    columns = [batch[f.name] if f.name in names else pa.nulls(batch.num_rows, f.type) for f in schema]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _start_flush(file: BinaryIO, start: int) -> int:

@@ -9,19 +9,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.settings import lists_settings, make, recorded
+from aligncurate.verbs.filter.compact import write_compact
 from aligncurate.verbs.filter.options import FilterOptions
 from aligncurate.verbs.filter.selection import select
 from aligncurate.verbs.rewrite import rewrite
 
 
 @lists_settings(FilterOptions)
-def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = False, **settings: Any) -> Dataset:
+def filter(dataset: Datasets, out: str | Path, *, quiet: bool = False, **settings: Any) -> Dataset:
     """Keep some rows of a dataset.
 
     Args:
-        dataset: the dataset to filter.
+        dataset: the dataset to filter; several folders are read as one.
         out: folder of the new dataset.
         quiet: show no progress and no notices.
         settings: fields of `aligncurate.verbs.filter.options.FilterOptions`, applied in their order.
@@ -30,12 +32,15 @@ def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = Fals
         UserError: no option is given, or one cannot be used.
     """
     options = make(FilterOptions, settings)
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset)
     selection = select(opened, options, quiet=quiet)
     record = recorded(options) | {"seed": options.seed if options.sample is not None else None}
     if options.uids is not None:  # by its content, so that a resumed run has the same
         with Path(options.uids).open("rb") as file:
             record["uids"] = f"{Path(options.uids).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+    head = opened.derived("filter", record)
+    if options.rows_per_part is not None:
+        return write_compact(opened, out, head, selection, options.rows_per_part, quiet=quiet)
 
     def keep(index: int, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         mask = selection.mask(index)
@@ -44,4 +49,4 @@ def filter(dataset: str | Path | Dataset, out: str | Path, *, quiet: bool = Fals
             yield table.filter(pa.array(mask[start : start + table.num_rows]))
             start += table.num_rows
 
-    return rewrite(opened, out, opened.derived("filter", record), keep, quiet=quiet)
+    return rewrite(opened, out, head, keep, quiet=quiet)

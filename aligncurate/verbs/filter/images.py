@@ -46,7 +46,7 @@ class OnePerImage:
         scored = [self._pass(turn, passes) for turn in range(passes)]
         if prefer == "best" and not any(scored):
             raise UserError(
-                f"--one-per-image best: no row of {dataset.path} that matches the other options has a {column}; "
+                f"--one-per-image best: no row of {dataset.name} that matches the other options has a {column}; "
                 "use --one-per-image first."
             )
 

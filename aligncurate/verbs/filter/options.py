@@ -28,6 +28,9 @@ class FilterOptions:
     sample: int | None = setting("Keep N random rows.", None, at_least=1)
     seed: int = setting("Seed for --sample.", 0, at_least=0, at_most=2**64 - 1)
     score_column: str = setting("Column with the scores.", "score")
+    rows_per_part: int | None = setting(
+        "Fill parts with N rows each, instead of one part for each part of the input.", None, at_least=1
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -42,7 +45,7 @@ class FilterOptions:
     @property
     def keeps_all(self) -> bool:
         """Whether no option leaves out a row."""
-        chosen = {**vars(self), "seed": None, "score_column": None}
+        chosen = {**vars(self), "seed": None, "score_column": None, "rows_per_part": None}
         return all(value is None for value in chosen.values())
 
     @property

@@ -14,7 +14,7 @@ from aligncurate.verbs.filter.masks import Mask, Selection, scores_of
 from aligncurate.verbs.filter.options import FilterOptions
 from aligncurate.verbs.filter.sample import Sample
 from aligncurate.verbs.filter.top import Top
-from aligncurate.verbs.filter.where import check_where, where_mask
+from aligncurate.verbs.filter.where import Where
 from aligncurate.verbs.scores import check_score_column
 from aligncurate.verbs.uids import UID_COLUMNS, UidList, row_uids
 
@@ -61,10 +61,7 @@ class _Conditions:
         self._dataset = dataset
         self._conditions: list[Callable[[int], Mask]] = []
         if options.where is not None:
-            check_where(dataset, options.where)
-            where = options.where
-            rows = [part.rows for part in dataset.parts]
-            self._conditions.append(lambda index: where_mask(dataset.files[index], where, rows[index]))
+            self._conditions.append(Where(dataset, options.where).mask)
         if options.uids is not None:
             wanted = UidList(options.uids)
             columns = [name for name in UID_COLUMNS if name in dataset.schema.names]
@@ -99,9 +96,9 @@ class _Conditions:
 def _levels_to_keep(dataset: Dataset, text: str, *, quiet: bool) -> list[int]:
     levels = parse_levels(text)
     if not dataset.levels:
-        raise UserError(f"{dataset.path}: this dataset has no levels; run `aligncurate bucket` first.")
+        raise UserError(f"{dataset.name}: this dataset has no levels; run `aligncurate bucket` first.")
     if levels[0] > dataset.levels:
-        raise UserError(f"--levels {text}: the levels of {dataset.path} are 1 to {dataset.levels}.")
+        raise UserError(f"--levels {text}: the levels of {dataset.name} are 1 to {dataset.levels}.")
     if levels[-1] > dataset.levels:
-        notice(f"--levels {text}: the levels of {dataset.path} are 1 to {dataset.levels}.", quiet=quiet)
+        notice(f"--levels {text}: the levels of {dataset.name} are 1 to {dataset.levels}.", quiet=quiet)
     return levels

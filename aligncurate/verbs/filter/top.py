@@ -23,7 +23,7 @@ class Top:
 
         counts = Counts.of(scan())
         if not counts.total:
-            raise UserError(f"{dataset.path}: no row that matches the other options has a {column}.")
+            raise UserError(f"{dataset.name}: no row that matches the other options has a {column}.")
         keep = math.ceil(Fraction(str(fraction)) * counts.total)  # with floats, 0.55 of 100 would give 56
         self._dataset, self._before, self._column = dataset, before, column
         self._threshold = order_statistics(scan, [counts.total - keep], counts)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -24,40 +23,47 @@ _WINDOWS = "over|row_number|rank|dense_rank|ntile|lag|lead|first_value|last_valu
 _SEVERAL_ROWS = re.compile(rf"\b(?:{_WINDOWS})\s*\(|\bselect\b", re.IGNORECASE)
 
 
-def check_where(dataset: Dataset, where: str) -> None:
-    """Raise UserError if a condition is invalid or uses more than one row.
+class Where:
+    """A condition on the rows of a dataset; reads only the columns that it uses.
 
     Parts are filtered one by one, so an aggregate or a window would see only the rows of one part.
+
+    Raises UserError if the condition is invalid or uses more than one row.
     """
-    if not where.strip():
-        raise UserError("--where: the condition is empty.")
-    if _SEVERAL_ROWS.search(_LITERALS.sub("", where)):
-        raise UserError(f"--where {where}: conditions work on one row at a time, without windows and subqueries.")
-    example = pl.DataFrame({f.name: [None, None] for f in dataset.schema}, schema=dataset.scan().collect_schema())
-    try:
-        result = example.lazy().sql(f"{_BEGIN}{where}\n) AS keep FROM self").collect()["keep"]
-    except pl.exceptions.ColumnNotFoundError as error:
-        raise UserError(f"--where {where}: {_unknown_column(str(error), where, dataset.schema.names)}") from None
-    except _POLARS_ERRORS as error:
-        raise UserError(f"--where {where}: {_sentence(str(error), where)}") from None
-    if result.dtype != pl.Boolean:
-        raise UserError(f"--where {where}: gives {result.dtype}, not true or false; add a comparison (score > 0.3).")
-    if len(result) != 2:
-        raise UserError(f"--where {where}: conditions work on one row at a time, without aggregates.")
 
+    def __init__(self, dataset: Dataset, where: str) -> None:
+        self._dataset, self._where = dataset, where
+        if not where.strip():
+            raise UserError("--where: the condition is empty.")
+        if _SEVERAL_ROWS.search(_LITERALS.sub("", where)):
+            raise UserError(f"--where {where}: conditions work on one row at a time, without windows and subqueries.")
+        example = pl.DataFrame(dataset.schema.empty_table()).clear(2)
+        try:
+            result = example.lazy().sql(f"{_BEGIN}{where}\n) AS keep FROM self").collect()["keep"]
+            used = pl.sql_expr(f"({where}\n)").meta.root_names()
+        except pl.exceptions.ColumnNotFoundError as error:
+            raise UserError(f"--where {where}: {_unknown_column(str(error), where, dataset.schema.names)}") from None
+        except _POLARS_ERRORS as error:
+            raise UserError(f"--where {where}: {_sentence(str(error), where)}") from None
+        if result.dtype != pl.Boolean:
+            what = f"gives {result.dtype}, not true or false; add a comparison (score > 0.3)"
+            raise UserError(f"--where {where}: {what}.")
+        if len(result) != 2:
+            raise UserError(f"--where {where}: conditions work on one row at a time, without aggregates.")
+        self._columns = [name for name in dataset.schema.names if name in used] or ["status"]
 
-def where_mask(file: Path, where: str, rows: int) -> Mask:
-    """Which rows of a part satisfy the condition. Raises UserError if it cannot be evaluated on them."""
-    frame = pl.scan_parquet(file, glob=False).with_row_index(_INDEX)
-    try:
-        matches = frame.sql(f"SELECT {_INDEX} FROM self WHERE ({where}\n)").collect()[_INDEX]
-    except _POLARS_ERRORS as error:
-        reason = _first_line(str(error)).removeprefix("parquet: Invalid parameter: ")
-        hint = "; TRY_CAST gives null instead" if reason.startswith("conversion") else ""
-        raise UserError(f"--where {where}: fails on rows of {file} ({reason}){hint}.") from None
-    mask = np.zeros(rows, bool)
-    mask[matches.to_numpy()] = True
-    return mask
+    def mask(self, index: int) -> Mask:
+        """Which rows of part `index` satisfy the condition. Raises UserError if it cannot be evaluated on them."""
+        frame = pl.DataFrame(self._dataset.read(index, self._columns)).with_row_index(_INDEX)
+        try:
+            matches = frame.lazy().sql(f"SELECT {_INDEX} FROM self WHERE ({self._where}\n)").collect()[_INDEX]
+        except _POLARS_ERRORS as error:
+            reason = _first_line(str(error))
+            hint = "; TRY_CAST gives null instead" if reason.startswith("conversion") else ""
+            raise UserError(f"--where {self._where}: fails on rows of part {index} ({reason}){hint}.") from None
+        mask = np.zeros(len(frame), bool)
+        mask[matches.to_numpy()] = True
+        return mask
 
 
 def _unknown_column(error: str, where: str, columns: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import UserError
@@ -22,35 +23,44 @@ _EXAMPLE_PARTS = 16  # examples come from at most this many parts, spread over t
 
 
 def inspect(
-    dataset: str | Path | Dataset, *, examples: int = 0, mismatched: bool = False, score_column: str = "score"
+    dataset: Datasets,
+    *,
+    examples: int = 0,
+    mismatched: bool = False,
+    pretrained: str | Path | None = None,
+    score_column: str = "score",
 ) -> Inspection:
     """Count and measure a dataset.
 
     Reads the scores and levels once, and a few other rows.
 
     Args:
-        dataset: the dataset, or its folder.
+        dataset: the dataset, or its folder; several folders are read as one.
         examples: number of captions to show for each level.
         mismatched: score mismatched captions with the dataset's encoder where it has no embeddings.
+        pretrained: weights file for `mismatched`, where the encoder cannot be loaded by its name.
         score_column: the scores to measure.
 
     Raises UserError when there is no such dataset or column, or `mismatched` cannot load the encoder.
     """
-    opened = dataset if isinstance(dataset, Dataset) else Dataset(dataset)
+    opened = open_datasets(dataset)
     if examples < 0:
         raise UserError(f"--examples {examples}: must be at least 0.")
+    if pretrained is not None and not mismatched:
+        raise UserError(f"--pretrained {pretrained} is for --mismatched; add it.")
     check_score_column(opened, score_column)
     thresholds = opened.manifest.get("thresholds") or {}
     mine = thresholds.get("score_column") == score_column
     values = np.asarray(thresholds["values"] if mine else [], np.float32)
     others = from_embeddings(opened, score_column)
     if mismatched and not len(others):
-        others = from_encoder(opened, score_column)
+        others = from_encoder(opened, score_column, pretrained)
     measured = measure(opened, score_column, values, others)
     examples_of = _examples(opened, score_column, examples) if examples and opened.levels else {}
     encoder = opened.encoder_of(score_column)
     return Inspection(
-        path=str(opened.path),
+        path=opened.name,
+        folders=[str(folder) for folder in opened.folders],
         rows=opened.rows,
         parts=len(opened.parts),
         made_by=opened.manifest["verb"],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +17,9 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING, Status
 from aligncurate.errors import ImageError, UserError
 from aligncurate.levels import Floats
+
+if TYPE_CHECKING:
+    from aligncurate.encoders.load import Encoder
 
 _PARTS = 8
 _STORED, _ENCODED = 20_000, 2_000  # most rows used, where embeddings are stored and where they must be computed
@@ -40,28 +46,22 @@ def from_embeddings(dataset: Dataset, column: str) -> Floats:
     return np.concatenate(found) if missed and np.median(np.concatenate(missed)) <= _SAME_SCORE else _NONE
 
 
-def from_encoder(dataset: Dataset, column: str) -> Floats:
+def from_encoder(dataset: Dataset, column: str, pretrained: str | Path | None = None) -> Floats:
     """Mismatched scores of up to 2,000 rows with captions, whose images are read and encoded again.
 
     Rows are paired as `from_embeddings` does. Rows whose image can no longer be read are left out.
 
-    Raises UserError when the encoder that made `column` cannot be loaded by the name in the manifest, or no longer
-    gives the same scores.
-    """
-    from aligncurate.encoders.load import load
-    from aligncurate.encoders.model_choice import TINY
+    Args:
+        dataset: the dataset.
+        column: its scores.
+        pretrained: file of the encoder's weights, where the name in the manifest is not enough.
 
+    Raises UserError when the encoder that made `column` cannot be loaded, or no longer gives the same scores.
+    """
     named = dataset.encoder_of(column)
     if named is None:
-        raise UserError(f"--mismatched: {dataset.path} does not say which encoder made {column}.")
-    model, weights = named["model"], None if named["model"] == TINY else named["pretrained"]
-    try:
-        encoder = load(model, weights, precision=named["precision"])
-    except UserError as error:
-        raise UserError(
-            f"--mismatched: the encoder {model} ({named['pretrained']}) cannot be loaded by its name; "
-            f"score with --embeddings fp16 instead, then no encoder is needed ({str(error).rstrip('.')})."
-        ) from None
+        raise UserError(f"--mismatched: {dataset.name} does not say which encoder made {column}.")
+    encoder = _load(named, pretrained)
     found, missed = [], []
     images = ["image"] if "image" in dataset.schema.names else []
     for sampled in _sample(dataset, [column, "caption"], [*POINTER_COLUMNS, *images], _ENCODED):
@@ -70,10 +70,44 @@ def from_encoder(dataset: Dataset, column: str) -> Floats:
             missed.append(np.abs((image_units * text_units).sum(1) - table[column].to_numpy()))
             found.append(_shifted(image_units, text_units, table))
     if not missed:
-        raise UserError(f"--mismatched: {dataset.path} has no scored rows with captions and readable images.")
+        raise UserError(f"--mismatched: {dataset.name} has no scored rows with captions and readable images.")
     if np.median(np.concatenate(missed)) > _SAME_SCORE:
-        raise UserError(f"--mismatched: {model} ({named['pretrained']}) no longer gives the scores in {column}.")
+        raise UserError(f"--mismatched: {named['model']} no longer gives the scores in {column}.")
     return np.concatenate(found)
+
+
+def _load(named: Mapping[str, Any], pretrained: str | Path | None) -> Encoder:
+    """The encoder that a manifest names; its config is in the manifest, so only its weights may have to be given."""
+    import open_clip
+
+    from aligncurate.encoders.load import load
+    from aligncurate.encoders.model_choice import TINY
+
+    model, weights = named["model"], str(pretrained) if pretrained else named["pretrained"]
+    with TemporaryDirectory() as folder:
+        config = None
+        if named.get("config") and model != TINY and model not in open_clip.list_models():
+            config = Path(folder, f"{model}.json")
+            config.write_text(json.dumps(named["config"]), "utf-8")
+        try:
+            encoder = load(
+                None if config else model,
+                None if model == TINY and not pretrained else weights,
+                config,
+                precision=named["precision"],
+                quiet=False,
+            )
+        except UserError as error:
+            if pretrained:
+                raise
+            raise UserError(
+                f"--mismatched: the encoder {model} ({weights}) cannot be loaded by its name "
+                f"({str(error).rstrip('.')}); give its weights with --pretrained FILE, or score with "
+                "--embeddings fp16, then no encoder is needed."
+            ) from None
+    if encoder.identity["weights_sha256"] != named["weights_sha256"]:
+        raise UserError(f"--pretrained {weights}: these are not the weights of {model} that made the scores.")
+    return encoder
 
 
 def _sample(dataset: Dataset, needed: Sequence[str], others: Sequence[str], limit: int) -> Iterator[pa.Table]:

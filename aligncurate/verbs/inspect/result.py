@@ -72,6 +72,7 @@ class Inspection:
     """What a dataset holds; `to_json` gives what `aligncurate inspect --json` prints.
 
     Attributes:
+        path: the folder; of several datasets that were measured as one, all `folders`.
         statuses: rows by status.
         errors: each status of failed rows with their number and an example, most frequent first.
         quantiles: exact scores at QUANTILES (rank floor(q * (n - 1))), empty without scores.
@@ -84,6 +85,7 @@ class Inspection:
     """
 
     path: str
+    folders: list[str]
     rows: int
     parts: int
     made_by: str

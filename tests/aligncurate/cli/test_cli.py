@@ -48,8 +48,8 @@ def test_importing_is_light(name) -> None:
 
 def test_the_public_names() -> None:
     assert aligncurate.__all__ == [
-        "Dataset", "SourceOptions", "bucket", "export", "filter", "ingest", "inspect", "merge", "open_dataset",
-        "open_source", "score",
+        "Dataset", "SourceOptions", "bucket", "export", "filter", "ingest", "inspect", "join", "merge",
+        "open_dataset", "open_source", "score",
     ]  # fmt: skip
     for name in aligncurate.__all__:
         assert getattr(aligncurate, name).__doc__
@@ -230,3 +230,22 @@ def test_bucket_tells_of_fewer_scores_than_levels(tmp_path) -> None:
     frame = aligncurate.open_dataset(tmp_path / "out").scan().collect()
     assert frame["level"].n_unique() == 3
     assert "levels get pairs" not in run("bucket", tmp_path / "in", "--out", tmp_path / "three", "--levels", 3).stderr
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, monkeypatch, folder) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = "image,caption\n" + "".join(f"{i}.jpg,caption {i}\n" for i in range(25))
+    (tmp_path / "rows.csv").write_text(table)
+    words = ("ingest", "rows.csv", folder / "tars", "--rows-per-shard", 10, "--out", "out")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (words, ("score", *words[1:], "--model", "tiny")):
+        told = run(*command, "--dry-run").stdout
+        assert f"table: 1 file, 0.0 MB: {tmp_path / 'rows.csv'}" in told or "table: 1 file, 0.0 MB: rows.csv" in told
+        assert "webdataset: 2 files" in told and "85 rows in 5 parts into out" in told
+        assert sorted(tmp_path.rglob("*")) == before
+    assert "would score with tiny: 12 rows in 2 parts" in run(*command, "--limit", 12, "--dry-run").stdout
+    assert run(*words, "--limit", 12).exit_code == 0
+    after = sorted(tmp_path.rglob("*"))
+    assert "2 parts of them made by an earlier run, 3 to do" in run(*words, "--dry-run").stdout
+    assert sorted(tmp_path.rglob("*")) == after
+    assert "no such file" in run("score", "nothing.tar", "--out", "out", "--dry-run").stderr

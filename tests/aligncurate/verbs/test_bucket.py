@@ -211,12 +211,13 @@ def test_a_rerun_finds_the_counts_in_the_parts(tmp_path, scored) -> None:
     assert first.manifest["score_counts"] == scored.manifest["score_counts"]
 
 
-def test_fewer_rows_never_use_the_counts_of_all(tmp_path, scored, passes) -> None:
+def test_fewer_rows_have_counts_of_their_own(tmp_path, scored, passes) -> None:
     fewer = aligncurate.filter(scored, tmp_path / "fewer", top_fraction=0.5, quiet=True)
-    assert fewer.score_counts("score") is None
-    labelled = aligncurate.bucket(fewer, tmp_path / "out", levels=3, quiet=True)
-    assert passes == ["score", "score"]
-    assert labelled.manifest["thresholds"]["values"] == edges(fewer.scan().collect()["score"], 3)
+    assert fewer.score_counts("score").total == 45
+    levelled = aligncurate.bucket(fewer, tmp_path / "out", levels=3, quiet=True)
+    assert passes == ["score"]
+    assert levelled.manifest["thresholds"]["values"] == edges(fewer.scan().collect()["score"], 3)
+    assert levelled.manifest["score_counts"] == fewer.manifest["score_counts"]
 
 
 @pytest.mark.parametrize("wrong", ["total", "shifted", "broken"])

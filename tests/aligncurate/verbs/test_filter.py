@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import tarfile
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 import aligncurate
 from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
+from aligncurate.levels import Counts
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.filter.compact import regroup
 from aligncurate.verbs.filter.images import OnePerImage
 from aligncurate.verbs.filter.sample import row_hashes, smallest
 from aligncurate.verbs.filter.selection import parse_levels
@@ -62,7 +66,7 @@ def test_where_sees_the_rows_that_failed(tmp_path, levelled) -> None:
 
 
 def test_a_condition_that_fails_on_the_rows(tmp_path, levelled) -> None:
-    with pytest.raises(UserError, match=r"fails on rows of .*part-0000\d.parquet .*; TRY_CAST gives null instead"):
+    with pytest.raises(UserError, match=r"fails on rows of part \d .*; TRY_CAST gives null instead"):
         aligncurate.filter(levelled, tmp_path / "out", where="CAST(caption AS INT) > 3", quiet=True)
     kept = aligncurate.filter(levelled, tmp_path / "try", where="TRY_CAST(caption AS INT) > 3", quiet=True)
     assert kept.rows == 0
@@ -281,3 +285,47 @@ def test_a_fraction_of_the_images(tmp_path, repeated) -> None:
     half = aligncurate.filter(one, tmp_path / "half", top_fraction=0.5, quiet=True)
     both = aligncurate.filter(repeated, tmp_path / "both", one_per_image="best", top_fraction=0.5, quiet=True)
     assert rows(both).equals(rows(half))
+
+
+@pytest.mark.parametrize("size", [1, 7, 90, 1_000])
+def test_parts_are_filled(tmp_path, levelled, size) -> None:
+    options = {"where": "licence = 'cc0'", "sample": 83, "quiet": True}
+    plain = aligncurate.filter(levelled, tmp_path / "plain", **options)
+    filled = aligncurate.filter(levelled, tmp_path / "filled", rows_per_part=size, **options)
+    assert rows(filled).equals(rows(plain))
+    full, rest = divmod(83, size)
+    assert [part.rows for part in filled.parts] == [size] * full + ([rest] if rest else [])
+    assert filled.manifest["score_counts"] == plain.manifest["score_counts"]
+    assert filled.statuses == plain.statuses
+    before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in filled.files}
+    filled.files[0].unlink()
+    again = aligncurate.filter(levelled, tmp_path / "filled", rows_per_part=size, **options)
+    after = {file.name: (file.stat().st_ino, file.read_bytes()) for file in again.files}
+    assert [data for _, data in after.values()] == [data for _, data in before.values()]
+    assert list(after.values())[1:] == list(before.values())[1:]
+    assert again.manifest == filled.manifest
+
+
+def test_a_single_empty_part_when_nothing_is_kept(tmp_path, levelled) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", where="score > 9", rows_per_part=10, quiet=True)
+    assert [part.rows for part in kept.parts] == [0]
+    assert kept.schema == levelled.schema
+    with pytest.raises(UserError, match="nothing to filter by"):
+        aligncurate.filter(levelled, tmp_path / "all", rows_per_part=10, quiet=True)
+
+
+def test_row_groups_of_filled_parts_are_full() -> None:
+    table = pa.table({"n": list(range(100))})
+    pieces = [table.slice(start, stop - start) for start, stop in pairwise([0, 1, 2, 30, 31, 31, 99, 100])]
+    found = list(regroup(pieces, 12))
+    assert [each.num_rows for each in found] == [12] * 8 + [4]
+    assert pa.concat_tables(found).equals(table)
+
+
+@pytest.mark.parametrize("options", [{"levels": "3-8"}, {"where": "status <> 'ok'"}, {"where": "score > 9"}])
+def test_scores_are_counted_while_they_are_kept(tmp_path, levelled, options) -> None:
+    kept = aligncurate.filter(levelled, tmp_path / "out", quiet=True, **options)
+    frame = rows(kept).filter(pl.col("status") == "ok")
+    counts = kept.score_counts("score")
+    assert counts is not None
+    assert (counts.bins == Counts.of([frame["score"].to_numpy()]).bins).all()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +153,7 @@ def test_mismatched_encodes_again_where_there_are_no_embeddings(folder, tmp_path
     frame = aligncurate.open_dataset(folder / "plain-scored").scan().collect()
     aligncurate.score(folder / "tars/00000.tar", tmp_path / "halved", model="tiny", quiet=True)
     _replace(tmp_path / "halved", frame[:60].with_columns(score=pl.col("score") / 2))
-    assert "no longer gives the scores" in complaint(cli("inspect", tmp_path / "halved", "--mismatched"))
+    assert "no longer gives the scores" in complaint_of("inspect", tmp_path / "halved", "--mismatched")
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120, 200])
@@ -259,3 +261,32 @@ def test_a_failure_is_shown_by_its_first_row(tmp_path) -> None:
     found = aligncurate.inspect(dataset).errors
     assert {error["status"]: error for error in found} == {row["status"]: row for row in expected.to_dicts()}
     assert len(found) == 2
+
+
+def test_mismatched_with_weights_of_ones_own(folder, mini, tmp_path) -> None:
+    """The config is in the manifest, so the weights are all that has to be given."""
+    tar, path = folder / "tars/00000.tar", tmp_path / "scored"
+    files = {"model_config": str(mini["model_config"]), "pretrained": str(mini["pretrained"])}
+    aligncurate.score(tar, path, embeddings="fp16", quiet=True, **files)
+    stored = aligncurate.inspect(path).mismatched
+    aligncurate.score(tar, tmp_path / "plain", quiet=True, **files)
+    assert "give its weights with --pretrained FILE" in complaint_of("inspect", tmp_path / "plain", "--mismatched")
+    words = ["inspect", tmp_path / "plain", "--mismatched", "--pretrained", mini["pretrained"], "--json"]
+    # In a new process, where nobody has told open_clip of the model.
+    done = subprocess.run([sys.executable, "-m", "aligncurate", *words], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)["mismatched"]
+    assert stored is not None
+    assert (found["pairs"], found["mean"]) == (stored.pairs, pytest.approx(stored.mean, abs=2e-3))
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v * 1.01 for k, v in load_file(mini["pretrained"]).items()}, tmp_path / "other.safetensors")
+    words = ("inspect", tmp_path / "plain", "--mismatched", "--pretrained", tmp_path / "other.safetensors")
+    assert "not the weights of mini-clip that made the scores" in complaint_of(*words)
+    assert "is for --mismatched" in complaint_of("inspect", tmp_path / "plain", "--pretrained", "x")
+
+
+def complaint_of(*words: object) -> str:
+    """The error of a command, below its notes."""
+    result = cli(*words)
+    assert result.exit_code == 2
+    return result.stderr.strip().splitlines()[-1]

@@ -1,0 +1,1 @@
+"""The verb `join`: adds columns of another table to a dataset."""
