@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any, Literal
 
-from aligncurate.dataset.manifest import library_versions
 from aligncurate.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ def scoring_environment(device: torch.device) -> dict[str, Any]:
 
     Kernels round differently on another kind of GPU or CPU, so only equal environments give equal scores.
     """
+    from aligncurate.dataset.manifest import library_versions  # loads Arrow, which the options do not need
+
     return {"device": kind_of(device), "versions": library_versions(_SCORING)}
 
 

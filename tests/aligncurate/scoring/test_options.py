@@ -24,6 +24,7 @@ def test_what_the_manifest_records(tmp_path) -> None:
     assert run.dataset.manifest["options"] == {
         "embed_images": False, "limit": 1, "format": None, "caption_column": None, "image_column": None,
         "image_root": None, "captions": "all", "rows_per_shard": 10_000,
+        "separator": None, "encoding": None, "columns": None,
     }  # fmt: skip
 
 
