@@ -130,12 +130,14 @@ class ImageRoot:
         return "; ".join(self._faults[:3])
 
     def _trailing(self, name: str) -> str | None:
-        """The file in the folders whose path is the end of `name`, the longest."""
+        """The file in the folders, or member of their tars, whose path is the end of `name`, the longest."""
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         for start in range(1, len(parts)):
             paths = [p for folder in self.folders for p in paths_in(folder, "/".join(parts[start:]))]
             if paths and not storage.is_remote(paths[0]) and (files := first_existing(paths)):
                 return files[0]
+            if (end := plain("/".join(parts[start:]))) in self._members:
+                return f"{end} in {self._members[end][0]}"
         return None
 
     def _member(self, name: str) -> Member | None:

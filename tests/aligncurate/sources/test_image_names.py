@@ -190,3 +190,12 @@ def test_a_folder_with_the_name_of_an_image(folder) -> None:
     (folder / "images" / "two words").mkdir()
     (folder / "images" / "two words.png").write_bytes(jpeg(1))
     assert [row["status"] for row in rows_of(folder, ["two words", "sub dir"])] == ["ok", "read_error"]
+
+
+def test_a_hint_at_a_member_of_a_tar(tmp_path) -> None:
+    write_tar(tmp_path / "images.tar", pairs(1))
+    (tmp_path / "a.csv").write_text("image,caption\nimages/s0.jpg,a\nC:\\data\\s0.jpg,b\nimages/s1.jpg,c\n")
+    frame = ingested(tmp_path / "a.csv", tmp_path / "out")
+    hint = f"there is s0.jpg in {tmp_path}/images.tar"
+    assert statuses(frame) == ["missing_image"] * 3
+    assert [hint in error for error in frame["error"]] == [True, True, False]

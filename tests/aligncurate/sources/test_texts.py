@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import aligncurate
+from aligncurate.sources.base import limit_shards
+from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, ingested, jpeg, read_all, statuses, write_tar
 
@@ -90,7 +92,7 @@ def test_an_image_named_in_a_mark_is_read(images) -> None:
 )
 def test_no_row_that_names_an_image_is_text_only(images, row) -> None:
     (found,) = rows_of(images, [row])
-    assert found["status"] == "missing_image" and found["error"]
+    assert found["status"] == ("url_only" if "image_url" in row else "missing_image") and found["error"]
 
 
 def test_rows_about_nothing_are_text_only(images) -> None:
@@ -413,3 +415,17 @@ def test_an_unanswered_question_is_not_lost(images) -> None:
     (images / "a.csv").write_text("image,question,answer\n0.jpg,What?,A box.\n1.jpg,Why?,\n")
     rows = ingested(images / "a.csv", images / "out").to_dicts()
     assert [row["status"] for row in rows] == ["ok", "invalid_row"] and "Why?" in rows[1]["extra"]
+
+
+def test_limits_count_captions_and_not_rows(tmp_path) -> None:
+    captions = [[str(j) for j in range(i % 4)] for i in range(100)]
+    turns = [talk("q", "a") if i % 10 == 0 else None for i in range(100)]
+    table = pa.table({"image": [b"x"] * 100, "caption": captions, "conversations": turns})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=17)
+    expected = [max(len(c), 1) if t is None else 1 for c, t in zip(captions, turns, strict=True)]
+    source = open_source(str(tmp_path / "a.parquet"), SourceOptions(rows_per_shard=23))
+    for shard in source.shards:
+        assert source.count(shard) == len(list(source.read(shard))) == sum(expected[shard.start : shard.stop])
+    for limit in (1, 30, 77, 500):
+        shards = limit_shards(source, limit)
+        assert sum(len(list(source.read(shard))) for shard in shards) == min(limit, sum(expected))
