@@ -90,7 +90,7 @@ def test_an_image_named_in_a_mark_is_read(images) -> None:
 )
 def test_no_row_that_names_an_image_is_text_only(images, row) -> None:
     (found,) = rows_of(images, [row])
-    assert found["status"] == "missing_image" and found["error"]
+    assert found["status"] == ("url_only" if "image_url" in row else "missing_image") and found["error"]
 
 
 def test_rows_about_nothing_are_text_only(images) -> None:
