@@ -238,7 +238,7 @@ def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) 
     console = make_console()
     if not quiet:
         console.print(render_run(done, result, out), soft_wrap=True)
-        if result.dataset is not None and any(part.failed < part.rows for part in result.dataset.parts):
+        if result.dataset is not None and any(part.ok for part in result.dataset.parts):
             _print_next(following)
     if result.failures:
         errors = [safe_text(failure.error) for failure in result.failures]

@@ -20,7 +20,7 @@ from aligncurate.sources.options import Several
 
 CAPTIONS = (
     "caption", "text", "caption_text", "alt_text", "TEXT", "captions", "sentence", "sentences", "description", "title",
-    "texts", "descriptions", "caption_list", "raw",
+    "texts", "descriptions", "caption_list", "raw", "txt",
 )  # fmt: skip
 """Usual names of caption columns, the most likely first."""
 

@@ -107,11 +107,8 @@ class RowSource(Source):
     def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int, several: Several = "all") -> None:
         self.kind = kind
         self.shards = []
-        self._uneven = False
         for file in files:
-            starts = file.starts(rows_per_shard)
-            self._uneven |= list(starts) != list(range(0, file.rows, rows_per_shard))
-            for start, stop in pairwise([*starts, file.rows]):
+            for start, stop in pairwise([*file.starts(rows_per_shard), file.rows]):
                 self.shards.append(Shard(len(self.shards), file.uri, start, stop))
         if not self.shards:
             raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows in the input.")
@@ -122,11 +119,6 @@ class RowSource(Source):
         self.extras = merge_extras([*(file.extras for file in files), {EXTRA: pa.string()} if nested else {}])
         self.inline = any(file.inline for file in files)
         self.notices = [notice for file in files for notice in file.notices]
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Also whether shards end with row groups, so that parts are not mixed with those of another cut."""
-        (line,) = super().describe()
-        return [{**line, "cut": "row groups"} if self._uneven else line]
 
     def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None

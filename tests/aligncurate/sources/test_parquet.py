@@ -43,16 +43,6 @@ def test_shards_end_with_row_groups_where_these_are_near(tmp_path) -> None:
         assert frame["row"].to_list() == list(range(100))
 
 
-def test_parts_of_another_cut_are_not_continued(tmp_path) -> None:
-    pq.write_table(captions(9), tmp_path / "a.parquet", row_group_size=5)
-    ingested(tmp_path / "a.parquet", tmp_path / "out", rows_per_shard=4)
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["inputs"][0].pop("cut") == "row groups"
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="different dataset"):
-        ingested(tmp_path / "a.parquet", tmp_path / "out", rows_per_shard=4)
-
-
 def test_a_row_group_is_read_once_for_all_its_shards(tmp_path, monkeypatch) -> None:
     """Parquet cannot skip rows: were each shard to begin with its row group, this would be 50 times the rows."""
     pq.write_table(pa.table({"image": ["x.jpg"] * 10_000, "caption": ["c"] * 10_000}), tmp_path / "a.parquet")
