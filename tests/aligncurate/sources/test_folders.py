@@ -104,6 +104,16 @@ def test_a_file_is_read_as_what_it_is(tmp_path, name, kind) -> None:
     assert bool(source.notices) == (own.get(name) != kind)
 
 
+def test_a_file_of_another_kind_that_is_not_read_is_only_ignored(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(1))
+    parquet(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_bytes(b"")
+    notices = told(tmp_path)
+    assert "ignoring b.csv" in notices and "read by content" not in notices
+    os.remove(tmp_path / "a.tar")
+    assert "b.csv is a Parquet file" in told(tmp_path) and len(read_all(tmp_path)) == 2
+
+
 def test_a_pipe_named_tar_does_not_hang(tmp_path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     assert "pipe" in complaint(cli("ingest", tmp_path / "a.tar", "--out", tmp_path / "out"))
