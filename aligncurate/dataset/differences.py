@@ -62,17 +62,32 @@ def _short(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
 
 
+def has_grown(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there are new inputs after all the earlier ones."""
+    old, new = _in_order(before), _in_order(now)
+    return len(new) > len(old) and new[: len(old)] == old
+
+
+def _in_order(lines: Sequence[Mapping[str, Any]]) -> list[tuple[Any, str]]:
+    return [(line.get("kind"), uri) for line in lines for uri in _inputs([line])]
+
+
 def _input_differences(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the inputs differ. New ones after all others are no difference: they become further parts."""
     old, new = _inputs(before), _inputs(now)
-    changes = {"changed since": [uri for uri in new if uri in old and _has_changed(old[uri], new[uri])]}
-    changes |= {"been added": [uri for uri in new if uri not in old], "been removed": [u for u in old if u not in new]}
+    grown = has_grown(before, now)
+    changes = {
+        "changed since": [uri for uri in new if uri in old and _has_changed(old[uri], new[uri])],
+        "been added, but not after the others": [] if grown else [uri for uri in new if uri not in old],
+        "been removed": [uri for uri in old if uri not in new],
+    }
     found = []
     for what, uris in changes.items():
         if uris:
             more = f" and {len(uris) - 3:,} more" if len(uris) > 3 else ""
             found.append(f"inputs: {', '.join(uris[:3])}{more} {'has' if len(uris) == 1 else 'have'} {what}")
-    order = [[(line.get("kind"), *_inputs([line])) for line in lines] for lines in (before, now)]
-    return found or (["inputs: read in a different order or format"] if order[0] != order[1] else [])
+    same = grown or _in_order(before) == _in_order(now)
+    return found or ([] if same else ["inputs: read in a different order or format"])
 
 
 def _inputs(lines: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

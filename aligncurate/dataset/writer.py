@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from aligncurate.dataset.differences import differences, with_corrections
+from aligncurate.dataset.differences import differences, has_grown, with_corrections
 from aligncurate.dataset.manifest import (
     IMAGE_ROOT,
     MANIFEST,
@@ -91,6 +91,8 @@ class DatasetWriter:
         before = self._before
         self._check()
         if not before["complete"] or before["inputs"] != self._corrected["inputs"] or self.image_root_changed:
+            return None
+        if has_grown(before["inputs"], self.head["inputs"]):
             return None
         dataset = Dataset(self.path)
         whole = all(_size(file) == part.bytes for file, part in zip(dataset.files, dataset.parts, strict=True))

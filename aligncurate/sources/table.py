@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from aligncurate.dataset.record import EXTRA, Pair
-from aligncurate.errors import UserError
+from aligncurate.errors import NoPairsError, UserError
 from aligncurate.sources.captions import CAPTIONS
 from aligncurate.sources.coerce import unique_names
 from aligncurate.sources.dialect import Lines, Record, detect, names_image, records
@@ -44,7 +44,7 @@ class TableRows(RowFile):
         with closing(self._file.open()) as file:
             sample = _first_lines(file)
         if not sample:
-            raise UserError(f"{uri}: the file has no rows.")
+            raise NoPairsError(f"{uri}: the file has no rows.")
         known = (*IMAGES, *CAPTIONS, *KEYS, *URLS)
         self._dialect = detect(sample, self._file.decode, map(str.lower, known), _separator(options.separator))
         head = list(records(Lines(sample, self._file.decode), self._dialect))

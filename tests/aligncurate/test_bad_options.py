@@ -61,8 +61,8 @@ def test_an_output_folder_that_is_taken(tmp_path) -> None:
     for arguments, difference in (
         ((tar, "--limit", 2), "made without --limit, now with 2"),
         ((tar, "--embed-images"), "made without --embed-images, now with it"),
-        ((other,), f"inputs: {other} has been added; inputs: {tar} has been removed"),
-        ((tar, other), f"inputs: {other} has been added"),
+        ((other,), f"inputs: {other} has been added, but not after the others; inputs: {tar} has been removed"),
+        ((other, tar), f"inputs: {other} has been added, but not after the others"),
         ((tar, "--caption-column", "x"), "made without --caption-column, now with x"),
     ):
         found = complaint(cli("ingest", *arguments, "--out", out))

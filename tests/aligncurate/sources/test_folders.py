@@ -104,6 +104,16 @@ def test_a_file_is_read_as_what_it_is(tmp_path, name, kind) -> None:
     assert bool(source.notices) == (own.get(name) != kind)
 
 
+def test_a_file_of_another_kind_that_is_not_read_is_only_ignored(tmp_path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(1))
+    parquet(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_bytes(b"")
+    notices = told(tmp_path)
+    assert "ignoring b.csv" in notices and "read by content" not in notices
+    os.remove(tmp_path / "a.tar")
+    assert "b.csv is a Parquet file" in told(tmp_path) and len(read_all(tmp_path)) == 2
+
+
 def test_a_pipe_named_tar_does_not_hang(tmp_path) -> None:
     os.mkfifo(tmp_path / "a.tar")
     assert "pipe" in complaint(cli("ingest", tmp_path / "a.tar", "--out", tmp_path / "out"))
@@ -423,3 +433,43 @@ def test_the_data_folder_of_a_dataset_is_the_dataset(tmp_path) -> None:
     data = tmp_path / "one/data"
     assert open_source(str(data)).kind == "dataset" and [pair.key for pair in read_all(data)] == ["s0", "s1"]
     assert any("more than once" in text for text in open_source([str(tmp_path / "one"), str(data)]).notices)
+
+
+# --- folders that have grown -----------------------------------------------------------------------------------------
+
+
+def test_new_files_after_the_others_become_further_parts(tmp_path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for number in range(2):
+        write_tar(folder / f"{number}.tar", pairs(2, first=2 * number))
+    assert cli("ingest", folder, "--out", out).exit_code == 0
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (out / "data").iterdir()}
+    write_tar(folder / "2.tar", pairs(1, first=4))
+    assert cli("ingest", folder, "--out", out).exit_code == 0
+    after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (out / "data").iterdir()}
+    assert before.items() <= after.items() and len(after) == 3  # the old parts are not touched
+    frame = aligncurate.open_dataset(out).scan().collect()
+    assert frame["key"].to_list() == [f"s{n}" for n in range(5)]
+    again = ingested(folder, tmp_path / "at once")
+    assert again.equals(frame)
+    write_tar(folder / "0a.tar", pairs(1))
+    assert "0a.tar has been added, but not after the others" in complaint(cli("ingest", folder, "--out", out))
+    os.remove(folder / "0a.tar")
+    write_tar(folder / "1.tar", pairs(30))
+    assert "1.tar has changed since" in complaint(cli("ingest", folder, "--out", out))
+
+
+def test_new_files_of_rows_and_images_become_further_parts(tmp_path) -> None:
+    images(tmp_path / "rows", "0")
+    (tmp_path / "rows/a.json").write_text(json.dumps(ROWS))
+    texts(images(tmp_path / "pics/00000"))
+    for name in ("rows", "pics"):
+        assert cli("ingest", tmp_path / name, "--out", tmp_path / f"{name}-out").exit_code == 0
+    (tmp_path / "rows/b.json").write_text(json.dumps(ROWS[:1]))
+    texts(images(tmp_path / "pics/00001"))
+    for name, count in {"rows": 3, "pics": 6}.items():
+        assert cli("ingest", tmp_path / name, "--out", tmp_path / f"{name}-out").exit_code == 0
+        assert aligncurate.open_dataset(tmp_path / f"{name}-out").rows == count
+    texts(images(tmp_path / "pics/00001", "new"), "txt", "new")  # a folder that has itself grown
+    assert "pics/00001 has changed since" in complaint(cli("ingest", tmp_path / "pics", "--out", tmp_path / "pics-out"))

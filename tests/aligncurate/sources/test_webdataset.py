@@ -183,9 +183,11 @@ AFTER = {
 def test_what_comes_before_the_damage_is_kept(tmp_path, after) -> None:
     (tmp_path / "a.tar").write_bytes(BEFORE + AFTER[after])
     tracemalloc.start()
-    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
-    assert tracemalloc.get_traced_memory()[1] < 1 << 26
-    tracemalloc.stop()
+    try:
+        frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
     assert frame.select("key", "caption", "status").row(0) == ("g", "good", "ok")
     assert frame["key"][-1] == "a.tar" and frame["status"][-1] == "read_error" and len(frame) <= 3
     assert set(frame["status"][1:]) == {"read_error"}
