@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aligncurate.dataset.joined import open_datasets
 from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.dataset.record import schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import scoring_environment
@@ -24,6 +26,7 @@ from aligncurate.scoring.shard import ShardScorer
 from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.settings import recorded
 from aligncurate.sources.base import Shard, Source, limit_shards
+from aligncurate.sources.curated import CuratedSource
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.notes import limit_taken
 from aligncurate.sources.options import SourceOptions
@@ -108,6 +111,8 @@ def make_dataset(
         "thresholds": None,
         "history": [],
     }
+    kept, counts = _provenance(verb, head["inputs"])
+    head |= kept
     if first:
         head["computed_with"] = [scoring_environment(first.device)]
     if len(encoders) > 1:
@@ -143,11 +148,24 @@ def make_dataset(
         stack.callback(scorer.close)
         outcomes = threads.run(scorer.part, todo, workers=_SHARDS)
         failures = [Failure(str(o.shard), str(o.error)) for o in outcomes if o.result is None]
-        dataset = None if failures else writer.finish(len(shards))
+        dataset = None if failures else writer.finish(len(shards), **{SCORE_COUNTS: counts})
         for text in source.remarks:
             notice(text, quiet=quiet)
         times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
         return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, times)
+
+
+def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the manifest takes over from the datasets among the inputs, and the counts of their scores.
+
+    `ingest` keeps scores and levels, so also where they come from. Raises UserError where the datasets contradict each
+    other.
+    """
+    folders = [line["uri"] for line in inputs if line["kind"] == CuratedSource.kind]
+    if verb == "ingest" and len(folders) == len(inputs) and folders:
+        datasets = open_datasets(folders)
+        return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
+    return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 
 
 def nothing_to_do(dataset: Dataset) -> ScoreResult:
