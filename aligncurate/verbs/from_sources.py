@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aligncurate import __version__
 from aligncurate.dataset.joined import open_datasets
+from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.dataset.record import schema
@@ -153,6 +156,31 @@ def make_dataset(
             notice(text, quiet=quiet)
         times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
         return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, times)
+
+
+def find_finished(
+    verb: str,
+    source: Source,
+    out: str | Path,
+    recorded_options: Mapping[str, Any],
+    source_options: SourceOptions,
+    *,
+    retry_errors: bool,
+) -> Dataset | None:
+    """The finished dataset in `out`, if it has these inputs and options and its parts are there.
+
+    Encoders are left to the caller, who may know them without loading them.
+    """
+    if not (Path(out) / MANIFEST).is_file() or not read_manifest(Path(out))["complete"]:
+        return None
+    dataset = Dataset(out)
+    now: dict[str, Any] = {"verb": verb, "options": {**recorded_options, **_recorded_source(source_options)}}
+    now |= {"inputs": json.loads(json.dumps(source.describe())), "schema_version": SCHEMA_VERSION}
+    if any(dataset.manifest[name] != value for name, value in now.items()):
+        return None
+    if dataset.manifest["written_with"].get("aligncurate") != __version__ or not dataset.is_whole():
+        return None
+    return None if retry_errors and any(part.failed for part in dataset.parts) else dataset
 
 
 def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
