@@ -78,6 +78,13 @@ class Dataset:
         """The parts' files, in order."""
         return [self.path / part.name for part in self.parts]
 
+    def is_whole(self) -> bool:
+        """Whether every part's file is there with its size."""
+        try:
+            return all(f.stat().st_size == part.bytes for f, part in zip(self.files, self.parts, strict=True))
+        except FileNotFoundError:
+            return False
+
     @property
     def rows(self) -> int:
         """Number of rows in all parts."""

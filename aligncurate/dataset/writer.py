@@ -95,9 +95,8 @@ class DatasetWriter:
         if has_grown(before["inputs"], self.head["inputs"]):
             return None
         dataset = Dataset(self.path)
-        whole = all(_size(file) == part.bytes for file, part in zip(dataset.files, dataset.parts, strict=True))
         to_retry = self._retry_errors and any(part.failed for part in dataset.parts)
-        return dataset if whole and not to_retry else None
+        return dataset if dataset.is_whole() and not to_retry else None
 
     @contextmanager
     def open(self) -> Iterator[Self]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,20 +132,31 @@ def load_all(
     compiled: bool = False,
     quiet: bool = True,
 ) -> dict[str, Encoder]:
-    """Encoders by the column for their scores: `score` for the first, `score_<model>` for the others.
+    """Encoders by the column for their scores; the arguments and errors of `requested` and `load`."""
+    return {
+        column: load(*request, device, precision, compiled=compiled, quiet=quiet)
+        for column, request in requested(models, pretrained, model_configs).items()
+    }
+
+
+Request = tuple[str | None, str | None, Path | None]
+"""A model, its weights and its config, as `load` takes them."""
+
+
+def requested(models: str | None, pretrained: str | None, model_configs: Sequence[str]) -> dict[str, Request]:
+    """What to load, by the column for its scores: `score` for the first, `score_<model>` for the others.
 
     Args:
         models: names separated by commas.
         pretrained: a tag or file for each, separated by commas; empty for a model's default.
         model_configs: configs of some of the models.
 
-    Other arguments and errors as for `load`.
+    Raises UserError for lists that do not fit together.
     """
     configs = [Path(config) for config in model_configs]
     names = models.split(",") if models else [config.stem for config in configs]
     if len(names) < 2:
-        config = configs[0] if configs else None
-        return {"score": load(models, pretrained, config, device, precision, compiled=compiled, quiet=quiet)}
+        return {"score": (models, pretrained, configs[0] if configs else None)}
     weights = pretrained.split(",") if pretrained else [""] * len(names)
     if len(weights) != len(names):
         raise UserError(
@@ -154,16 +166,29 @@ def load_all(
     by_name = {config.stem: config for config in configs}
     if unknown := [str(config) for name, config in by_name.items() if name not in names]:
         raise UserError(f"--model-config {unknown[0]}: --model does not name {Path(unknown[0]).stem}.")
-    found: dict[str, Encoder] = {}
+    found: dict[str, Request] = {}
     for name, tag in zip(names, weights, strict=True):
         column = f"score_{name.rpartition('/')[2]}" if found else "score"
         if column in found and tag:
             column = f"{column}_{Path(tag).stem}"
         if column in found:
             raise UserError(f"--model {models}: {name} is named twice with the same weights.")
-        config = by_name.get(name)
-        found[column] = load(name, tag or None, config, device, precision, compiled=compiled, quiet=quiet)
+        found[column] = (name, tag or None, by_name.get(name))
     return found
+
+
+def would_load(request: Request, precision: Precision, compiled: bool, identity: Mapping[str, Any]) -> bool:
+    """Whether `load` would load the encoder with this identity. Hashes a weights file, and loads nothing."""
+    model, pretrained, config = resolve_names(*request)
+    named = (model, _public_name(pretrained), compiled) == (
+        identity["model"], identity["pretrained"], identity.get("compiled")
+    )  # fmt: skip
+    if not named or precision not in ("auto", identity["precision"]):
+        return False
+    if config is not None and json.loads(config.read_text("utf-8")) != identity.get("config"):
+        return False
+    file = Path(pretrained) if pretrained is not None else None
+    return file is None or not file.is_file() or _sha256(file) == identity["weights_sha256"]
 
 
 def _why_not_loaded(error: Exception, model: str, pretrained: str | None, *, assumed: bool) -> str:

@@ -33,20 +33,16 @@ def is_reusable(row: Mapping[str, Any], pair: Pair, *, image_root_changed: bool)
 
     Reads the image. Where the image root has changed, it is read where the earlier run found it.
     """
-    # An image that was found under the earlier root need not be under the new one.
-    gone = image_root_changed and pair.status is Status.MISSING_IMAGE and row["sha256"] is not None
-    if row["status"] not in FINE or not (gone or pair.status in FINE):
-        return False
-    if any(getattr(pair, name) != row[name] for name in _TEXT):
+    if row["status"] not in FINE or any(getattr(pair, name) != row[name] for name in _TEXT):
         return False
     try:
-        if image_root_changed and (gone or pair.load is not None):
-            same_name = PurePath(pair.image_path or "").name == PurePath(row["image_path"] or "").name
+        if image_root_changed and row["image_path"] is not None:
+            same_name = PurePath(pair.image_path or "").name == PurePath(row["image_path"]).name
             pointer = Pointer.of(row)
             return same_name and pointer is not None and pointer.sha256 is not None and bool(pointer.read())
         if pair.load is None:
             return row["sha256"] is None and bool(pair.status == row["status"])
-        return bool(hashlib.sha256(pair.load()).digest() == row["sha256"])
+        return pair.status in FINE and bool(hashlib.sha256(pair.load()).digest() == row["sha256"])
     except (OSError, ValueError):  # why it cannot be read is found out when the row is done again
         return False
 

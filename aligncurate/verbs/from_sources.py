@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from aligncurate import __version__
+from aligncurate.dataset.joined import open_datasets
+from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from aligncurate.dataset.reader import Dataset
+from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.dataset.record import schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import scoring_environment
@@ -24,6 +29,7 @@ from aligncurate.scoring.shard import ShardScorer
 from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.settings import recorded
 from aligncurate.sources.base import Shard, Source, limit_shards
+from aligncurate.sources.curated import CuratedSource
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.notes import limit_taken
 from aligncurate.sources.options import SourceOptions
@@ -108,6 +114,8 @@ def make_dataset(
         "thresholds": None,
         "history": [],
     }
+    kept, counts = _provenance(verb, head["inputs"])
+    head |= kept
     if first:
         head["computed_with"] = [scoring_environment(first.device)]
     if len(encoders) > 1:
@@ -143,11 +151,49 @@ def make_dataset(
         stack.callback(scorer.close)
         outcomes = threads.run(scorer.part, todo, workers=_SHARDS)
         failures = [Failure(str(o.shard), str(o.error)) for o in outcomes if o.result is None]
-        dataset = None if failures else writer.finish(len(shards))
+        dataset = None if failures else writer.finish(len(shards), **{SCORE_COUNTS: counts})
         for text in source.remarks:
             notice(text, quiet=quiet)
         times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
         return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, times)
+
+
+def find_finished(
+    verb: str,
+    source: Source,
+    out: str | Path,
+    recorded_options: Mapping[str, Any],
+    source_options: SourceOptions,
+    *,
+    retry_errors: bool,
+) -> Dataset | None:
+    """The finished dataset in `out`, if it has these inputs and options and its parts are there.
+
+    Encoders are left to the caller, who may know them without loading them.
+    """
+    if not (Path(out) / MANIFEST).is_file() or not read_manifest(Path(out))["complete"]:
+        return None
+    dataset = Dataset(out)
+    now: dict[str, Any] = {"verb": verb, "options": {**recorded_options, **_recorded_source(source_options)}}
+    now |= {"inputs": json.loads(json.dumps(source.describe())), "schema_version": SCHEMA_VERSION}
+    if any(dataset.manifest[name] != value for name, value in now.items()):
+        return None
+    if dataset.manifest["written_with"].get("aligncurate") != __version__ or not dataset.is_whole():
+        return None
+    return None if retry_errors and any(part.failed for part in dataset.parts) else dataset
+
+
+def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the manifest takes over from the datasets among the inputs, and the counts of their scores.
+
+    `ingest` keeps scores and levels, so also where they come from. Raises UserError where the datasets contradict each
+    other.
+    """
+    folders = [line["uri"] for line in inputs if line["kind"] == CuratedSource.kind]
+    if verb == "ingest" and len(folders) == len(inputs) and folders:
+        datasets = open_datasets(folders)
+        return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
+    return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 
 
 def nothing_to_do(dataset: Dataset) -> ScoreResult:

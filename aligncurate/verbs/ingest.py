@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aligncurate.progress import notice
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded
+from aligncurate.sources.curated import CuratedSource
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.from_sources import ScoreResult, make_dataset, open_sources
 
@@ -37,6 +39,9 @@ def ingest(
     options = make(IngestOptions, settings)
     source = source or SourceOptions()
     opened = open_sources(sources, source)
+    inputs = opened.describe()
+    if len(inputs) > 1 and all(line["kind"] == CuratedSource.kind for line in inputs):
+        notice("these are all datasets; `aligncurate merge` makes them one without reading images", quiet=quiet)
     given = {**vars(options), "workers": options.worker_count}
     scoring = ScoreOptions(**given, batch_size=_WINDOW, score_text="all")
     return make_dataset("ingest", opened, out, {}, scoring, recorded(options), source, quiet=quiet)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.manifest import MANIFEST
+from aligncurate.dataset.reader import Dataset
 from aligncurate.encoders.model_choice import TINY
 from aligncurate.errors import UserError
 from aligncurate.progress import notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded
+from aligncurate.sources.base import Source
 from aligncurate.sources.options import SourceOptions
-from aligncurate.verbs.from_sources import ScoreResult, make_dataset, open_sources
+from aligncurate.verbs.from_sources import ScoreResult, find_finished, make_dataset, nothing_to_do, open_sources
 
 if TYPE_CHECKING:
     from aligncurate.encoders.load import Encoder
@@ -54,6 +56,8 @@ def score(
             "another --model, or none for the default.",
             quiet=quiet,
         )
+    if finished := _find_scored(opened, out, options, source):
+        return nothing_to_do(finished)
     encoders = load_all(
         options.model,
         options.pretrained,
@@ -69,6 +73,23 @@ def score(
         encoder.towers.batch = batch
     options = replace(options, batch_size=batch, workers=options.worker_count)
     return make_dataset("score", opened, out, encoders, options, recorded(options), source, quiet=quiet)
+
+
+def _find_scored(opened: Source, out: str | Path, options: ScoreOptions, source: SourceOptions) -> Dataset | None:
+    """The dataset, if an earlier run has finished it; found without loading the encoder."""
+    from aligncurate.encoders.load import requested, would_load
+
+    settings = {**recorded(options), "batch_size": options.batch_size or _earlier_batch(out)}
+    dataset = find_finished("score", opened, out, settings, source, retry_errors=options.retry_errors)
+    if dataset is None:
+        return None
+    requests = requested(options.model, options.pretrained, options.model_config or ())
+    identities = {column: dataset.encoder_of(column) for column in requests}
+    same = len(requests) == max(1, len(dataset.manifest.get("encoders", {}))) and all(
+        identity is not None and would_load(requests[column], options.precision, options.compiled, identity)
+        for column, identity in identities.items()
+    )
+    return dataset if same else None
 
 
 def check_decode(options: ScoreOptions, encoder: Encoder) -> None:

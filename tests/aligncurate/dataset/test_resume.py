@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from aligncurate.dataset.record import Pair, schema, to_table
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders import device
 from aligncurate.errors import UserError
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, encoded, jpeg, picture, write_tar
 
 HEAD = {"verb": "test", "options": {"a": 1}, "inputs": []}
@@ -181,7 +183,7 @@ def same_rows(one: aligncurate.Dataset, other: aligncurate.Dataset) -> bool:
 
 def test_a_tar_mended_to_the_same_size_keeps_no_stale_row(tmp_path, mini) -> None:
     tar = tmp_path / "a.tar"
-    old, new = encoded(picture(1), "BMP"), encoded(picture(2), "BMP")
+    old, new = encoded(picture(1, 40, 40), "BMP"), encoded(picture(2, 40, 40), "BMP")
     assert len(old) == len(new)
     samples = {name: {"bmp": old, "txt": b"a square"} for name in "abc"}
     size = write_tar(tar, samples | {"d": {"bmp": old[:100], "txt": b"x"}}).stat().st_size
@@ -192,7 +194,7 @@ def test_a_tar_mended_to_the_same_size_keeps_no_stale_row(tmp_path, mini) -> Non
     retried = aligncurate.score(tar, tmp_path / "out", **mini, retry_errors=True, quiet=True).dataset
     fresh = aligncurate.score(tar, tmp_path / "fresh", **mini, quiet=True).dataset
     assert same_rows(retried, fresh)
-    assert retried.scan().collect()["score"][1] != first.scan().collect()["score"][1]
+    assert retried.scan().collect()["sha256"][1] == hashlib.sha256(new).digest()
 
 
 def test_a_retry_encodes_only_images_whose_bytes_have_changed(tmp_path, mini, monkeypatch) -> None:
@@ -277,3 +279,27 @@ def test_a_finished_dataset_on_a_read_only_disk_has_nothing_to_do(tmp_path, mini
         ),
         1,
     )
+
+
+def test_a_rerun_of_a_finished_dataset_loads_no_encoder(tmp_path, mini, monkeypatch) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"a": {"jpg": jpeg(1), "txt": b"a"}})
+    done = aligncurate.score(tar, tmp_path / "out", **mini, quiet=True)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an encoder is loaded")
+
+    weights = shutil.copy(mini["pretrained"], tmp_path / "other.safetensors")
+    monkeypatch.setattr("aligncurate.encoders.load.load", refuse)
+    again = aligncurate.score(tar, tmp_path / "out", **mini, quiet=True)
+    assert (again.rows, again.resumed) == (0, 1) and again.dataset.manifest == done.dataset.manifest
+    for changes in (
+        {"pretrained": weights}, {"decode": "fast"}, {"precision": "bf16"}, {"embeddings": "fp16"}, {"limit": 1},
+        {"model": "tiny", "model_config": None, "pretrained": None}, {"source": SourceOptions(rows_per_shard=3)},
+    ):  # fmt: skip
+        with pytest.raises(AssertionError, match="an encoder is loaded"):
+            aligncurate.score(tar, tmp_path / "out", **{**mini, **changes}, quiet=True)
+    with mini["pretrained"].open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(AssertionError, match="an encoder is loaded"):
+        aligncurate.score(tar, tmp_path / "out", **mini, quiet=True)
+    os.truncate(mini["pretrained"], mini["pretrained"].stat().st_size - 1)
