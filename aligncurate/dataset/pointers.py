@@ -6,7 +6,10 @@ import hashlib
 import re
 from base64 import b64decode
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -18,7 +21,7 @@ import pyarrow as pa
 
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.io.parquet import PAGE_BUFFER, batches, open_parquet
+from aligncurate.io.parquet import PAGE_BUFFER, PARQUET_ERRORS, batches, open_parquet
 
 POINTER_COLUMNS = ("source", "image_path", "image_offset", "image_length", "row", "sha256")
 """The columns that `Pointer.of` needs; with embedded images also `image`."""
@@ -39,6 +42,9 @@ MAX_GAP = 1 << 16
 
 MAX_READ = 1 << 20
 """Bytes of several images that are read at once."""
+
+_HELD = 128 << 20  # bytes of Parquet row groups kept for images still to be read from them
+_AT_ONCE = 128 << 20  # bytes of images in a row group that is read at once; a larger one is read batch by batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +167,6 @@ def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
     )
 
 
-_reading = Lock()  # one thread reads a row group, the others find it in the cache
-
-
 class _ImageGroup:
     """The images of a row group, of which one batch is in memory; reading backwards starts the group again."""
 
@@ -198,22 +201,79 @@ def _image_group(uri: str, mark: object, column: str, group: int) -> _ImageGroup
     return _ImageGroup(uri, column, group)
 
 
+class _RowGroups:
+    """The image columns of the Parquet row groups that were used last, of those that are not large.
+
+    Training reads images in random order, from several threads, and Parquet reads no less than a row group: each is
+    read once by the first thread that needs it, while others read other groups.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # bytes
+        self._lock = Lock()
+        self._held: OrderedDict[tuple[object, ...], Future[pa.ChunkedArray]] = OrderedDict()
+
+    def read(self, uri: str, mark: object, column: str, group: int) -> pa.ChunkedArray:
+        """The column of a row group. Raises as `open_parquet`, and KeyError if there is no such column."""
+        key = (uri, mark, column, group)
+        with self._lock:
+            held = self._held.get(key)
+            future = self._held[key] = held or Future()
+            self._held.move_to_end(key)
+        if held is None:
+            try:
+                with open_parquet(uri) as file:
+                    future.set_result(file.read_row_group(group, columns=[column])[column])
+            except BaseException as error:
+                with self._lock:
+                    self._held.pop(key, None)
+                future.set_exception(error)
+            self._drop_oldest()
+        return future.result()
+
+    def _drop_oldest(self) -> None:
+        with self._lock:
+            total = 0
+            for number, (key, future) in enumerate(reversed(list(self._held.items()))):
+                if future.done() and future.exception() is None:
+                    total += future.result().nbytes
+                    if number and total > self.most:
+                        del self._held[key]
+
+
+_row_groups = _RowGroups(_HELD)
+_reading = Lock()  # of large row groups
+
+
+def keep_row_groups(most: int) -> None:
+    """Keep up to this many bytes of Parquet row groups in memory, for reading images in random order."""
+    _row_groups.most = most
+
+
 @lru_cache(maxsize=64)
-def _group_ends(uri: str, mark: object) -> list[int]:
+def _group_ends(uri: str, mark: object) -> tuple[list[int], list[int]]:
+    """For each row group the number of the first row behind it, and its bytes."""
     with open_parquet(uri) as file:
-        sizes = (file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
-        return list(accumulate(sizes))
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        return list(accumulate(group.num_rows for group in groups)), [group.total_byte_size for group in groups]
+
+
+def _cell(uri: str, mark: object, column: str, group: int, row: int, *, small: bool) -> Any:
+    if small:
+        with suppress(UserError, *PARQUET_ERRORS):  # of a damaged row group, the rows before the damage are read
+            return _row_groups.read(uri, mark, column, group)[row].as_py()
+    with _reading:
+        return _image_group(uri, mark, column, group)[row]
 
 
 def _read_cell(uri: str, column: str, row: int) -> bytes:
     """The image bytes in `column` at `row` of a Parquet file. Raises OSError if they do not exist any more."""
     mark = storage.version(uri)
     try:
-        with _reading:
-            ends = _group_ends(uri, mark)
-            group = bisect_right(ends, row)
-            first = ends[group - 1] if group else 0
-            images = images_in(_image_group(uri, mark, column, group)[row - first])
+        ends, sizes = _group_ends(uri, mark)
+        group = bisect_right(ends, row)
+        first = ends[group - 1] if group else 0
+        images = images_in(_cell(uri, mark, column, group, row - first, small=sizes[group] <= _AT_ONCE))
     except (UserError, KeyError, IndexError, pa.ArrowException) as error:
         raise OSError(f"{uri}: column {column}, row {row}: {error}") from None
     if len(images) != 1 or not isinstance(images[0], bytes):

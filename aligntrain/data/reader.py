@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligncurate.dataset.pointers import keep_row_groups
 from aligncurate.errors import ImageError
 from aligncurate.images.decode import load_rgb
 from aligntrain.data.index import Index
@@ -19,6 +20,8 @@ from aligntrain.data.plan import Pack, row_length
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.model.loss import IGNORE, supervised
 from aligntrain.model.packing import sequence_ids_of
+
+_KEPT_BYTES = 2 << 30  # of images in Parquet, which is read by row groups, however few of its images are needed
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class BatchReader:
         self._index, self._processor = index, processor
         self._packed, self._with_levels, self._pin = packed, with_levels, pin
         self._reasons: dict[int, str] = {}
+        keep_row_groups(_KEPT_BYTES)
 
     def __call__(self, pack: Pack) -> MicroBatch:
         """The pack as a micro-batch; an empty pack becomes one row of padding, which the model can compute."""

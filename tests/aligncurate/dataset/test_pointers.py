@@ -4,9 +4,11 @@ import hashlib
 import io
 import random
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -130,3 +132,27 @@ def test_remote_tars(tmp_path, reads) -> None:
     remote = [r | {"source": "memory://pairs/a.tar"} for r in rows]
     assert together(remote) == each(rows)
     assert reads[0] > 43_000
+
+
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_row_groups_are_read_once_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Images in random order, as training reads them; without room only the last row group is kept."""
+    images = [bytes([n]) * (50 + n) for n in range(60)]
+    file = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": images}), file, row_group_size=10)
+    groups = pointers._RowGroups(most)
+    opened: list[str] = []
+    real = pointers.open_parquet
+    monkeypatch.setattr(pointers, "_row_groups", groups)
+    monkeypatch.setattr(pointers, "open_parquet", lambda uri: (opened.append(uri), real(uri))[1])
+    order = np.random.default_rng(0).permutation(60).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda n: Pointer(file, "image", -1, 0, n, None, None).read(), order))
+    assert read == [images[n] for n in order]
+    if most:
+        assert len(opened) <= 6 + 4  # each row group, and a look at what row groups there are by four threads
+    assert len(groups._held) <= (6 if most else 4)
+    for row, column in ((60, "image"), (3, "none")):
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"x\.parquet: column"):
+                Pointer(file, column, -1, 0, row, None, None).read()

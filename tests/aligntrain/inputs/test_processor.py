@@ -185,7 +185,7 @@ def test_image_goes_to_the_front_of_its_question() -> None:
 
 
 def test_many_at_once_are_encoded_as_one_by_one() -> None:
-    proc = processor(max_length=150)
+    proc = processor(max_length=230)
     talk = [({"role": "user", "text": f"What is {n}?"}, {"role": "assistant", "text": "red " * n}) for n in range(30)]
     samples: list[Any] = [(turns, n % 3 == 0) for n, turns in enumerate(talk)]
     samples += [([], False), (TURNS[:1], True), (TURNS, False), ([{"role": "user", "text": "<align>"}, TURNS[1]], True)]
