@@ -745,3 +745,21 @@ def test_what_is_less_than_asked_for_is_said_first(
         assert "fewer than" not in printed
     else:
         assert printed.index(f"note: {sentence}") < printed.index("loss ")
+
+
+def test_every_cause_of_skipped_rows_is_said(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask, say = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    odd = {
+        "empty": [], "answer": [say], "question": [ask], "twice": [ask, ask, say], "images": [
+            {"from": "human", "value": "<image> <image>"}, say], "align": [{"from": "human", "value": "<align>"}, say],
+        "late": [{"from": "human", "value": "q" * 99}, say], "none": [{"from": "robot", "value": "q"}, say],
+    }  # fmt: skip
+    samples = {name: (picture(1), {"conversations": turns}) for name, turns in {**odd, "good": [ask, say]}.items()}
+    result = train(finetuning(models, write_tar(tmp_path / "q.tar", samples), tmp_path / "out"))
+    printed = " ".join(capsys.readouterr().err.split())
+    assert result.facts.rows == 1 and len(result.facts.skipped) > 5
+    assert sum(result.facts.skipped.values()) == len(odd)
+    for cause, rows in result.facts.skipped.items():
+        assert f"note: {rows} row{'s' if rows > 1 else ''} skipped: {cause} (such as " in printed
