@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ def user_data(tmp_path, monkeypatch) -> Path:
         talks.append({"id": pair.key, "image": f"photos/{pair.key}.png", "conversations": turns})
     pair.image.save(tmp_path / "photo.png")
     (tmp_path / "photos/captions.csv").write_text("\n".join(rows))
+    with tarfile.open(tmp_path / "pairs/00000.tar") as tar:
+        keys = sorted({name.partition(".")[0] for name in tar.getnames()})
+    (tmp_path / "licences.csv").write_text("key,licence,author\n" + "".join(f"{key},cc0,me\n" for key in keys))
     (tmp_path / "llava.json").write_text(json.dumps(talks))
     return tmp_path
 

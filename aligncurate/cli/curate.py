@@ -132,7 +132,7 @@ def inspect(
 @with_settings(FilterOptions)
 def filter(datasets: DatasetFolders, out: Out, quiet: Quiet = False, **options: Any) -> None:
     """Keep some rows: by SQL, level, score, image and top fraction, then at random, in this order."""
-    from aligncurate.cli.render import render_kept
+    from aligncurate.cli.render import after_filter, render_kept
     from aligncurate.dataset.joined import open_datasets
     from aligncurate.verbs.filter.filter import filter as run
 
@@ -141,7 +141,7 @@ def filter(datasets: DatasetFolders, out: Out, quiet: Quiet = False, **options: 
     if not quiet:
         make_console().print(render_kept(kept.rows, before.rows, out), soft_wrap=True)
         if kept.rows:
-            _print_next(f"aligncurate export {shlex.quote(str(out))} --out SHARDS")
+            _print_next(after_filter(kept, out))
 
 
 @app.command()

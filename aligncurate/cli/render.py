@@ -253,6 +253,12 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
     return text
 
 
+def after_filter(kept: Dataset, out: Path) -> str:
+    """The command that usually follows `filter`; pairs that are not downloaded have no images to export."""
+    form = "" if any(status in kept.statuses for status in ("ok", "text_only")) else " --format datacomp-uids"
+    return f"aligncurate export {shlex.quote(str(out))}{form} --out {'UIDS' if form else 'SHARDS'}"
+
+
 def after_export(format: str, dataset: Dataset, out: Path) -> str:
     """The command that usually follows `export`."""
     folder = safe_text(shlex.quote(str(out)))

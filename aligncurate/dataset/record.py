@@ -36,6 +36,9 @@ class Status(StrEnum):
 FINE = frozenset({Status.OK, Status.TEXT_ONLY})
 """Statuses of rows that can be exported and trained on."""
 
+PAIRS = frozenset({Status.OK, Status.URL_ONLY})
+"""Statuses of pairs, whose scores can be used: those of metadata came with it."""
+
 NOT_FAILED = FINE | {Status.URL_ONLY}
 """Statuses of rows in which nothing is wrong; all others count as failed."""
 
@@ -241,8 +244,8 @@ def _is_storable(value: Any, kind: pa.DataType) -> bool:
 
 
 def usable_scores(table: pa.Table, column: str) -> NDArray[np.float32]:
-    """Scores of a table's rows, float32 [rows]; NaN where the row is not ok or its score is not finite."""
+    """Scores of a table's rows, float32 [rows]; NaN where the row is no pair or its score is not finite."""
     values = table[column].combine_chunks().cast(pa.float32())
     scores = np.array(values.fill_null(float("nan")).to_numpy(zero_copy_only=False), np.float32)
-    usable = np.asarray(pc.equal(table["status"], Status.OK.value)) & np.isfinite(scores)
+    usable = np.asarray(pc.is_in(table["status"], pa.array(sorted(PAIRS)))) & np.isfinite(scores)
     return np.where(usable, scores, np.float32("nan"))

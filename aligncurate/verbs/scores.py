@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aligncurate.dataset.reader import Dataset
-from aligncurate.dataset.record import Status
+from aligncurate.dataset.record import PAIRS
 from aligncurate.errors import UserError
 from aligncurate.levels import Floats
 
@@ -36,7 +36,8 @@ def iter_scores(dataset: Dataset, column: str) -> Iterator[Floats]:
         table = dataset.read(index, ["status", column], encoded=["status"])
         status = table["status"].unify_dictionaries().combine_chunks()
         # Statuses are compared as dictionary codes, which is faster than as strings.
-        ok = pc.equal(status.indices, status.dictionary.index(Status.OK.value))
+        codes = [status.dictionary.index(name).as_py() for name in PAIRS]
+        ok = pc.is_in(status.indices, pa.array(codes, status.indices.type))
         values = table[column].filter(pc.and_(ok, pc.is_valid(table[column])))
         scores: Floats = values.cast(pa.float32()).to_numpy()
         finite = np.isfinite(scores)

@@ -7,23 +7,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from aligncurate.dataset.reader import Dataset
-from aligncurate.dataset.record import Status
+from aligncurate.dataset.record import PAIRS
 from aligncurate.io.files import atomic_file
 from aligncurate.progress import Meter
 from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.uids import UID, UID_COLUMNS, row_uids
 
-PAIRS = (Status.OK, "url_only")
-"""Statuses of rows whose uid is exported: a pair, or the metadata of one that is not downloaded."""
-
 
 def write_datacomp(dataset: Dataset, done: Exported, progress: Meter) -> None:
-    """Write the uids of the rows with one of the statuses PAIRS; 16 bytes of memory for each."""
+    """Write the uids of all pairs, also of those that are not downloaded; 16 bytes of memory for each."""
     columns = ["status", *(name for name in UID_COLUMNS if name in dataset.schema.names)]
     found = [np.empty(0, UID)]
     for index in range(len(dataset.parts)):
         for table in dataset.groups(index, columns):
-            uids, known = row_uids(table.filter(pc.is_in(table["status"], pa.array(PAIRS))))
+            uids, known = row_uids(table.filter(pc.is_in(table["status"], pa.array(sorted(PAIRS)))))
             found.append(uids[known])
             progress.add(len(found[-1]), len(found[-1]), 0)
     uids = np.sort(np.concatenate(found))

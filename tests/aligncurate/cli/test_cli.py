@@ -246,6 +246,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, monkeypa
     assert "would score with tiny: 12 rows in 2 parts" in run(*command, "--limit", 12, "--dry-run").stdout
     assert run(*words, "--limit", 12).exit_code == 0
     after = sorted(tmp_path.rglob("*"))
+    assert "2 parts of them made by an earlier run, 0 to do" in run(*words, "--limit", 12, "--dry-run").stdout
     # The second part has two of its ten rows, so it is made again.
     assert "1 part of them made by an earlier run, 4 to do" in run(*words, "--dry-run").stdout
     assert sorted(tmp_path.rglob("*")) == after

@@ -19,7 +19,7 @@ from aligncurate.verbs.filter.compact import regroup
 from aligncurate.verbs.filter.images import OnePerImage
 from aligncurate.verbs.filter.sample import row_hashes, smallest
 from aligncurate.verbs.filter.selection import parse_levels
-from tests.support.inputs import jpeg
+from tests.support.inputs import cli, jpeg
 
 
 @pytest.fixture(scope="module")
@@ -329,3 +329,34 @@ def test_scores_are_counted_while_they_are_kept(tmp_path, levelled, options) -> 
     counts = kept.score_counts("score")
     assert counts is not None
     assert (counts.bins == Counts.of([frame["score"].to_numpy()]).bins).all()
+
+
+def test_metadata_of_datacomp_is_filtered_to_uids(tmp_path) -> None:
+    """Rows that are not downloaded: their scores come with them, and their uids are all that is exported."""
+    rng = np.random.default_rng(4)
+    frame = pl.DataFrame(
+        {
+            "uid": [f"{i:032x}" for i in rng.permutation(50)],
+            "url": [f"http://a/{i}.jpg" for i in range(50)],
+            "text": [f"caption {i}" for i in range(50)],
+            "clip_score": rng.normal(0.2, 0.1, 50).astype(np.float32),
+        }
+    )
+    frame.write_parquet(tmp_path / "meta.parquet")
+    options = SourceOptions(rows_per_shard=20)
+    dataset = aligncurate.ingest(tmp_path / "meta.parquet", tmp_path / "in", source=options, quiet=True).dataset
+    assert dataset.statuses == {"url_only": 50}
+    best = frame.sort("clip_score", descending=True).head(15)
+    top = tmp_path / "top"
+    told = cli("filter", tmp_path / "in", "--top-fraction", 0.3, "--score-column", "clip_score", "--out", top).stdout
+    assert f"next: aligncurate export {top} --format datacomp-uids --out UIDS" in told
+    done = aligncurate.export(tmp_path / "top", tmp_path / "uids", format="datacomp-uids", quiet=True)
+    listed = [f"{a:016x}{b:016x}" for a, b in np.load(tmp_path / "uids/uids.npy").tolist()]
+    assert (done.rows, done.skipped, listed) == (15, 0, sorted(best["uid"]))
+    again = aligncurate.filter(dataset, tmp_path / "again", uids=str(tmp_path / "uids/uids.npy"), quiet=True)
+    assert sorted(rows(again)["uid"]) == listed
+    levelled = rows(aligncurate.bucket(dataset, tmp_path / "b", levels=5, score_column="clip_score", quiet=True))
+    assert levelled.group_by("level").len()["len"].to_list() == [10] * 5
+    assert aligncurate.inspect(dataset, score_column="clip_score").scored == 50
+    kept = aligncurate.filter(dataset, tmp_path / "m", min_score=0.2, score_column="clip_score", quiet=True)
+    assert kept.rows == int((frame["clip_score"].to_numpy() >= np.float32(0.2)).sum())
