@@ -8,14 +8,12 @@ from itertools import islice
 from typing import Any
 
 from aligncurate.dataset.record import Status
-from aligncurate.errors import ImageError
 from aligncurate.io import storage
 from aligncurate.io.tar import readable
 from aligncurate.sources.base import Shard, cut, merge_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
 from aligncurate.sources.options import Several
 from aligncurate.sources.samples import (
-    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     Contents,
     Endings,
@@ -116,7 +114,7 @@ class ImageFolderSource(SampleSource):
             if readable(file) != file:  # it could not be found again by the name that the dataset keeps
                 sample.fail(Status.READ_ERROR, f"the name {readable(file)} is not UTF-8; rename the file or folder")
             if self._endings.is_image(ending):
-                sample.images[ending] = Image(file, partial(_load, file))
+                sample.images[ending] = Image(file, partial(storage.read, file, storage.MAX_IMAGE_BYTES))
                 continue
             if contents == "nothing":
                 continue
@@ -127,10 +125,3 @@ class ImageFolderSource(SampleSource):
             else:
                 sample.texts[ending] = data
         return sample
-
-
-def _load(file: str) -> bytes:
-    size = storage.size(file)
-    if size > MAX_IMAGE_BYTES:
-        raise ImageError(Status.TOO_LARGE, f"{size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
-    return storage.read(file)

@@ -92,7 +92,7 @@ class ImageRoot:
             return
         files = files_of(paths)
         if len(files) == 1:
-            pair.image_path, pair.load = files[0], partial(storage.read, files[0])
+            pair.image_path, pair.load = files[0], partial(storage.read, files[0], storage.MAX_IMAGE_BYTES)
         elif member := None if files else self._member(local):
             tar, offset, length = member
             # `source` is now the tar, so the row number of the table no longer applies.
