@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -56,6 +56,37 @@ def is_folder(uri: str) -> bool:
 def entries(folder: str) -> list[dict[str, Any]]:
     """What is in a folder: `name`, `type`, and what else the file system tells of each."""
     return request(folder, lambda filesystem, path: list(filesystem.ls(path, detail=True)))
+
+
+def pin_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what a file system says of a file, that which tells that it has changed."""
+    etag = found.get("ETag") or found.get("etag")
+    if etag:
+        return {"bytes": found.get("size"), "etag": str(etag).strip('"')}  # listings may lack the quotes
+    times = (
+        found.get(name) for name in ("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
+    )
+    return {"bytes": found.get("size"), "modified": next((str(time) for time in times if time), None)}
+
+
+def pins_in_folders(uris: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The pins of those files that lie, several together, in a folder that can be listed."""
+    folders: dict[str, dict[str, str]] = {}
+    for uri in uris:
+        folder, _, name = uri.rpartition("/")
+        if not uri.startswith(("http://", "https://")):  # a page of links has no pins
+            folders.setdefault(folder, {})[name] = uri
+    found = {}
+    for folder, names in folders.items():
+        if len(names) > 1:
+            try:
+                listing = entries(folder)
+            except OSError:  # there may be no right to list it; then each file is asked for
+                continue
+            for entry in listing:
+                if uri := names.get(entry["name"].rpartition("/")[2]):
+                    found[uri] = pin_of(entry)
+    return found
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:

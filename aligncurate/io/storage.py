@@ -8,7 +8,8 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,8 @@ from aligncurate.io import remote, retries
 
 MAX_IMAGE_BYTES = 1 << 29
 """Of an image's file; a larger one is not read."""
+
+_AT_ONCE = 32  # requests
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
@@ -101,6 +104,37 @@ def size(uri: str) -> int:
     if found is None:
         raise OSError(errno.ESPIPE, f"{uri}: the server does not tell its size")
     return int(found)
+
+
+def pin(uri: str) -> dict[str, Any]:
+    """What tells that a file or folder has changed, as it is now. Raises OSError.
+
+    Locally `bytes`, `mtime_ns` and `inode`; remotely `bytes` and `etag`, or `modified` where there is no ETag.
+    """
+    if is_remote(uri):
+        return remote.pin_of(remote.info(uri, fresh=True))
+    found = retries.local(lambda: os.stat(uri))
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
+
+
+def pins(uris: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """`pin` of many files, None for those that are absent or cannot be looked at now.
+
+    Remote folders that can be listed are listed once; other remote files are asked for several at a time.
+    """
+    listed = remote.pins_in_folders([uri for uri in uris if is_remote(uri)])
+
+    def look(uri: str) -> dict[str, Any] | None:
+        if uri in listed:
+            return listed[uri]
+        try:
+            return pin(uri)
+        except (OSError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        remaining = pool.map(look, uris) if any(map(is_remote, uris)) else map(look, uris)
+        return dict(zip(uris, remaining, strict=True))
 
 
 def version(uri: str) -> object:

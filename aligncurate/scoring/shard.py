@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.part import PartWriter
@@ -17,6 +18,7 @@ from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.record import NOT_FAILED, Pair, Status
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.errors import ShardError
+from aligncurate.io.retries import Stopped
 from aligncurate.progress import Meter
 from aligncurate.scoring import fast_against_exact
 from aligncurate.scoring.encode import Embeddings, Window, WindowEncoder
@@ -97,6 +99,7 @@ class ShardScorer:
                 for _, future in encoding:
                     future.cancel()
             rows.finish()
+            self._source.check_unchanged(shard)
             smallest = self._encoder.smallest_batch
             if smallest is not None and smallest < self._batch:  # memory ran out, in this part or before it
                 part.facts["batch_size"] = smallest
@@ -112,8 +115,14 @@ class ShardScorer:
                 if pair is None:
                     return
                 yield pair
+        except (ShardError, Stopped):
+            raise
         except OSError as error:
             raise ShardError(f"{shard}: cannot be read: {error.strerror or error}") from None
+        except Exception as error:  # a fault of ours, or a file that nobody has thought of; other shards go on
+            frame = extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__}: {error}, at {frame.filename.rpartition('/')[2]}:{frame.lineno}"
+            raise ShardError(f"{shard}: cannot be read ({cause})") from error
 
     def _prepared(
         self, shard: Shard, earlier: Iterator[dict[str, Any]], check: Callable[[], None]

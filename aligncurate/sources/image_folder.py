@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -95,9 +97,10 @@ class ImageFolderSource(SampleSource):
     def describe(self) -> list[dict[str, Any]]:
         files = []
         for folder, groups in self._folders.items():
-            local = not storage.is_remote(folder)
-            size = sum(storage.size(file) for group in groups for file in group.values()) if local else None
-            files.append({"uri": folder, "bytes": size})
+            found = storage.pins([file for group in groups for file in group.values()])
+            size = sum((pin or {}).get("bytes") or 0 for pin in found.values())
+            digest = sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+            files.append({"uri": folder, "bytes": size, "pins_sha256": digest})
         return [{"kind": self.kind, "files": files}]
 
     def samples(self, shard: Shard, contents: Contents) -> Iterator[tuple[Sample, Mapping[str, Any]]]:

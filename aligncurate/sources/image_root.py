@@ -201,7 +201,7 @@ def _read_first(pair: Pair, paths: Sequence[str]) -> bytes:
     """The bytes of the first of some remote files that exists, which becomes the pair's image."""
     for path in paths:
         with suppress(FileNotFoundError):
-            data = storage.read(path)
+            data = storage.read(path, storage.MAX_IMAGE_BYTES)
             pair.image_path = path
             return data
     raise FileNotFoundError(ENOENT, "there is no such file", paths[0])
