@@ -17,6 +17,7 @@ Value = TypeVar("Value")
 
 _MOST = 1 << 23  # bytes of one request, which must be there within the time-out
 _BUFFER = 1 << 16
+_TIMES = ("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
 
 
 def request(uri: str, call: Callable[[Any, str], Value]) -> Value:
@@ -63,10 +64,8 @@ def pin_of(found: dict[str, Any]) -> dict[str, Any]:
     etag = found.get("ETag") or found.get("etag")
     if etag:
         return {"bytes": found.get("size"), "etag": str(etag).strip('"')}  # listings may lack the quotes
-    times = (
-        found.get(name) for name in ("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
-    )
-    return {"bytes": found.get("size"), "modified": next((str(time) for time in times if time), None)}
+    modified = next((str(found[name]) for name in _TIMES if found.get(name)), None)
+    return {"bytes": found.get("size"), "modified": modified}
 
 
 def pins_in_folders(uris: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -84,8 +83,9 @@ def pins_in_folders(uris: Sequence[str]) -> dict[str, dict[str, Any]]:
             except OSError:  # there may be no right to list it; then each file is asked for
                 continue
             for entry in listing:
-                if uri := names.get(entry["name"].rpartition("/")[2]):
-                    found[uri] = pin_of(entry)
+                name = entry["name"].rpartition("/")[2]
+                if name in names:
+                    found[names[name]] = pin_of(entry)
     return found
 
 

@@ -10,7 +10,8 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any, TypeVar
@@ -52,14 +53,14 @@ def set_timeout(seconds: float) -> None:
     _timeout = seconds
 
 
-def stop() -> None:
-    """End all requests that wait for an answer or for another try: they raise Stopped."""
+@contextmanager
+def stopped() -> Iterator[None]:
+    """In the block, all requests that wait for an answer or for another try end: they raise Stopped."""
     _stopped.set()
-
-
-def resume() -> None:
-    """Allow requests again after `stop`."""
-    _stopped.clear()
+    try:
+        yield
+    finally:
+        _stopped.clear()
 
 
 def is_stalled() -> bool:
