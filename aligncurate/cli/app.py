@@ -30,10 +30,8 @@ def _one_sentence() -> Iterator[None]:
         _print_error(str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
-        what = (
-            f"Interrupted: {interrupt}." if str(interrupt) else "Interrupted. Finished work is kept; rerun to resume."
-        )
-        make_console(stderr=True).print(Text(safe_text(what)), soft_wrap=True)
+        what = f": {interrupt}." if str(interrupt) else ". Finished work is kept; rerun to resume."
+        make_console(stderr=True).print(Text(f"Interrupted{safe_text(what)}"), soft_wrap=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants

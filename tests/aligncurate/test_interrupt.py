@@ -39,13 +39,8 @@ class Run:
         """Press Ctrl-C; the seconds until the run has ended."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(300)
+        self.said = self.process.communicate(timeout=300)[1]
         return time.monotonic() - began
-
-    @property
-    def said(self) -> str:
-        assert self.process.stderr is not None
-        return self.process.stderr.read()
 
 
 def until(condition) -> None:
