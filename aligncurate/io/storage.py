@@ -26,6 +26,7 @@ MAX_IMAGE_BYTES = 1 << 29
 
 _AT_ONCE = 32  # requests
 
+_HUB_CACHE = re.compile(r"/(?:models|datasets|spaces)--[^/]+/snapshots/")
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -236,6 +237,17 @@ def _descriptor(path: str) -> _Descriptor:
     mark = version(path)
     with _lock:
         return _cached_descriptor(path, mark)
+
+
+def leads_out(path: str, folders: Iterable[str]) -> bool:
+    """Whether a local path, with its links resolved, lies in none of the folders.
+
+    The links of a Hugging Face cache, from `snapshots` to `blobs` of the same repository, stay inside.
+    """
+    real = os.path.realpath(path)
+    roots = [os.path.realpath(folder) for folder in folders if not is_remote(folder)]
+    roots += [root.partition("/snapshots/")[0] for root in roots if _HUB_CACHE.search(root)]
+    return not any(real == root or real.startswith(f"{root.rstrip('/')}/") for root in roots)
 
 
 def is_folder(uri: str) -> bool:
