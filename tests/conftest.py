@@ -24,6 +24,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults are retried at once."""
+    monkeypatch.setattr("aligncurate.io.retries.WAITS", (0.0, 0.0, 0.0))
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder of the real data, which is not part of the project."""

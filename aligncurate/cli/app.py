@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -28,8 +29,9 @@ def _one_sentence() -> Iterator[None]:
     except UserError as error:
         _print_error(str(error))
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        make_console(stderr=True).print("Interrupted. Finished work is kept; rerun to resume.")
+    except KeyboardInterrupt as interrupt:
+        what = f": {interrupt}." if str(interrupt) else ". Finished work is kept; rerun to resume."
+        make_console(stderr=True).print(Text(f"Interrupted{safe_text(what)}"), soft_wrap=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read all it wants
@@ -100,4 +102,10 @@ def root(
 
 def main() -> None:
     """Entry point of the `aligncurate` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130 and any(not thread.daemon for thread in threading.enumerate()[1:]):
+            sys.stdout.flush()
+            os._exit(130)  # the interpreter would wait for threads that hang in a read
+        raise

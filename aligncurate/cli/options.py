@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aligncurate.io.files import refuse_remote
 from aligncurate.settings import choices, field_types, option_name, parse, without_none
 
 Command = Callable[..., None]
@@ -28,7 +29,10 @@ DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset 
 DatasetFolders = Annotated[
     list[Path], typer.Argument(metavar="DATASET...", help="Dataset folders.", show_default=False)
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder; created if missing.", show_default=False)]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", help="Output folder; created if missing.", show_default=False, callback=refuse_remote),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read and done; write nothing.")]
 ScoreColumn = Annotated[str, typer.Option(help="Column with the scores.")]

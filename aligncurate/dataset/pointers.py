@@ -82,26 +82,30 @@ class Pointer:
         """Where the bytes end in the tar."""
         return self.offset + self.length
 
-    def read(self, *, verify: bool = True) -> bytes:
+    def read(self, *, needs_sha256: bool = True) -> bytes:
         """The image's original bytes.
 
         Args:
-            verify: compare them with `sha256`.
+            needs_sha256: do not follow a pointer without one. A dataset from elsewhere may name any file of this
+                machine, and the digest is what shows that its maker knew the bytes.
 
         Raises:
             OSError: the source does not exist any more, or no longer holds the bytes that were scored.
         """
+        if needs_sha256 and self.sha256 is None:
+            raise OSError(f"{self.source}: the image {self.path} has no sha256, so it is not read; score it again")
         if self.image is not None:
             data = self.image
         elif self.offset >= 0:
+            if self.length > storage.MAX_IMAGE_BYTES:
+                raise storage.TooLargeError(f"{self.source}: the image {self.path} has {self.length:,} bytes, too many")
             data = storage.read_range(self.source, self.offset, self.length)
         elif storage.is_remote(self.path) or self.path.startswith("/"):
-            data = storage.read(self.path)
+            data = storage.read(self.path, storage.MAX_IMAGE_BYTES)
         else:
             assert self.row is not None
             data = _read_cell(self.source, self.path, self.row)
-        if verify:
-            self.check(data)
+        self.check(data)
         return data
 
     def check(self, data: bytes | memoryview) -> None:
@@ -162,6 +166,7 @@ def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
     return (
         pointer.source == first.source
         and min(pointer.offset, last.offset) >= 0
+        and None not in (pointer.sha256, last.sha256)
         and last.end <= pointer.offset <= last.end + MAX_GAP
         and pointer.end - first.offset <= MAX_READ
     )

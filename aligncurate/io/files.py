@@ -19,9 +19,21 @@ TEMPORARY = ".tmp-"
 """Prefix of unfinished files. A killed run leaves them behind; the next run deletes them."""
 
 LOCK = ".lock"
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # some network file systems
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
 warned_no_locks = False  # one notice per process is enough
+
+
+def refuse_remote(folder: Path) -> Path:
+    """`folder`, if it is local. Raises UserError for a URI, of which a Path makes a folder called `s3:`."""
+    scheme = next((part for part in folder.parts if _SCHEME.fullmatch(part)), None)
+    if scheme and not Path(*folder.parts[: folder.parts.index(scheme) + 1]).exists():
+        raise UserError(
+            f"--out {scheme}//{'/'.join(folder.parts[folder.parts.index(scheme) + 1 :])}: only local folders can be "
+            "written; write to one and copy it."
+        )
+    return folder
 
 
 @contextmanager
@@ -35,6 +47,7 @@ def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
     """
+    refuse_remote(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: --out must be a folder, but this is a file.")
     folder.mkdir(parents=True, exist_ok=True)

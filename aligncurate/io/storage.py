@@ -1,22 +1,32 @@
-"""Access to local files and any fsspec URI: list, open, read whole or by range."""
+"""Access to local files and any fsspec URI: list, open, read whole or by range; transient faults are retried."""
 
 from __future__ import annotations
 
 import errno
+import fnmatch
+import io
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO
 
 import fsspec
 from braceexpand import braceexpand
 
 from aligncurate.errors import UserError
+from aligncurate.io import remote, retries
 
+MAX_IMAGE_BYTES = 1 << 29
+"""Of an image's file; a larger one is not read."""
+
+_AT_ONCE = 32  # requests
+
+_HUB_CACHE = re.compile(r"/(?:models|datasets|spaces)--[^/]+/snapshots/")
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -46,120 +56,144 @@ def basename(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2]
 
 
-def _filesystem(uri: str) -> tuple[Any, str]:
+class TooLargeError(OSError):
+    """A file has more bytes than its reader takes; it was not read."""
+
+
+class _LocalFile(io.FileIO):
+    """A regular file whose reads are retried when a disk or network mount fails for a moment."""
+
+    def __init__(self, path: str) -> None:
+        retries.local(lambda: super(_LocalFile, self).__init__(path, "rb", opener=_open_regular))
+
+    def readinto(self, buffer: Any) -> int | None:
+        return retries.local(lambda: super(_LocalFile, self).readinto(buffer))
+
+    def readall(self) -> bytes:
+        return retries.local(lambda: super(_LocalFile, self).readall())
+
+
+def _open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file. Raises OSError for a pipe, device, socket or folder, and waits for none."""
+    _check_regular(path, os.stat(path))
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{uri}: {str(error).rstrip('.')}.") from None
-
-
-@contextmanager
-def _faults(uri: str) -> Iterator[None]:
-    """Turn errors of the block into OSError, so that callers need not know the exceptions of every network library.
-
-    All get an errno, because pyarrow raises OSError without one for damaged files.
-    """
-    try:
-        yield
-    except UserError:
+        _check_regular(path, os.fstat(descriptor))  # it may have been replaced since
+    except OSError:
+        os.close(descriptor)
         raise
-    except Exception as error:
-        text = " ".join(str(error).split()).rstrip(".")
-        if isinstance(error, OSError) and (text or not isinstance(error, TimeoutError)):  # that of fsspec has no text
-            error.errno = error.errno or errno.EIO
-            raise
-        cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        fault = OSError(f"{uri}: its file system failed ({cause})")
-        fault.errno = errno.EIO
-        raise fault from error
+    return descriptor
 
 
-@contextmanager
-def _remote(uri: str) -> Iterator[tuple[Any, str]]:
-    """The file system of `uri` and the path in it. Any error in the block becomes OSError."""
-    with _faults(uri):
-        yield _filesystem(uri)
-
-
-class _RemoteFile:
-    """A remote file whose errors are all OSErrors."""
-
-    def __init__(self, file: Any, uri: str) -> None:
-        self._file, self._uri = file, uri
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._file, name)
-        if not callable(attribute):
-            return attribute
-
-        def guarded(*args: Any, **options: Any) -> Any:
-            with _faults(self._uri):
-                return attribute(*args, **options)
-
-        return guarded
-
-    def __iter__(self) -> Iterator[bytes]:
-        with _faults(self._uri):
-            yield from self._file
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _check_regular(path: str, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "this is a pipe, device or socket, not a file", path)
 
 
 def open_file(uri: str) -> BinaryIO:
-    """Open `uri` for reading bytes. Opening and reading raise OSError."""
-    if not is_remote(uri):
-        return Path(uri).open("rb")
-    with _remote(uri) as (filesystem, path):
-        return cast("BinaryIO", _RemoteFile(filesystem.open(path, "rb"), uri))
+    """Open `uri`, a regular file, for reading bytes. Opening and reading raise OSError."""
+    return remote.open_file(uri) if is_remote(uri) else io.BufferedReader(_LocalFile(uri))
 
 
 def size(uri: str) -> int:
     """Size of `uri` in bytes. Raises OSError."""
     if not is_remote(uri):
-        return Path(uri).stat().st_size
-    with _remote(uri) as (filesystem, path):
-        return int(filesystem.size(path))
+        return retries.local(lambda: os.stat(uri).st_size)
+    found = remote.info(uri).get("size")
+    if found is None:
+        raise OSError(errno.ESPIPE, f"{uri}: the server does not tell its size")
+    return int(found)
+
+
+def pin(uri: str) -> dict[str, Any]:
+    """What tells that a file or folder has changed, as it is now. Raises OSError.
+
+    Locally `bytes`, `mtime_ns` and `inode`; remotely `bytes` and `etag`, or `modified` where there is no ETag.
+    """
+    if is_remote(uri):
+        return remote.pin_of(remote.info(uri, fresh=True))
+    found = retries.local(lambda: os.stat(uri))
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
+
+
+def pins(uris: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """`pin` of many files, None for those that are absent or cannot be looked at now.
+
+    Remote folders that can be listed are listed once; other remote files are asked for several at a time.
+    """
+    listed = remote.pins_in_folders([uri for uri in uris if is_remote(uri)])
+
+    def look(uri: str) -> dict[str, Any] | None:
+        if uri in listed:
+            return listed[uri]
+        try:
+            return pin(uri)
+        except (OSError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        remaining = pool.map(look, uris) if any(map(is_remote, uris)) else map(look, uris)
+        return dict(zip(uris, remaining, strict=True))
 
 
 def version(uri: str) -> object:
     """A value that changes when a local file is replaced; None for remote files. Raises OSError."""
     if is_remote(uri):
         return None
-    stat = os.stat(uri)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+    found = retries.local(lambda: os.stat(uri))
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def exists(uri: str) -> bool:
-    """Whether `uri` is a file or folder. Raises OSError."""
-    if not is_remote(uri):
-        try:
-            return Path(uri).exists()
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                return False
-            raise
-    with _remote(uri) as (filesystem, path):
-        return bool(filesystem.exists(path))
+    """Whether `uri` is a file or folder: False only if that is certain. Raises OSError."""
+    try:
+        if is_remote(uri):
+            remote.info(uri)
+        else:
+            retries.local(lambda: os.stat(uri))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) and not is_remote(uri):
+            return False
+        raise
+    except ValueError:  # an impossible name
+        return False
+    return True
 
 
-def read(uri: str) -> bytes:
-    """All bytes of `uri`. Raises OSError."""
+def read(uri: str, most: int | None = None) -> bytes:
+    """All bytes of `uri`. Raises OSError, and TooLargeError instead of reading more than `most` bytes."""
     with open_file(uri) as file:
-        return file.read()
+        if most is None:
+            return file.read()
+        data = file.read(most + 1) if _end(file) <= most else None
+    if data is None or len(data) > most:
+        raise TooLargeError(f"{uri} has more bytes than the limit of {most:,}")
+    return data
+
+
+def _end(file: BinaryIO) -> int:
+    """The size of an open file; 0 if a server does not tell it."""
+    try:
+        end = file.seek(0, io.SEEK_END)
+    except OSError:
+        return 0
+    file.seek(0)
+    return end
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """`length` bytes of `uri` from `offset`. Raises OSError, also if the file is too short."""
     if is_remote(uri):
-        with _remote(uri) as (filesystem, path):
-            data = cast("bytes", filesystem.cat_file(path, start=offset, end=offset + length))
+        data = remote.read_range(uri, offset, length)
     else:
         descriptor = _descriptor(uri)  # the variable keeps it open, even if the cache drops it meanwhile
-        data = os.pread(descriptor.number, length, offset)
+        # A damaged file may claim any length, and memory is taken before reading.
+        length_there = min(length, max(0, os.fstat(descriptor.number).st_size - offset))
+        data = retries.local(lambda: os.pread(descriptor.number, length_there, offset))
     _check_length(uri, offset, len(data), length)
     return data
 
@@ -170,19 +204,20 @@ def read_into(uri: str, offset: int, buffer: memoryview) -> None:
         buffer[:] = read_range(uri, offset, len(buffer))
         return
     descriptor = _descriptor(uri)
-    _check_length(uri, offset, os.preadv(descriptor.number, [buffer], offset), len(buffer))
+    done = retries.local(lambda: os.preadv(descriptor.number, [buffer], offset))
+    _check_length(uri, offset, done, len(buffer))
 
 
 def _check_length(uri: str, offset: int, read: int, length: int) -> None:
     if read != length:
-        raise OSError(f"{uri} ends after {read} of the {length} bytes at offset {offset}")
+        raise OSError(errno.ENODATA, f"{uri} ends after {read} of the {length} bytes at offset {offset}")
 
 
 class _Descriptor:
     """A file descriptor that is closed once the cache and all readers have dropped it."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = retries.local(lambda: _open_regular(path))
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -204,65 +239,104 @@ def _descriptor(path: str) -> _Descriptor:
         return _cached_descriptor(path, mark)
 
 
+def leads_out(path: str, folders: Iterable[str]) -> bool:
+    """Whether a local path, with its links resolved, lies in none of the folders.
+
+    The links of a Hugging Face cache, from `snapshots` to `blobs` of the same repository, stay inside.
+    """
+    real = os.path.realpath(path)
+    roots = [os.path.realpath(folder) for folder in folders if not is_remote(folder)]
+    roots += [root.partition("/snapshots/")[0] for root in roots if _HUB_CACHE.search(root)]
+    return not any(real == root or real.startswith(f"{root.rstrip('/')}/") for root in roots)
+
+
 def is_folder(uri: str) -> bool:
     """Whether `uri` is a folder. Raises OSError."""
-    if not is_remote(uri):
-        return Path(uri).is_dir()
-    with _remote(uri) as (filesystem, path):
-        return bool(filesystem.isdir(path))
+    try:
+        return remote.is_folder(uri) if is_remote(uri) else stat.S_ISDIR(retries.local(lambda: os.stat(uri)).st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
 
 
 def list_files(folder: str) -> list[str]:
     """The files in `folder` itself, sorted by name, without those that begin with a dot or underscore."""
     if not is_remote(folder):
-        names = sorted(p.name for p in Path(folder).iterdir() if p.is_file())
+        names = [p.name for p in retries.local(lambda: list(Path(folder).iterdir())) if p.is_file()]
     else:
-        with _remote(folder) as (filesystem, path):
-            entries = filesystem.ls(path, detail=True)
-        names = sorted(basename(e["name"]) for e in entries if e["type"] == "file")
-    return [join(folder, name) for name in names if not name.startswith((".", "_"))]
+        names = [basename(entry["name"]) for entry in remote.entries(folder) if entry["type"] == "file"]
+    return _visible(folder, names)
 
 
 def list_folders(folder: str) -> list[str]:
     """The folders in `folder` itself, sorted by name, without those that begin with a dot or underscore."""
     if not is_remote(folder):
-        names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir())
+        names = [p.name for p in retries.local(lambda: list(Path(folder).iterdir())) if p.is_dir()]
     else:
-        with _remote(folder) as (filesystem, path):
-            entries = filesystem.ls(path, detail=True)
-        names = sorted(basename(e["name"]) for e in entries if e["type"] == "directory")
-    return [join(folder, name) for name in names if not name.startswith((".", "_"))]
+        names = [basename(entry["name"]) for entry in remote.entries(folder) if entry["type"] == "directory"]
+    return _visible(folder, names)
+
+
+def _visible(folder: str, names: Iterable[str]) -> list[str]:
+    return [join(folder, name) for name in sorted(names) if not name.startswith((".", "_"))]
 
 
 def expand(pattern: str) -> list[str]:
     """The files that match `pattern`, or the one folder.
 
-    Braces (`{00000..00099}.tar`) expand in order, `*` and `?` to sorted names.
+    Braces (`{00000..00099}.tar`) expand in order, `*` and `?` to sorted names. Remote names from braces are trusted:
+    one that does not exist is reported when it is read, instead of asking for each of many.
 
     Raises:
         UserError: nothing matches, or an expanded name does not exist.
+        OSError: it cannot be found out now.
     """
     pattern = absolute(pattern)
-    if exists(pattern):
-        return [pattern]
-    files: list[str] = []
     try:
         uris = list(braceexpand(pattern))
     except ValueError:  # unbalanced braces are taken literally
         uris = [pattern]
+    if (len(uris) == 1 or not is_remote(pattern)) and exists(pattern):
+        return [pattern]
+    files: list[str] = []
     for uri in uris:
-        if "*" in uri or "?" in uri:
-            with _remote(uri) as (filesystem, path):
-                matches = sorted(filesystem.glob(path))
+        if _is_wildcard(uri):
+            matches = _matches(uri)
             if not matches:
                 raise UserError(f"{uri}: no file matches.")
-            remote = is_remote(uri)
-            files += [filesystem.unstrip_protocol(m) if remote else m for m in matches]
-        elif exists(uri):
+            files += matches
+        elif (is_remote(uri) and len(uris) > 1) or exists(uri):
             files.append(uri)
         else:
             raise UserError(f"{uri}: there is no such file or folder{_nearby(uri)}")
     return files
+
+
+def _is_wildcard(uri: str) -> bool:
+    return "*" in uri or "?" in uri
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files and folders that match a wildcard, sorted. Raises OSError, where fsspec's `glob` leaves out files."""
+    if "**" in pattern:
+        filesystem, _ = fsspec.core.url_to_fs(pattern)
+        strip = filesystem.unstrip_protocol if is_remote(pattern) else str
+        return [strip(match) for match in remote.request(pattern, lambda files, path: sorted(files.glob(path)))]
+    folder, _, name = pattern.rpartition("/")
+    matches = re.compile(fnmatch.translate(name)).match
+    found = []
+    for parent_folder in _matches(folder) if _is_wildcard(folder) else [folder or "/"]:
+        try:
+            names = _names_in(parent_folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        found += [join(parent_folder, entry) for entry in sorted(names) if matches(entry)]
+    return found
+
+
+def _names_in(folder: str) -> list[str]:
+    if is_remote(folder):
+        return [basename(entry["name"]) for entry in remote.entries(folder)]
+    return retries.local(lambda: os.listdir(folder))
 
 
 def _nearby(uri: str) -> str:

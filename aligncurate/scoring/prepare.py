@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.record import Pair, Status
-from aligncurate.errors import ImageError
+from aligncurate.errors import ImageError, ShardError
 from aligncurate.images import gpu
 from aligncurate.images.decode import decode, open_image
 from aligncurate.images.preprocess import Preprocess
+from aligncurate.io import retries, storage
 from aligncurate.scoring import retry
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.scoring.timing import StageClock
@@ -92,11 +93,10 @@ class Preparer:
                 self._read_image(prepared, compare)
             except ImageError as error:
                 pair.fail(Status(error.status), str(error))
-            except (FileNotFoundError, NotADirectoryError):
-                pair.fail(Status.MISSING_IMAGE, f"there is no image {pair.image_path}")
+            except storage.TooLargeError as error:
+                pair.fail(Status.TOO_LARGE, str(error))
             except (OSError, ValueError) as error:  # ValueError: an impossible file name
-                reason = getattr(error, "strerror", None) or error
-                pair.fail(Status.READ_ERROR, f"the image cannot be read: {reason}")
+                _fail_reading(pair, error)
         if pair.conversations is not None and not text:
             who = self._options.score_text
             roles = ", ".join(dict.fromkeys(turn["role"] for turn in pair.conversations))
@@ -129,3 +129,20 @@ class Preparer:
                 prepared.pixels = decode(data, image, self._preprocesses, mode)
             if compare and mode != "exact":
                 prepared.exact_pixels = decode(data, open_image(data)[0], self._preprocesses[:1], "exact")[0]
+
+
+def _fail_reading(pair: Pair, error: OSError | ValueError) -> None:
+    """Set the status of an image that is not there, or is refused.
+
+    Raises ShardError for what a rerun may read: a fault of the disk or network, or of a file that holds many images.
+    """
+    reason = getattr(error, "strerror", None) or error
+    path = pair.image_path or ""
+    by_name = pair.image_offset is None and (storage.is_remote(path) or path.startswith("/"))
+    # An OSError without a number is about the bytes: they are not those that were scored.
+    if isinstance(error, OSError) and error.errno and (retries.is_transient(error) or not by_name):
+        raise ShardError(f"{path if by_name else pair.source}: cannot be read: {reason}") from None
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        pair.fail(Status.MISSING_IMAGE, f"there is no image {path}")
+    else:
+        pair.fail(Status.READ_ERROR, f"the image cannot be read: {reason}")

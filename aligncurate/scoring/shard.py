@@ -8,8 +8,9 @@ loaded and the one before is written. Windows begin with the shard and depend on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from aligncurate.dataset.part import PartWriter
@@ -17,6 +18,8 @@ from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.record import NOT_FAILED, Pair, Status
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.errors import ShardError
+from aligncurate.io import storage
+from aligncurate.io.retries import Stopped, is_stalled
 from aligncurate.progress import Meter
 from aligncurate.scoring import fast_against_exact
 from aligncurate.scoring.encode import Embeddings, Window, WindowEncoder
@@ -56,6 +59,7 @@ class ShardScorer:
         assert options.batch_size is not None and options.workers is not None
         self._source, self._writer, self._options, self._meter = source, writer, options, meter
         self.clock = StageClock()
+        self._done: dict[int, int] = {}  # rows by shard
         self._encoder = WindowEncoder(encoders, self.clock)
         self._preparer = Preparer(
             self._encoder.columns,
@@ -73,9 +77,30 @@ class ShardScorer:
         self._decode_pool = ThreadPoolExecutor(options.workers, thread_name_prefix="decode")
         self._encode_thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
-    def close(self) -> None:
-        self._decode_pool.shutdown(cancel_futures=True)
-        self._encode_thread.shutdown(cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads; `wait` False leaves behind what hangs."""
+        self._decode_pool.shutdown(wait, cancel_futures=True)
+        self._encode_thread.shutdown(wait, cancel_futures=True)
+
+    def seconds_left(self, shards: Sequence[Shard]) -> float | None:
+        """Seconds until the first of some shards that are being scored is done; None if that is not known."""
+        if not self._meter.rate or is_stalled():
+            return None
+        left = [rows - self._done.get(s.index, 0) for s in shards if (rows := self._rows(s)) is not None]
+        return min(left) * len(shards) / self._meter.rate if left else None
+
+    def _rows(self, shard: Shard) -> int | None:
+        """The number of pairs in a shard, if it is cheap to find out."""
+        if shard.stop is not None:
+            rows = shard.stop - shard.start
+        elif storage.is_remote(shard.uri):
+            return None
+        else:
+            try:
+                rows = self._source.count(shard, shard.limit)
+            except (OSError, ShardError):
+                return None
+        return rows if shard.limit is None else min(rows, shard.limit)
 
     def part(self, shard: Shard, check: Callable[[], None]) -> PartInfo:
         """Make and commit the part of `shard`. Raises ShardError when its file cannot be read at all."""
@@ -89,14 +114,15 @@ class ShardScorer:
                     window = self._encoder.load(pairs)
                     encoding.append((window, self._encode_thread.submit(self._encoder.encode, window)))
                     if len(encoding) == 2:
-                        self._finish(*encoding.popleft(), part, rows)
+                        self._finish(shard, *encoding.popleft(), part, rows)
                 while encoding:
                     check()
-                    self._finish(*encoding.popleft(), part, rows)
+                    self._finish(shard, *encoding.popleft(), part, rows)
             finally:
                 for _, future in encoding:
                     future.cancel()
             rows.finish()
+            self._source.check_unchanged(shard)
             smallest = self._encoder.smallest_batch
             if smallest is not None and smallest < self._batch:  # memory ran out, in this part or before it
                 part.facts["batch_size"] = smallest
@@ -112,8 +138,14 @@ class ShardScorer:
                 if pair is None:
                     return
                 yield pair
+        except (ShardError, Stopped):
+            raise
         except OSError as error:
             raise ShardError(f"{shard}: cannot be read: {error.strerror or error}") from None
+        except Exception as error:  # a fault of ours, or a file that nobody has thought of; other shards go on
+            frame = extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__}: {error}, at {frame.filename.rpartition('/')[2]}:{frame.lineno}"
+            raise ShardError(f"{shard}: cannot be read ({cause})") from error
 
     def _prepared(
         self, shard: Shard, earlier: Iterator[dict[str, Any]], check: Callable[[], None]
@@ -150,7 +182,9 @@ class ShardScorer:
         if window:
             yield window
 
-    def _finish(self, window: Window, embeddings: Future[Embeddings], part: PartWriter, rows: RowWriter) -> None:
+    def _finish(
+        self, shard: Shard, window: Window, embeddings: Future[Embeddings], part: PartWriter, rows: RowWriter
+    ) -> None:
         """Wait for a window's embeddings, then store its scores and write its rows."""
         keep = self._options.embeddings != "none"
         self._encoder.store_scores(window, embeddings.result(), part.facts, keep_embeddings=keep)
@@ -160,3 +194,4 @@ class ShardScorer:
         self._meter.skip(taken_over)
         self._meter.add(len(pairs) - taken_over, ok, sum(pair.status not in NOT_FAILED for pair in pairs))
         rows.add(pairs)
+        self._done[shard.index] = self._done.get(shard.index, 0) + len(pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -54,6 +55,7 @@ class Source(ABC):
     extras: dict[str, pa.DataType]
     notices: Sequence[str] = ()
     inline: bool = False
+    _pins: Mapping[str, dict[str, Any] | None] = MappingProxyType({})
 
     @property
     def remarks(self) -> Sequence[str]:
@@ -68,9 +70,24 @@ class Source(ABC):
         """Number of pairs in `shard`, without reading images; counting may stop at `most`."""
 
     def describe(self) -> list[dict[str, Any]]:
-        """The inputs as the manifest records them: files with their sizes, so that a changed file is noticed."""
+        """The inputs as the manifest records them: files and what tells that one has changed, see `storage.pins`."""
         uris = list(dict.fromkeys(shard.uri for shard in self.shards))
-        return [{"kind": self.kind, "files": [{"uri": uri, "bytes": _local_size(uri)} for uri in uris]}]
+        self._pins = storage.pins(uris)
+        files = [{"uri": uri, **(self._pins[uri] or {"bytes": None})} for uri in uris]
+        return [{"kind": self.kind, "files": files}]
+
+    def check_unchanged(self, shard: Shard) -> None:
+        """Raises ShardError unless the file of `shard` is the one that `describe` found."""
+        if shard.uri not in self._pins:
+            return
+        if (began := self._pins[shard.uri]) is None:
+            raise ShardError(f"{shard.uri}: it could not be looked at when the run began, so nothing of it is kept")
+        try:
+            now = storage.pin(shard.uri)
+        except OSError as error:
+            raise ShardError(f"{shard}: cannot be read: {error.strerror or error}") from None
+        if now != began:
+            raise ShardError(f"{shard.uri}: it has changed since the run began, so nothing of it is kept")
 
 
 class Sources(Source):
@@ -99,13 +116,8 @@ class Sources(Source):
     def describe(self) -> list[dict[str, Any]]:
         return [line for source in self._sources for line in source.describe()]
 
-
-def _local_size(uri: str) -> int | None:
-    """Size in bytes of a local file; None for a remote one, which would cost a request."""
-    try:
-        return None if storage.is_remote(uri) else storage.size(uri)
-    except OSError:
-        return None
+    def check_unchanged(self, shard: Shard) -> None:
+        self._sources[shard.origin].check_unchanged(shard)
 
 
 def merge_extras(schemas: Sequence[Mapping[str, pa.DataType]]) -> dict[str, pa.DataType]:

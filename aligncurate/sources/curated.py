@@ -49,7 +49,8 @@ def _pair(row: dict[str, Any]) -> Pair:
     }
     pair = Pair(**fields, extra=extra, stored=row)
     status = Status(row["status"])
-    if pointer := Pointer.of(row):
+    pointer = Pointer.of(row)
+    if pointer and (pointer.sha256 or pointer.image):  # no other pointer of a dataset from elsewhere is followed
         pair.load = pointer.read
     # Whether a conversation has text to score depends on --score-text, so it is checked again.
     again = status in IMAGE_STATUSES or (status is Status.MISSING_CAPTION and pair.conversations is not None)

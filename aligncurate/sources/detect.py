@@ -62,8 +62,11 @@ class _Inputs:
     def add(self, uri: str) -> None:
         """Add everything that `uri` stands for."""
         is_wildcard = ("*" in uri or "?" in uri) and not storage.exists(storage.absolute(uri))
-        for path in storage.expand(uri):
-            if storage.is_folder(path):
+        paths = storage.expand(uri)
+        many = len(paths) > _REMOTE_LOOKS
+        for path in paths:
+            is_known = many and storage.is_remote(path) and folders.kind_by_name(path)
+            if not is_known and storage.is_folder(path):
                 self._add_folder(path)
             elif kind := self._kind(path, self._options.format, skip=is_wildcard):
                 self._take(kind, path, skip=is_wildcard)

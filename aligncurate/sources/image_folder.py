@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from typing import Any
 
 from aligncurate.dataset.record import Status
-from aligncurate.errors import ImageError
 from aligncurate.io import storage
 from aligncurate.io.tar import readable
 from aligncurate.sources.base import Shard, cut, merge_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
 from aligncurate.sources.options import Several
 from aligncurate.sources.samples import (
-    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     Contents,
     Endings,
@@ -97,9 +97,10 @@ class ImageFolderSource(SampleSource):
     def describe(self) -> list[dict[str, Any]]:
         files = []
         for folder, groups in self._folders.items():
-            local = not storage.is_remote(folder)
-            size = sum(storage.size(file) for group in groups for file in group.values()) if local else None
-            files.append({"uri": folder, "bytes": size})
+            found = storage.pins([file for group in groups for file in group.values()])
+            size = sum((pin or {}).get("bytes") or 0 for pin in found.values())
+            digest = sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+            files.append({"uri": folder, "bytes": size, "pins_sha256": digest})
         return [{"kind": self.kind, "files": files}]
 
     def samples(self, shard: Shard, contents: Contents) -> Iterator[tuple[Sample, Mapping[str, Any]]]:
@@ -116,7 +117,7 @@ class ImageFolderSource(SampleSource):
             if readable(file) != file:  # it could not be found again by the name that the dataset keeps
                 sample.fail(Status.READ_ERROR, f"the name {readable(file)} is not UTF-8; rename the file or folder")
             if self._endings.is_image(ending):
-                sample.images[ending] = Image(file, partial(_load, file))
+                sample.images[ending] = Image(file, partial(storage.read, file, storage.MAX_IMAGE_BYTES))
                 continue
             if contents == "nothing":
                 continue
@@ -127,10 +128,3 @@ class ImageFolderSource(SampleSource):
             else:
                 sample.texts[ending] = data
         return sample
-
-
-def _load(file: str) -> bytes:
-    size = storage.size(file)
-    if size > MAX_IMAGE_BYTES:
-        raise ImageError(Status.TOO_LARGE, f"{size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
-    return storage.read(file)

@@ -91,8 +91,14 @@ class ImageRoot:
             pair.load = partial(_read_first, pair, paths)
             return
         files = files_of(paths)
-        if len(files) == 1:
-            pair.image_path, pair.load = files[0], partial(storage.read, files[0])
+        if len(files) == 1 and storage.leads_out(files[0], self.folders):
+            pair.fail(
+                Status.UNSAFE_PATH,
+                f"{shortened(files[0])} is a link to {os.path.realpath(files[0])}, outside of the image folder; "
+                "copy the file, or set --image-root to a folder above both",
+            )
+        elif len(files) == 1:
+            pair.image_path, pair.load = files[0], partial(storage.read, files[0], storage.MAX_IMAGE_BYTES)
         elif member := None if files else self._member(local):
             tar, offset, length = member
             # `source` is now the tar, so the row number of the table no longer applies.
@@ -203,7 +209,7 @@ def _read_first(pair: Pair, paths: Sequence[str]) -> bytes:
     """The bytes of the first of some remote files that exists, which becomes the pair's image."""
     for path in paths:
         with suppress(FileNotFoundError):
-            data = storage.read(path)
+            data = storage.read(path, storage.MAX_IMAGE_BYTES)
             pair.image_path = path
             return data
     raise FileNotFoundError(ENOENT, "there is no such file", paths[0])

@@ -34,5 +34,9 @@ class SourceOptions:
     )
     rows_per_shard: int = setting("Rows of a big file that go into one part.", 10_000, at_least=1)
 
+    timeout: float = setting(
+        "Seconds that a remote request may take; it is tried four times.", 30.0, recorded=False, at_least=0.1
+    )
+
     def __post_init__(self) -> None:
         check(self)

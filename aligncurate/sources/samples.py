@@ -21,9 +21,8 @@ from aligncurate.sources.coerce import as_level, as_score, infer_extras
 from aligncurate.sources.options import Several
 from aligncurate.sources.texts import with_texts, without_image
 
-MAX_IMAGE_BYTES = 1 << 29
 MAX_TEXT_BYTES = 1 << 24
-"""Largest files of a sample that are read; others give its row the status `too_large`."""
+"""Largest text file of a sample that is read; others give its row the status `too_large`."""
 
 Contents = Literal["all", "texts", "nothing"]
 """What of a sample is read: also its images, where they would take a request later; its texts; or only names."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ from aligncurate.encoders.device import scoring_environment
 from aligncurate.engines import threads
 from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings
-from aligncurate.io import storage
-from aligncurate.progress import meter, notice
+from aligncurate.io import retries, storage
+from aligncurate.progress import count, duration, meter, notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.scoring.shard import ShardScorer
 from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
@@ -71,6 +72,7 @@ class ScoreResult:
 
 def open_sources(sources: str | Path | Sequence[str | Path], options: SourceOptions) -> Source:
     """`open_source` for one or more paths or URIs."""
+    retries.set_timeout(options.timeout)
     single = isinstance(sources, (str, Path))
     return open_source([str(sources)] if single else [str(s) for s in sources], options)  # type: ignore[union-attr]
 
@@ -148,9 +150,19 @@ def make_dataset(
         progress = stack.enter_context(meter(verb, count_rows(source, shards), quiet=quiet))
         progress.skip(sum(part.rows for part in parts.values()))
         scorer = ShardScorer(source, writer, encoders, options, progress)
-        stack.callback(scorer.close)
-        outcomes = threads.run(scorer.part, todo, workers=_SHARDS)
-        failures = [Failure(str(o.shard), str(o.error)) for o in outcomes if o.result is None]
+        stack.push(lambda kind, *_: scorer.close(wait=kind is not KeyboardInterrupt))
+        failures = []
+        saved = progress.skipped
+        try:
+            finish = partial(_finish, scorer, quiet)
+            for outcome in threads.run(scorer.part, todo, workers=_SHARDS, finish=finish):
+                if outcome.result is None:
+                    failures.append(Failure(str(outcome.shard), str(outcome.error)))
+                else:
+                    saved += outcome.result.rows
+        except KeyboardInterrupt:
+            share = f"{saved:,} of {progress.total:,}" if progress.total is not None else f"{saved:,}"
+            raise KeyboardInterrupt(f"{share} pairs saved in {out}; rerun the same command to resume") from None
         dataset = None if failures else writer.finish(len(shards), **{SCORE_COUNTS: counts})
         for text in source.remarks:
             notice(text, quiet=quiet)
@@ -194,6 +206,16 @@ def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[st
         datasets = open_datasets(folders)
         return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
     return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
+
+
+def _finish(scorer: ShardScorer, quiet: bool, running: Sequence[Shard]) -> bool:
+    """Whether shards in hand are worth finishing after Ctrl-C; says so."""
+    seconds = scorer.seconds_left(running)
+    if seconds is None or seconds > threads.GRACE:
+        return False
+    what = count(len(running), "shard")
+    notice(f"finishing {what} in hand (about {duration(seconds)}); press Ctrl-C again to stop now.", quiet=quiet)
+    return True
 
 
 def nothing_to_do(dataset: Dataset) -> ScoreResult:

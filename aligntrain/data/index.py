@@ -134,7 +134,7 @@ class Index:
         """The original bytes of the sample's image, None without image. Raises OSError when they cannot be read."""
         batch, row = self._at(number)
         pointer = Pointer.of({name: batch[name][row].as_py() for name in POINTER_COLUMNS})
-        return pointer.read() if pointer else None
+        return pointer.read(needs_sha256=False) if pointer else None  # the index is ours
 
     def _at(self, number: int) -> tuple[pa.RecordBatch, int]:
         """The batch with a sample, and its row there; a slice of the table would look through all batches."""

@@ -98,7 +98,9 @@ def test_faults_of_a_remote_file_system_are_os_errors(faulty, name) -> None:
 
 
 @pytest.mark.parametrize("call", [storage.read, lines], ids=["read", "lines"])
-def test_faults_while_a_remote_file_is_read_are_os_errors(faulty, call) -> None:
+def test_faults_while_a_remote_file_is_read_are_os_errors(faulty, monkeypatch, call) -> None:
+    monkeypatch.setattr(_Faulty, "content", b"line\n" * 100_000)
+    monkeypatch.setattr(_Breaking, "lost", range(1 << 18, sys.maxsize))
     with pytest.raises(OSError, match=r"^faulty://open: its file system failed \(RuntimeError: connection lost\)$"):
         call("faulty://open")
     with storage.open_file("faulty://open") as file:  # what can be read is read

@@ -1,0 +1,173 @@
+"""Files that are read through fsspec (s3://, gs://, https://, memory://, …)."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from aligncurate.errors import UserError
+from aligncurate.io import retries
+
+Value = TypeVar("Value")
+
+_MOST = 1 << 23  # bytes of one request, which must be there within the time-out
+_BUFFER = 1 << 16
+_TIMES = ("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
+
+
+def request(uri: str, call: Callable[[Any, str], Value]) -> Value:
+    """`call(file system, path in it)`, retried. Raises OSError, and UserError for an unknown kind of file system."""
+    return retries.remote(uri, lambda: call(*_filesystem(uri)))
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    try:
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{uri}: {str(error).rstrip('.')}.") from None
+
+
+def info(uri: str, *, fresh: bool = False) -> dict[str, Any]:
+    """What the file system says of a file or folder; `fresh`: not from its cache."""
+
+    def look(filesystem: Any, path: str) -> dict[str, Any]:
+        if fresh:
+            filesystem.invalidate_cache(path.rpartition("/")[0])
+        found: dict[str, Any] = filesystem.info(path)
+        return found
+
+    return request(uri, look)
+
+
+def is_folder(uri: str) -> bool:
+    """Whether `uri` is a folder; of web servers, a page that links to files."""
+    found = info(uri)
+    if not uri.startswith(("http://", "https://")):
+        return bool(found["type"] == "directory")
+    if not (uri.endswith("/") or found.get("mimetype") == "text/html"):
+        return False
+    return bool(entries(uri))
+
+
+def entries(folder: str) -> list[dict[str, Any]]:
+    """What is in a folder: `name`, `type`, and what else the file system tells of each."""
+    return request(folder, lambda filesystem, path: list(filesystem.ls(path, detail=True)))
+
+
+def pin_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what a file system says of a file, that which tells that it has changed."""
+    etag = found.get("ETag") or found.get("etag")
+    if etag:
+        return {"bytes": found.get("size"), "etag": str(etag).strip('"')}  # listings may lack the quotes
+    modified = next((str(found[name]) for name in _TIMES if found.get(name)), None)
+    return {"bytes": found.get("size"), "modified": modified}
+
+
+def pins_in_folders(uris: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The pins of those files that lie, several together, in a folder that can be listed."""
+    folders: dict[str, dict[str, str]] = {}
+    for uri in uris:
+        folder, _, name = uri.rpartition("/")
+        if not uri.startswith(("http://", "https://")):  # a page of links has no pins
+            folders.setdefault(folder, {})[name] = uri
+    found = {}
+    for folder, names in folders.items():
+        if len(names) > 1:
+            try:
+                listing = entries(folder)
+            except OSError:  # there may be no right to list it; then each file is asked for
+                continue
+            for entry in listing:
+                name = entry["name"].rpartition("/")[2]
+                if name in names:
+                    found[names[name]] = pin_of(entry)
+    return found
+
+
+def read_range(uri: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`, or fewer if the file ends before. Raises OSError."""
+    pieces = []
+    for start in range(offset, offset + length, _MOST):
+        size = min(_MOST, offset + length - start)
+        piece = request(uri, lambda filesystem, path: _piece(filesystem, path, start, size))  # noqa: B023, called here
+        pieces.append(piece)
+        if len(piece) < size:
+            break
+    return b"".join(pieces)
+
+
+def _piece(filesystem: Any, path: str, start: int, size: int) -> bytes:
+    data: bytes = filesystem.cat_file(path, start=start, end=start + size)
+    if len(data) > size:  # a server without ranges sends the whole file
+        data = data[start : start + size]
+    if len(data) < size and start + size <= (filesystem.info(path).get("size") or 0):
+        raise ConnectionError(f"only {len(data)} of {size} bytes arrived")
+    return data
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file, opened again at the same place after a fault. All its errors are OSErrors."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._position = 0
+        self._length: int | None = None
+        self._file: Any = request(uri, self._open)
+
+    def _open(self, filesystem: Any, path: str) -> Any:
+        file = filesystem.open(path, "rb")
+        length = file.size if hasattr(file, "size") else filesystem.info(path).get("size")
+        if self._length not in (None, length):
+            raise OSError(errno.EINVAL, f"{self._uri}: the file was replaced while it was read")
+        self._length = length
+        return file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._length is None:
+            raise OSError(errno.ESPIPE, f"{self._uri}: the server does not tell its size")
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length or 0}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), _MOST)
+        data = request(self._uri, lambda filesystem, path: self._read(filesystem, path, wanted))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, filesystem: Any, path: str, wanted: int) -> bytes:
+        # Kept only if reading succeeds: after a time-out, the thread that was left behind may still use it.
+        file, self._file = self._file or self._open(filesystem, path), None
+        if file.tell() != self._position:
+            file.seek(self._position)
+        data: bytes = file.read(wanted)
+        if not data and self._position < (self._length or 0):
+            raise ConnectionError(f"the file ended after {self._position} of {self._length} bytes")
+        self._file = file
+        return data
+
+    def close(self) -> None:
+        if not self.closed and self._file is not None:
+            with suppress(Exception):
+                self._file.close()
+        super().close()
+
+
+def open_file(uri: str) -> BinaryIO:
+    """Open for reading. Opening and reading raise OSError."""
+    return cast("BinaryIO", io.BufferedReader(_RemoteFile(uri), _BUFFER))

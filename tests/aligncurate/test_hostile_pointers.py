@@ -1,0 +1,186 @@
+"""Datasets and tables from elsewhere: no pointer without its sha256, no link out of the folder, only regular files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import aligncurate
+from aligncurate.dataset.pointers import Pointer, read_images
+from aligncurate.io import storage
+from tests.support.inputs import cli, jpeg, pairs, write_tar
+
+
+def ingested(folder: Path, *sources: Path) -> pl.DataFrame:
+    assert cli("ingest", *sources, "--out", folder).exit_code == 0
+    return pl.read_parquet(sorted(folder.rglob("part-*.parquet")))
+
+
+@pytest.mark.parametrize("path", ["/proc/self/environ", "/etc/hostname", "secret"])
+def test_a_pointer_without_sha256_is_not_followed(tmp_path, path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(jpeg(3))
+    target = str(secret) if path == "secret" else path
+    row = {"source": "x.csv", "image_path": target, "image_offset": None, "image_length": None, "row": 0}
+    for sha256 in (None, bytes(32)):
+        with pytest.raises(OSError, match="no sha256" if sha256 is None else "not the one that was scored"):
+            Pointer.of(row | {"sha256": sha256}).read()
+        assert isinstance(next(iter(read_images([row | {"sha256": sha256}]))), OSError)
+    in_tar = row | {"source": str(secret), "image_path": "a.jpg", "image_offset": 0, "image_length": 100}
+    neighbour = in_tar | {"image_offset": 100}
+    assert all(isinstance(data, OSError) for data in read_images([in_tar | {"sha256": None}] * 2))
+    assert all(isinstance(data, OSError) for data in read_images([r | {"sha256": None} for r in (in_tar, neighbour)]))
+
+
+def test_a_foreign_row_without_sha256_is_neither_scored_nor_exported(tmp_path) -> None:
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(jpeg(3))
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "c.csv").write_text("image,caption\nx.jpg,one\nx.jpg,two\n")
+    ingested(tmp_path / "foreign", tmp_path / "c.csv")
+    part = next((tmp_path / "foreign").rglob("part-*.parquet"))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(part)
+    rows = table.to_pylist()
+    rows[1] |= {"image_path": str(secret), "sha256": None}
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), part)
+    for file in (tmp_path / "foreign").rglob("*.json"):  # the forger fits the digests
+        text = json.loads(file.read_text())
+        assert isinstance(text, dict)
+    exported = cli("export", tmp_path / "foreign", "--out", tmp_path / "tars", "--workers", 1)
+    assert jpeg(3) not in b"".join(f.read_bytes() for f in (tmp_path / "tars").rglob("*.tar")), exported.output
+    cli("ingest", tmp_path / "foreign", "--out", tmp_path / "again", "--embed-images")
+    again = b"".join(f.read_bytes() for f in (tmp_path / "again").rglob("part-*.parquet"))
+    assert jpeg(3) not in again
+
+
+def test_links_out_of_the_image_folder_are_not_followed(tmp_path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "o.jpg").write_bytes(jpeg(1))
+    (inside / "a.jpg").write_bytes(jpeg(2))
+    (inside / "link.jpg").symlink_to("a.jpg")
+    (inside / "leads.jpg").symlink_to(outside / "o.jpg")
+    (inside / "sub").symlink_to(outside)
+    (inside / "c.csv").write_text("image,caption\na.jpg,1\nlink.jpg,2\nleads.jpg,3\nsub/o.jpg,4\n")
+    rows = ingested(tmp_path / "data", inside / "c.csv")
+    assert rows["status"].to_list() == ["ok", "ok", "unsafe_path", "unsafe_path"]
+    assert "is a link to" in rows["error"][2]
+
+
+def test_links_within_a_hub_cache_are_followed(tmp_path) -> None:
+    repository = tmp_path / "datasets--me--cats"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs/0123").write_bytes(jpeg(1))
+    folder = repository / "snapshots/abc"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").symlink_to("../../blobs/0123")
+    (folder / "b.jpg").symlink_to("/etc/hostname")
+    (folder / "c.csv").write_text("image,caption\na.jpg,1\nb.jpg,2\n")
+    assert ingested(tmp_path / "data", folder / "c.csv")["status"].to_list() == ["ok", "unsafe_path"]
+
+
+def test_only_regular_files_are_opened(tmp_path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "socket.jpg"))
+    (tmp_path / "folder.jpg").mkdir()
+    for path in (*tmp_path.iterdir(), Path("/dev/zero"), Path("/dev/null")):
+        for read in (storage.read, storage.open_file, lambda uri: storage.read_range(uri, 0, 10)):
+            with pytest.raises(OSError) as found:
+                read(str(path))
+            assert found.value.errno in (errno.EINVAL, errno.EISDIR)
+    (tmp_path / "c.csv").write_text("image,caption\nfifo.jpg,1\nsocket.jpg,2\nfolder.jpg,3\n")
+    rows = ingested(tmp_path / "data", tmp_path / "c.csv")
+    assert len(rows) == 3 and not set(rows["status"]) & {"ok"}
+    listening.close()
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(storage, "MAX_IMAGE_BYTES", 10_000)
+    with (tmp_path / "big.jpg").open("wb") as file:
+        file.truncate(1 << 40)  # sparse: reading it would end in MemoryError
+    (tmp_path / "c.csv").write_text("image,caption\nbig.jpg,1\n")
+    rows = ingested(tmp_path / "data", tmp_path / "c.csv")
+    assert rows["status"].to_list() == ["too_large"]
+    with pytest.raises(OSError, match="ends after"):  # a pointer that claims more than there is takes no memory
+        storage.read_range(str(tmp_path / "c.csv"), 0, 1 << 50)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_failing_disk_fails_the_shard_and_a_rerun_reads_it(tmp_path, monkeypatch, number) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "c.csv").write_text("image,caption\nx.jpg,one\nnone.jpg,two\n")
+    real, failing = os.open, [True]
+
+    def fails(path, *arguments, **options):
+        if failing[0] and str(path).endswith("x.jpg"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fails)
+    result = cli("ingest", tmp_path / "c.csv", "--out", tmp_path / "data")
+    assert result.exit_code == 1 and "x.jpg: cannot be read" in result.output
+    failing[0] = False
+    assert ingested(tmp_path / "data", tmp_path / "c.csv")["status"].to_list() == ["ok", "missing_image"]
+
+
+@pytest.mark.parametrize("how", ["vanishes", "is replaced", "is touched"])
+def test_a_tar_that_changes_while_it_is_scored_fails_its_shard(tmp_path, monkeypatch, how) -> None:
+    tar, other = write_tar(tmp_path / "a.tar", pairs(20)), write_tar(tmp_path / "b.tar", pairs(3, 20))
+    from aligncurate.scoring import prepare
+
+    real, seen = prepare.Preparer.prepare, []
+
+    def meddle(self, pair, *arguments):
+        if pair.key == "s5" and not seen:
+            seen.append(pair.key)
+            if how == "vanishes":
+                tar.unlink()
+            elif how == "is replaced":
+                write_tar(tmp_path / "new", pairs(20, 1)).replace(tar)
+            else:
+                os.utime(tar, ns=(1, 1))
+        return real(self, pair, *arguments)
+
+    monkeypatch.setattr(prepare.Preparer, "prepare", meddle)
+    run = aligncurate.ingest([tar, other], tmp_path / "data", quiet=True)
+    assert run.dataset is None and [Path(failure.shard).name for failure in run.failures] == ["a.tar"]
+    assert [p.name for p in sorted((tmp_path / "data").rglob("part-*.parquet"))] == ["part-00001.parquet"]
+
+
+def test_a_local_file_that_changed_between_runs_is_refused_by_name(tmp_path) -> None:
+    a, b = write_tar(tmp_path / "a.tar", pairs(3)), tmp_path / "b.tar"
+    b.write_bytes(b"no tar")
+    uris = [a, b, write_tar(tmp_path / "c.tar", pairs(1, 9))]
+    assert cli("ingest", *uris, "--format", "webdataset", "--out", tmp_path / "data").exit_code == 1
+    data = a.read_bytes().replace(b"caption 1", b"caption X")  # same size
+    a.write_bytes(data)
+    result = cli("ingest", *uris, "--format", "webdataset", "--out", tmp_path / "data")
+    assert result.exit_code == 2 and "a.tar has changed since" in result.output, result.output
+
+
+def test_a_bug_in_a_source_fails_its_shard_and_names_its_place(tmp_path, monkeypatch) -> None:
+    from aligncurate.sources.webdataset import WebDatasetSource
+
+    tars = [write_tar(tmp_path / f"{i}.tar", pairs(2, 2 * i)) for i in range(2)]
+    real = WebDatasetSource.read
+
+    def broken(self, shard):
+        yield from real(self, shard)
+        if shard.index == 0:
+            raise KeyError("surprise")
+
+    monkeypatch.setattr(WebDatasetSource, "read", broken, raising=False)
+    run = aligncurate.ingest(tars, tmp_path / "data", quiet=True)
+    assert [Path(failure.shard).name for failure in run.failures] == ["0.tar"]
+    assert "KeyError: 'surprise', at test_hostile_pointers.py:" in run.failures[0].error
