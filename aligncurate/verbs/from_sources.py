@@ -190,7 +190,7 @@ def find_finished(
     now |= {"inputs": json.loads(json.dumps(source.describe())), "schema_version": SCHEMA_VERSION}
     if any(dataset.manifest[name] != value for name, value in now.items()):
         return None
-    if dataset.manifest["written_with"].get("aligncurate") != __version__ or not dataset.is_whole():
+    if dataset.manifest.get("written_with", {}).get("aligncurate") != __version__ or not dataset.is_whole():
         return None
     return None if retry_errors and any(part.failed for part in dataset.parts) else dataset
 
