@@ -104,7 +104,7 @@ def test_a_changed_input_is_refused(tmp_path, image) -> None:
     aligncurate.bucket(first, tmp_path / "out", quiet=True)
     second = dataset_of(tmp_path / "b", image, [0.1, 0.25])
     with pytest.raises(
-        UserError, match=r"b/in has been added; .*; \d of 7 thresholds changed because the scores differ\)"
+        UserError, match=r"b/in has been added.*; .*; \d of 7 thresholds changed because the scores differ\)"
     ):
         aligncurate.bucket(second, tmp_path / "out", quiet=True)
 

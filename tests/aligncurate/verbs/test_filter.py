@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import aligncurate
@@ -15,6 +16,7 @@ from aligncurate.demo.scenes import write_tars
 from aligncurate.errors import UserError
 from aligncurate.levels import Counts
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.filter import compact
 from aligncurate.verbs.filter.compact import regroup
 from aligncurate.verbs.filter.images import OnePerImage
 from aligncurate.verbs.filter.sample import row_hashes, smallest
@@ -360,3 +362,18 @@ def test_metadata_of_datacomp_is_filtered_to_uids(tmp_path) -> None:
     assert aligncurate.inspect(dataset, score_column="clip_score").scored == 50
     kept = aligncurate.filter(dataset, tmp_path / "m", min_score=0.2, score_column="clip_score", quiet=True)
     assert kept.rows == int((frame["clip_score"].to_numpy() >= np.float32(0.2)).sum())
+
+
+def test_parts_of_many_row_groups(tmp_path, levelled, monkeypatch) -> None:
+    monkeypatch.setattr(compact, "ROWS_PER_GROUP", 30)
+    grouped = aligncurate.filter(levelled, tmp_path / "grouped", levels="1-8", rows_per_part=400, quiet=True)
+    assert [pq.read_metadata(file).num_row_groups for file in grouped.files] == [14, 14, 6]
+    for size in (None, 1, 45, 399):
+        kept = aligncurate.filter(
+            grouped, tmp_path / f"{size}", where="licence = 'cc0'", rows_per_part=size, quiet=True
+        )
+        expected = rows(levelled).filter((pl.col("licence") == "cc0") & pl.col("level").is_not_null())
+        assert rows(kept).equals(expected)
+        counts = kept.score_counts("score")
+        assert counts is not None
+        assert (counts.bins == Counts.of([expected["score"].to_numpy()]).bins).all()

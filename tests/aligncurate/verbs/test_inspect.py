@@ -142,7 +142,8 @@ def test_mismatched_encodes_again_where_there_are_no_embeddings(folder, tmp_path
     assert stored is not None and encoded is not None
     assert encoded.pairs == stored.pairs
     assert encoded.mean == pytest.approx(stored.mean, abs=1e-3)
-    aligncurate.ingest(folder / "plain", tmp_path / "raw", quiet=True)  # keeps the scores, forgets the encoder
+    aligncurate.export(folder / "plain", tmp_path / "shards", quiet=True)  # with scores, but without their encoder
+    aligncurate.ingest(tmp_path / "shards", tmp_path / "raw", quiet=True)
     assert "does not say which encoder" in complaint(cli("inspect", tmp_path / "raw", "--mismatched"))
     manifest = json.loads((folder / "plain/manifest.json").read_text())
     manifest["encoder"] |= {"model": "ViT-B-32", "pretrained": "mine.safetensors"}
