@@ -94,8 +94,8 @@ class ImageRoot:
         if len(files) == 1 and storage.leads_out(files[0], self.folders):
             pair.fail(
                 Status.UNSAFE_PATH,
-                f"{shortened(files[0])} is a link to {os.path.realpath(files[0])}, outside of the image folder; "
-                "copy the file, or set --image-root to a folder above both",
+                f"{shortened(files[0])} is a link to {os.path.realpath(files[0])}, outside of the image folder; copy "
+                "the file, or set --image-root to a folder above both",
             )
         elif len(files) == 1:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0], storage.MAX_IMAGE_BYTES)

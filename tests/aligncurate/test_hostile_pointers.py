@@ -14,7 +14,7 @@ import pytest
 import aligncurate
 from aligncurate.dataset.pointers import Pointer, read_images
 from aligncurate.io import storage
-from tests.support.inputs import cli, jpeg, pairs, write_tar
+from tests.support.inputs import cli, jpeg, pairs, tar_bytes, write_tar
 
 
 def ingested(folder: Path, *sources: Path) -> pl.DataFrame:
@@ -160,7 +160,7 @@ def test_a_tar_that_changes_while_it_is_scored_fails_its_shard(tmp_path, monkeyp
 
 def test_a_local_file_that_changed_between_runs_is_refused_by_name(tmp_path) -> None:
     a, b = write_tar(tmp_path / "a.tar", pairs(3)), tmp_path / "b.tar"
-    b.write_bytes(b"no tar")
+    b.write_bytes(tar_bytes([("noending", b"x")]))
     uris = [a, b, write_tar(tmp_path / "c.tar", pairs(1, 9))]
     assert cli("ingest", *uris, "--format", "webdataset", "--out", tmp_path / "data").exit_code == 1
     data = a.read_bytes().replace(b"caption 1", b"caption X")  # same size

@@ -111,7 +111,7 @@ def test_damage_fails_only_its_own_row(tmp_path) -> None:
 def test_rows_of_every_kind_beside_each_other(tmp_path) -> None:
     rows = tar_rows(tmp_path / "a.tar", [3000] * 4)
     (tmp_path / "image.jpg").write_bytes(b"a file of its own")
-    alone = row(str(tmp_path), str(tmp_path / "image.jpg"), None, None, None)
+    alone = row(str(tmp_path), str(tmp_path / "image.jpg"), None, None, hashlib.sha256(b"a file of its own").digest())
     # An embedded image may keep the pointer to where it came from.
     embedded = rows[1] | {"image": b"embedded", "sha256": hashlib.sha256(b"embedded").digest()}
     none = row("text.json", None, None, None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -78,12 +80,12 @@ def test_batches_are_bounded_in_bytes(dataset, monkeypatch) -> None:
 
 @pytest.mark.parametrize("order", [range(20), range(19, -1, -1), [5, 5, 19, 0, 7]])
 def test_images_of_one_row_group_are_read_in_any_order(order, tmp_path, monkeypatch) -> None:
-    from aligncurate.dataset import pointers
-
-    monkeypatch.setattr(pointers, "_BATCH_BYTES", 3_000)
+    monkeypatch.setattr("aligncurate.io.parquet._BATCH_BYTES", 3_000)
     images = [jpeg(number) for number in range(20)]
     pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=10)
-    rows = [Pointer(str(tmp_path / "a.parquet"), "image", -1, 0, row, None, None) for row in order]
+    rows = [
+        Pointer(str(tmp_path / "a.parquet"), "image", -1, 0, row, sha256(images[row]).digest(), None) for row in order
+    ]
     assert [pointer.read() for pointer in rows] == [images[row] for row in order]
     beyond = {"source": str(tmp_path / "a.parquet"), "image_path": "image", "image_offset": None, "row": 20}
     assert isinstance(next(read_images([beyond])), OSError)
