@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from aligncurate.errors import UserError
+from aligncurate.io.files import refuse_remote
 from aligncurate.settings import check, check_names, setting
 from aligncurate.sources.options import Format
 
@@ -193,6 +194,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        refuse_remote(Path(self.out))
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise UserError(f"--{name} 1: use a number below 1.")

@@ -118,7 +118,7 @@ def test_a_shard_that_takes_long_is_not_finished(tmp_path) -> None:
 def test_a_remote_output_folder_is_refused(tmp_path, monkeypatch, verb, out) -> None:
     monkeypatch.chdir(tmp_path)
     tar = write_tar(tmp_path / "a.tar", pairs(1))
-    words = ["train", "pretrain", "--data", tar] if verb == "train" else ["ingest", tar]
+    words = ["train", "pretrain", tar] if verb == "train" else ["ingest", tar]
     result = cli(*words, "--out", out)
     assert result.exit_code == 2, result.output
     assert f"--out {out}: only local folders can be written" in result.output
