@@ -6,6 +6,7 @@ import errno
 import io
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -64,8 +65,15 @@ def pin_of(found: dict[str, Any]) -> dict[str, Any]:
     etag = found.get("ETag") or found.get("etag")
     if etag:
         return {"bytes": found.get("size"), "etag": str(etag).strip('"')}  # listings may lack the quotes
-    modified = next((str(found[name]) for name in _TIMES if found.get(name)), None)
-    return {"bytes": found.get("size"), "modified": modified}
+    modified = next((found[name] for name in _TIMES if found.get(name)), None)
+    return {"bytes": found.get("size"), "modified": _moment(modified)}
+
+
+def _moment(time: Any) -> str | None:
+    """A time in one form: some file systems list it as a number and say it of one file as a date."""
+    if isinstance(time, int | float):
+        time = datetime.fromtimestamp(time, UTC)
+    return time.astimezone(UTC).isoformat() if isinstance(time, datetime) else time
 
 
 def pins_in_folders(uris: Sequence[str]) -> dict[str, dict[str, Any]]:
