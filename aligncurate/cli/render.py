@@ -267,7 +267,7 @@ def after_export(format: str, dataset: Dataset, out: Path) -> str:
         folders = " ".join(shlex.quote(str(each)) for each in dataset.folders)
         return f"aligncurate filter {folders} --uids {uids} --out SUBSET"
     if dataset.levels:
-        return f"aligncurate train pretrain {folder} --out MODEL"
+        return f"aligncurate train pretrain {folder} --llm LLM --vision TOWER --out MODEL"
     return f"aligncurate score {folder} --out SCORED"
 
 

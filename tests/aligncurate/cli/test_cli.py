@@ -201,7 +201,7 @@ def test_the_next_steps_run_as_they_are_printed(tmp_path, monkeypatch) -> None:
         words[-1] = f"out {number}"
         result = run(*words[1:])
         assert result.exit_code == 0, result.output
-    assert "next: aligncurate train pretrain 'out 2' --out MODEL" in result.stdout
+    assert "next: aligncurate train pretrain 'out 2' --llm LLM --vision TOWER --out MODEL" in result.stdout
     result = run("export", "out 1", "--out", "u", "--format", "datacomp-uids")
     assert "next: aligncurate filter 'out 1' --uids u/uids.npy --out SUBSET" in result.stdout
     assert str(tmp_path) not in result.stdout
