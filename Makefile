@@ -1,19 +1,23 @@
 # Two commands on a fresh machine with Python 3.11 or newer and make:
 #   make demo   sets everything up and runs the whole job on built-in data, offline once installed
 #   make test   sets everything up with the test tools and checks everything
+# and make test-long, about an hour: damages thousands of inputs at random; its results are in tests/fuzz/results.json
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-long lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/aligncurate demo --out demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m tests.fuzz --cases 10000 --save
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
