@@ -137,3 +137,13 @@ def test_an_input_that_cannot_be_used(tmp_path, name, data, sentence) -> None:
     found = complaint(cli("ingest", tmp_path / name, "--out", tmp_path / "out"))
     assert found.startswith(str(tmp_path / name)) and pl.Series([found]).str.contains(sentence).all(), found
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_fields_with_half_characters_stay_apart(tmp_path) -> None:
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    fields = r'"\ud800": "x", "\ud801": "y", "k": {"\udfff": 1, "\udffe": 2}'
+    (tmp_path / "a.json").write_text(f'[{{"image": "0.jpg", "caption": "c", {fields}}}]')
+    frame = ingested(tmp_path / "a.json", tmp_path / "out")
+    kept = json.loads(frame["extra"][0])
+    assert kept == {r"\ud800": "x", r"\ud801": "y", "k": {r"\udfff": 1, r"\udffe": 2}} and statuses(frame) == ["ok"]
+    assert ingested(tmp_path / "out", tmp_path / "again").equals(frame)
