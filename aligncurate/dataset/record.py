@@ -202,8 +202,10 @@ def _split_extra(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
             rest[name] = value
     if rest:
         text = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=_as_text)
-        # Kept apart, so that two names stay two, and not as JSON's own escape, which many readers refuse.
-        columns[EXTRA] = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):x}", text)
+        if _SURROGATE.search(text):  # kept as text, so that two names stay two: many readers refuse JSON's own escape
+            text = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):x}", text)
+            text = json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True)
+        columns[EXTRA] = text
     return columns
 
 

@@ -250,7 +250,7 @@ class Dataset(Target):
             "bucket": lambda: rows(aligncurate.bucket(data, out / "bucketed", levels=2, quiet=True)),
             "inspect": lambda: aligncurate.inspect(data).rows,
             "export": lambda: aligncurate.export(data, out / "tars", quiet=True).rows,
-            "rescore": lambda: aligncurate.ingest(str(data), out / "again", quiet=True).rows,
+            "ingest": lambda: ingest(data, out / "again"),
         }
         results: dict[str, Any] = {}
         for name, verb in verbs.items():
