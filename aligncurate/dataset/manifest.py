@@ -123,7 +123,9 @@ def _check(manifest: Mapping[str, Any], file: Path) -> None:
     parts = [PartInfo.from_json(line) for line in take_objects(manifest, "parts")]
     if len({part.name for part in parts}) < len(parts):
         raise ValueError("a part is listed twice")
-    take({"columns": {}, **manifest}, "columns", dict)
+    columns = take({"columns": {}, **manifest}, "columns", dict)
     if "arrow_schema" in manifest:
         take(manifest, "arrow_schema", str)
-    arrow_schema(manifest)
+    schema = arrow_schema(manifest)
+    if schema is not None and set(schema.names) != columns.keys():
+        raise ValueError("columns and arrow_schema name different columns")

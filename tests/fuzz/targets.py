@@ -251,7 +251,7 @@ class Dataset(Target):
             "bucket": lambda: rows(aligncurate.bucket(data, out / "bucketed", levels=2, quiet=True)),
             "inspect": lambda: aligncurate.inspect(data).rows,
             "export": lambda: aligncurate.export(data, out / "tars", quiet=True).rows,
-            "ingest": lambda: ingest(data, out / "again"),
+            "ingest": lambda: _rows(ingest(data, out / "again")),
         }
         results: dict[str, Any] = {}
         for name, verb in verbs.items():
@@ -261,6 +261,11 @@ class Dataset(Target):
                 check_sentence(str(error))
                 results[name] = None
         return results
+
+
+def _rows(frame: pl.DataFrame | None) -> int | None:
+    """How many rows there are; None if their part was refused."""
+    return None if frame is None else len(frame) or None
 
 
 class Training(Target):
