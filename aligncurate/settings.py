@@ -216,10 +216,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             if value in choices(kind):
                 return value
         elif kind is str and isinstance(value, Path):
-            return str(value)
+            return _typed(name, kind, str(value))
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         elif origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            if isinstance(value, str) and value != (text := value.encode("utf-8", "replace").decode()):
+                raise UserError(f"{option_name(name)} {text}: this is not UTF-8.")
             return value
     shown = value if isinstance(value, (str, int, float)) else repr(value)
     raise UserError(f"{option_name(name)} {shown}: use {_describe(kind)}.")

@@ -60,9 +60,14 @@ def options_digest(head: Mapping[str, Any]) -> str:
 
 
 def arrow_schema(manifest: Mapping[str, Any]) -> pa.Schema | None:
-    """The schema of the parts; None if an earlier version wrote the manifest."""
+    """The schema of the parts; None if an earlier version wrote the manifest. Raises ValueError if it is damaged."""
     text = manifest.get("arrow_schema")
-    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text))) if text is not None else None
+    if text is None:
+        return None
+    try:
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+    except (OSError, pa.ArrowException) as error:  # Arrow's errors of reading are OSErrors
+        raise ValueError(f"arrow_schema: {error}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -118,7 +123,9 @@ def _check(manifest: Mapping[str, Any], file: Path) -> None:
     parts = [PartInfo.from_json(line) for line in take_objects(manifest, "parts")]
     if len({part.name for part in parts}) < len(parts):
         raise ValueError("a part is listed twice")
-    take({"columns": {}, **manifest}, "columns", dict)
+    columns = take({"columns": {}, **manifest}, "columns", dict)
     if "arrow_schema" in manifest:
         take(manifest, "arrow_schema", str)
-    arrow_schema(manifest)
+    schema = arrow_schema(manifest)
+    if schema is not None and set(schema.names) != columns.keys():
+        raise ValueError("columns and arrow_schema name different columns")

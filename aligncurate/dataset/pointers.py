@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.io.parquet import PAGE_BUFFER, PARQUET_ERRORS, batches, open_parquet
+from aligncurate.io.parquet import PARQUET_ERRORS, batches, open_parquet, page_buffer
 
 POINTER_COLUMNS = ("source", "image_path", "image_offset", "image_length", "row", "sha256")
 """The columns that `Pointer.of` needs; with embedded images also `image`."""
@@ -175,9 +175,9 @@ def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
 class _ImageGroup:
     """The images of a row group, of which one batch is in memory; reading backwards starts the group again."""
 
-    def __init__(self, uri: str, column: str, group: int) -> None:
-        self._place = uri, column, group
-        self._batches = _image_batches(uri, column, group)
+    def __init__(self, uri: str, column: str, group: int, size: int) -> None:
+        self._place = uri, column, group, size
+        self._batches = _image_batches(*self._place)
         self._batch, self._start = pa.nulls(0), 0
 
     def __getitem__(self, row: int) -> Any:
@@ -193,8 +193,8 @@ class _ImageGroup:
         return self._batch[row - self._start].as_py()
 
 
-def _image_batches(uri: str, column: str, group: int) -> Iterator[pa.Array]:
-    with open_parquet(uri, buffer_size=PAGE_BUFFER) as file:
+def _image_batches(uri: str, column: str, group: int, size: int) -> Iterator[pa.Array]:
+    with open_parquet(uri, buffer_size=page_buffer(size)) as file:
         for _, batch in batches(file, group, 0, [column]):
             if isinstance(batch, str):
                 raise OSError(batch)
@@ -202,8 +202,8 @@ def _image_batches(uri: str, column: str, group: int) -> Iterator[pa.Array]:
 
 
 @lru_cache(maxsize=2)
-def _image_group(uri: str, mark: object, column: str, group: int) -> _ImageGroup:
-    return _ImageGroup(uri, column, group)
+def _image_group(uri: str, mark: object, column: str, group: int, size: int) -> _ImageGroup:
+    return _ImageGroup(uri, column, group, size)
 
 
 class _RowGroups:
@@ -263,12 +263,12 @@ def _group_ends(uri: str, mark: object) -> tuple[list[int], list[int]]:
         return list(accumulate(group.num_rows for group in groups)), [group.total_byte_size for group in groups]
 
 
-def _cell(uri: str, mark: object, column: str, group: int, row: int, *, small: bool) -> Any:
-    if small:
+def _cell(uri: str, mark: object, column: str, group: int, row: int, size: int) -> Any:
+    if size <= _AT_ONCE:
         with suppress(UserError, *PARQUET_ERRORS):  # of a damaged row group, the rows before the damage are read
             return _row_groups.read(uri, mark, column, group)[row].as_py()
     with _reading:
-        return _image_group(uri, mark, column, group)[row]
+        return _image_group(uri, mark, column, group, size)[row]
 
 
 def _read_cell(uri: str, column: str, row: int) -> bytes:
@@ -278,7 +278,7 @@ def _read_cell(uri: str, column: str, row: int) -> bytes:
         ends, sizes = _group_ends(uri, mark)
         group = bisect_right(ends, row)
         first = ends[group - 1] if group else 0
-        images = images_in(_cell(uri, mark, column, group, row - first, small=sizes[group] <= _AT_ONCE))
+        images = images_in(_cell(uri, mark, column, group, row - first, sizes[group]))
     except (UserError, KeyError, IndexError, pa.ArrowException) as error:
         raise OSError(f"{uri}: column {column}, row {row}: {error}") from None
     if len(images) != 1 or not isinstance(images[0], bytes):

@@ -16,6 +16,7 @@ from aligncurate.dataset.manifest import MANIFEST, read_manifest
 from aligncurate.dataset.part import open_part, row_groups
 from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo
 from aligncurate.errors import UserError
+from aligncurate.io.files import check_name
 from aligncurate.levels import Counts
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Dataset:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_name(str(self.path.absolute()))  # polars and the manifests of its children could not have it
         file = self.path / MANIFEST
         if not file.is_file():
             if self.path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -200,8 +201,15 @@ def _split_extra(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
         elif value is not None:
             rest[name] = value
     if rest:
-        columns[EXTRA] = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=_as_text)
+        text = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=_as_text)
+        if _SURROGATE.search(text):  # kept as text, so that two names stay two: many readers refuse JSON's own escape
+            text = _SURROGATE.sub(lambda found: rf"\\u{ord(found[0]):x}", text)
+            text = json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True)
+        columns[EXTRA] = text
     return columns
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _as_text(value: Any) -> str:

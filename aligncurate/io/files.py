@@ -25,8 +25,21 @@ _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]") 
 warned_no_locks = False  # one notice per process is enough
 
 
+def readable(name: str) -> str:
+    """A name with what is not UTF-8 replaced."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def check_name(path: str) -> str:
+    """`path`, if JSON and Parquet can keep it. Raises UserError for a name that is not UTF-8."""
+    if readable(path) != path:
+        raise UserError(f"{readable(path)}: the name is not UTF-8; rename the file or folder.")
+    return path
+
+
 def refuse_remote(folder: Path) -> Path:
     """`folder`, if it is local. Raises UserError for a URI, of which a Path makes a folder called `s3:`."""
+    check_name(str(folder.absolute()))
     scheme = next((part for part in folder.parts if _SCHEME.fullmatch(part)), None)
     if scheme and not Path(*folder.parts[: folder.parts.index(scheme) + 1]).exists():
         raise UserError(

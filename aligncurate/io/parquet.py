@@ -14,10 +14,8 @@ from aligncurate.io import storage
 PARQUET_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What pyarrow raises for a damaged file; `is_damage` tells its OSErrors from those of the disk or network."""
 
-
-PAGE_BUFFER = 1 << 20
-"""Bytes of a column to read at once, where a row group may hold more than memory."""
-
+_PAGE_BUFFER = 1 << 20  # bytes of a column to read at once, where a row group may hold more than memory
+_WHOLE = 32 << 20  # bytes of a row group whose columns are read whole
 _BATCH = 256  # rows read at a time
 _BATCH_BYTES = 32 << 20  # of a batch, if its rows are of average size
 
@@ -30,6 +28,15 @@ def is_damage(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """What pyarrow says is wrong, without its details."""
     return str(error).partition("\n")[0]
+
+
+def page_buffer(size: int) -> int:
+    """The `buffer_size` to read row groups of up to `size` bytes with; 0 reads a column whole.
+
+    Small ones are read whole, because of a damaged page Arrow believes the size, up to 2 GiB, and in a buffered column
+    takes that memory and fills it with zeros before it finds the column's end.
+    """
+    return _PAGE_BUFFER if size > _WHOLE else 0
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from braceexpand import braceexpand
 
 from aligncurate.errors import UserError
 from aligncurate.io import remote, retries
+from aligncurate.io.files import check_name
 
 MAX_IMAGE_BYTES = 1 << 29
 """Of an image's file; a larger one is not read."""
@@ -36,9 +37,12 @@ def is_remote(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """`uri` in the form that datasets store: local paths are absolute and have no `file://`."""
+    """`uri` in the form that datasets store: local paths are absolute and have no `file://`.
+
+    Raises UserError for a name that is not UTF-8.
+    """
     uri = uri.removeprefix("file://")
-    return uri if is_remote(uri) else os.path.abspath(Path(uri).expanduser())
+    return check_name(uri if is_remote(uri) else os.path.abspath(Path(uri).expanduser()))
 
 
 def join(folder: str, name: str) -> str:

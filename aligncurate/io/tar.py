@@ -20,6 +20,7 @@ from typing import BinaryIO, Protocol, cast
 from aligncurate.errors import ShardError
 from aligncurate.io import storage
 from aligncurate.io.content import TAR, content_of
+from aligncurate.io.files import readable
 
 Buffer = bytes | memoryview
 
@@ -148,8 +149,3 @@ def tar_members(file: BinaryIO, uri: str) -> Iterator[tarfile.TarInfo | str]:
 def is_readable(member: tarfile.TarInfo, end: int) -> bool:
     """Whether a member is a file whose bytes lie at `offset_data` in a tar of `end` bytes."""
     return member.isfile() and not member.issparse() and member.offset_data + member.size <= end
-
-
-def readable(name: str) -> str:
-    """A member's name with what is not UTF-8 replaced."""
-    return name.encode("utf-8", "replace").decode()

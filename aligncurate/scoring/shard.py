@@ -17,7 +17,7 @@ from aligncurate.dataset.part import PartWriter
 from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.record import NOT_FAILED, Pair, Status
 from aligncurate.dataset.writer import DatasetWriter
-from aligncurate.errors import ShardError
+from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
 from aligncurate.io.retries import Stopped, is_stalled
 from aligncurate.progress import Meter
@@ -142,6 +142,8 @@ class ShardScorer:
             raise
         except OSError as error:
             raise ShardError(f"{shard}: cannot be read: {error.strerror or error}") from None
+        except UserError as error:  # the file was damaged, or has been since it was opened
+            raise ShardError(str(error).rstrip(".")) from None
         except Exception as error:  # a fault of ours, or a file that nobody has thought of; other shards go on
             frame = extract_tb(error.__traceback__)[-1]
             cause = f"{type(error).__name__}: {error}, at {frame.filename.rpartition('/')[2]}:{frame.lineno}"

@@ -11,7 +11,7 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import NoPairsError, UserError
 from aligncurate.io import storage
 from aligncurate.io.content import JSON, TEXT, Content, what_is
-from aligncurate.io.tar import readable
+from aligncurate.io.files import check_name
 from aligncurate.sources import folders, notes
 from aligncurate.sources.annotations import AnnotationRows
 from aligncurate.sources.base import Source, Sources
@@ -86,8 +86,7 @@ class _Inputs:
 
     def _kind(self, file: str, format: str | None, *, skip: bool) -> str | None:
         """The kind of a file; None if it cannot be read and is skipped. Raises UserError if it must not be skipped."""
-        if readable(file) != file:  # it could not be found again by the name that a dataset keeps
-            raise UserError(f"{readable(file)}: the name is not UTF-8; rename the file or folder.")
+        check_name(file)  # it could not be found again by the name that a dataset keeps
         named = format or folders.kind_by_name(file)
         content = self._look(file)
         kind = named if content is None else folders.kind_by_content(named, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
+from collections.abc import Sequence
 from typing import BinaryIO
 
 from aligncurate.errors import UserError
@@ -98,6 +99,10 @@ class TextFile:
             return None
         self.encoding = "cp1252"
         return f"{self._uri}: not UTF-8; read as cp1252 (Western Windows). Set --encoding if accents are wrong."
+
+    def decode_again(self, texts: Sequence[str]) -> list[str]:
+        """Texts that were decoded as UTF-8, in the encoding that `settle` chose."""
+        return [self.decode(text.encode("utf-8", "surrogateescape")) for text in texts]
 
     def _copy(self) -> None:
         data = storage.read(self._uri)[self.start :]

@@ -123,7 +123,7 @@ def find_fields(uri: str, names: Iterable[str], naming: Naming, rows: Sequence[M
     Raises UserError, with the columns there are, if a named column is missing or none fits.
     """
     columns = list(names)
-    lower = {c.lower(): c for c in reversed(columns)}
+    lower = {c.lower(): c for c in reversed(columns)} | {c: c for c in columns if c.islower()}
 
     def pick(given: str | None, usual: tuple[str, ...], option: str) -> str | None:
         if given is None:

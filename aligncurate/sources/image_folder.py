@@ -11,7 +11,7 @@ from typing import Any
 
 from aligncurate.dataset.record import Status
 from aligncurate.io import storage
-from aligncurate.io.tar import readable
+from aligncurate.io.files import readable
 from aligncurate.sources.base import Shard, cut, merge_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
 from aligncurate.sources.options import Several

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from aligncurate.dataset.record import Pair
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
-from aligncurate.io.parquet import PAGE_BUFFER, batches, open_parquet
+from aligncurate.io.parquet import batches, open_parquet, page_buffer
 from aligncurate.sources.arrow_types import storable, to_python
 from aligncurate.sources.coerce import unique_names
 from aligncurate.sources.fields import Naming
@@ -41,6 +41,8 @@ class ParquetRows(RowFile):
             self._names = unique_names(schema.names)
             schema = pa.schema([f.with_name(n) for f, n in zip(schema, self._names, strict=True)])
             self._ends = _ends(uri, file)
+            sizes = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+            self._buffer_size = page_buffer(max(sizes, default=0))
         self.rows = self._ends[-1] if self._ends else 0
         self._idle: list[_Reader] = []
         self._lock = Lock()
@@ -54,7 +56,7 @@ class ParquetRows(RowFile):
         begins = [0, *self._ends][: len(self._ends)]
         found: list[dict[str, Any] | str] = []
         for group in spread(len(begins), _SOME_GROUPS):
-            with closing(_Reader(self.uri, self._names, self._ends, begins[group], columns)) as reader:
+            with closing(self._reader(begins[group], columns)) as reader:
                 found += reader.take(min(_SOME_ROWS, self._ends[group] - begins[group]))
         return [row for row in found if isinstance(row, dict)]
 
@@ -85,7 +87,7 @@ class ParquetRows(RowFile):
         columns = [i for i, name in enumerate(self._names) if name in texts]
         group = bisect_right(self._ends, start)
         reader = RowReader(self.uri, self.fields, None)
-        with closing(_Reader(self.uri, self._names, self._ends, [0, *self._ends][group], columns)) as rows:
+        with closing(self._reader([0, *self._ends][group], columns)) as rows:
             rows.skip(start - rows.position)
             numbered = enumerate(rows.take(stop - start), start)
             pairs = (p for n, row in numbered for p in (reader.pairs(row, n) if isinstance(row, dict) else [row]))
@@ -100,9 +102,12 @@ class ParquetRows(RowFile):
             reader = max(near, key=lambda r: r.position, default=None)
             if reader is not None:
                 self._idle.remove(reader)
-        reader = reader or _Reader(self.uri, self._names, self._ends, first)
+        reader = reader or self._reader(first)
         reader.skip(start - reader.position)
         return reader
+
+    def _reader(self, first: int, columns: Sequence[int] | None = None) -> _Reader:
+        return _Reader(self.uri, self._names, self._ends, first, columns, self._buffer_size)
 
     def _keep(self, reader: _Reader) -> None:
         with self._lock:
@@ -121,15 +126,22 @@ class _Reader:
         ends: the row number after each row group.
         first: the row to begin with, the first of a row group.
         columns: numbers of the columns to read; all by default.
+        buffer_size: see `open_parquet`.
 
     Attributes:
         position: number of the next row.
     """
 
     def __init__(
-        self, uri: str, names: Sequence[str], ends: Sequence[int], first: int, columns: Sequence[int] | None = None
+        self,
+        uri: str,
+        names: Sequence[str],
+        ends: Sequence[int],
+        first: int,
+        columns: Sequence[int] | None,
+        buffer_size: int,
     ) -> None:
-        self._uri, self._ends, self._columns = uri, ends, columns
+        self._uri, self._ends, self._columns, self._buffer_size = uri, ends, columns, buffer_size
         self._names = names if columns is None else [names[i] for i in columns]
         self.position = first
         self._skipped_to = first
@@ -150,7 +162,7 @@ class _Reader:
         self._rows.close()
 
     def _read(self, first: int) -> Generator[dict[str, Any] | str]:
-        with open_parquet(self._uri, buffer_size=PAGE_BUFFER) as file:
+        with open_parquet(self._uri, buffer_size=self._buffer_size) as file:
             paths = self._paths(file.schema_arrow.names)
             for group in range(bisect_right(self._ends, first), len(self._ends)):
                 begin = self._ends[group - 1] if group else 0

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from aligncurate.dataset.record import COLUMNS, OWN_EMBEDDINGS, Pair, Status
 from aligncurate.images.formats import EXTENSIONS
-from aligncurate.io.tar import readable
+from aligncurate.io.files import readable
 from aligncurate.sources.base import Shard, Source
 from aligncurate.sources.captions import CAPTIONS, captions_in, clean, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score, infer_extras

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from aligncurate.dataset.record import EXTRA, Pair
 from aligncurate.errors import NoPairsError, UserError
+from aligncurate.io.files import readable
 from aligncurate.sources.captions import CAPTIONS
 from aligncurate.sources.coerce import unique_names
 from aligncurate.sources.dialect import Lines, Record, detect, names_image, records
@@ -48,6 +49,7 @@ class TableRows(RowFile):
         known = (*IMAGES, *CAPTIONS, *KEYS, *URLS)
         self._dialect = detect(sample, self._file.decode, map(str.lower, known), _separator(options.separator))
         head = list(records(Lines(sample, self._file.decode), self._dialect))
+        self._named = bool(options.columns)
         self._names, self._has_header = _header(uri, head[0].cells, options.columns)
         if self._has_header:
             head = head[1:]
@@ -61,7 +63,7 @@ class TableRows(RowFile):
         """Go through the file once: where shards begin, which columns are numbers, which lines are bad."""
         self._begins: list[tuple[int, int]] = []  # (offset, line number) of each shard
         self.rows = 0
-        numbers = _NumberColumns(enumerate(self._names))
+        numbers = _NumberColumns(len(self._names))
         some = _Spread()
         problem, bad = None, 0
         for record in self._records(None, 1, observe=True):
@@ -76,12 +78,17 @@ class TableRows(RowFile):
                 problem, bad = problem or wrong, bad + 1
         if bad and bad == self.rows:
             raise UserError(f"{self.uri}: cannot be parsed as a table ({problem}).")
+        if notice := self._file.settle():
+            self.notices = [notice]
+            if not self._named:
+                self._names = self._file.decode_again(self._names)
+            some.kept = [self._file.decode_again(cells) for cells in some.kept]
+        self._names = unique_names(map(readable, self._names))
         self.recognise(self._names, [self._row(cells) for cells in some.kept], naming)
         fields = self.fields
         texts = {fields.image, fields.caption, fields.turns, fields.key, *(fields.asked or ())}
-        self._numbers = {name: kind for name, kind in numbers.found.items() if name not in texts}
-        if notice := self._file.settle():
-            self.notices = [notice]
+        found = {self._names[place]: kind for place, kind in numbers.found.items()}
+        self._numbers = {name: kind for name, kind in found.items() if name not in texts}
         kinds = {int: pa.int64(), float: pa.float64()}
         types = {n: kinds[self._numbers[n]] if n in self._numbers else pa.string() for n in self._names}
         self.extras = fields.extra_types(types)
@@ -160,22 +167,22 @@ class _Spread:
 class _NumberColumns:
     """The columns in which all cells are numbers, learned cell by cell."""
 
-    def __init__(self, columns: Iterable[tuple[int, str]]) -> None:
-        self._open = dict(columns)
-        self.found: dict[str, type[int] | type[float]] = {}
+    def __init__(self, columns: int) -> None:
+        self._open = set(range(columns))
+        self.found: dict[int, type[int] | type[float]] = {}
 
     def observe(self, cells: Sequence[str]) -> None:
-        for place, name in list(self._open.items()):
+        for place in list(self._open):
             cell = cells[place] if place < len(cells) else ""
             if not cell:
                 continue
             if _INTEGER.fullmatch(cell):
-                self.found.setdefault(name, int)
+                self.found.setdefault(place, int)
             elif _FLOAT.fullmatch(cell):
-                self.found[name] = float
+                self.found[place] = float
             else:
-                self.found.pop(name, None)
-                del self._open[place]
+                self.found.pop(place, None)
+                self._open.remove(place)
 
 
 def _lines(file: BinaryIO, watch: TextFile | None) -> Iterator[bytes]:

@@ -15,8 +15,9 @@ from aligncurate.dataset.record import Status
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io import storage
 from aligncurate.io.content import image_format
+from aligncurate.io.files import readable
 from aligncurate.io.storage import MAX_IMAGE_BYTES
-from aligncurate.io.tar import readable, tar_members
+from aligncurate.io.tar import tar_members
 from aligncurate.sources.base import Shard, merge_extras
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 
 import aligncurate
-from tests.support.inputs import cli, complaint, jpeg, pairs, statuses, write_tar
+from tests.support.inputs import cli, complaint, ingested, jpeg, pairs, statuses, write_tar
 
 
 @pytest.mark.parametrize(
@@ -157,3 +158,24 @@ def test_no_permission(tmp_path) -> None:
 def test_numbers_beyond_64_bits(tmp_path, arguments, sentence) -> None:
     command, *options = arguments
     assert complaint(cli(command, tmp_path, *options, "--out", tmp_path / "out")) == sentence
+
+
+def test_names_that_are_not_utf8(tmp_path, monkeypatch) -> None:
+    """Neither a manifest nor Parquet can keep them: one sentence, whatever they name."""
+    monkeypatch.chdir(tmp_path)
+    write_tar(Path("a.tar"), pairs(1))
+    bad = "b\udcff"
+    Path(bad).mkdir()
+    write_tar(Path(bad, "a.tar"), pairs(1))
+    shutil.copy("a.tar", f"{bad}.tar")
+    Path(f"{bad}.csv").write_text("key,n\ns0,1\n")
+    ingested("a.tar", Path("good"))
+    shutil.copytree("good", f"{bad}/good")
+    for arguments in (
+        ["ingest", bad], ["ingest", f"{bad}.tar"], ["ingest", f"{bad}/*.tar"], ["ingest", f"{bad}/good"],
+        ["ingest", "a.tar", "--image-column", bad], ["filter", f"{bad}/good"], ["filter", "good", "--where", bad],
+        ["bucket", f"{bad}/good"], ["export", f"{bad}/good"], ["join", "good", f"{bad}.csv"],
+    ):  # fmt: skip
+        assert "UTF-8" in complaint(cli(*arguments, "--out", "out")), arguments
+    assert "UTF-8" in complaint(cli("ingest", "a.tar", "--out", f"{bad}/out"))
+    assert "UTF-8" in complaint(cli("inspect", f"{bad}/good"))

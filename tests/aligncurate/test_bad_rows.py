@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import polars as pl
 import pyarrow as pa
@@ -137,3 +139,39 @@ def test_an_input_that_cannot_be_used(tmp_path, name, data, sentence) -> None:
     found = complaint(cli("ingest", tmp_path / name, "--out", tmp_path / "out"))
     assert found.startswith(str(tmp_path / name)) and pl.Series([found]).str.contains(sentence).all(), found
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_fields_with_half_characters_stay_apart(tmp_path) -> None:
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    fields = r'"\ud800": "x", "\ud801": "y", "k": {"\udfff": 1, "\udffe": 2}'
+    (tmp_path / "a.json").write_text(f'[{{"image": "0.jpg", "caption": "c", {fields}}}]')
+    frame = ingested(tmp_path / "a.json", tmp_path / "out")
+    kept = json.loads(frame["extra"][0])
+    assert kept == {r"\ud800": "x", r"\ud801": "y", "k": {r"\udfff": 1, r"\udffe": 2}} and statuses(frame) == ["ok"]
+    assert ingested(tmp_path / "out", tmp_path / "again").equals(frame)
+
+
+_MOST_MEMORY = """
+import sys, pyarrow, aligncurate
+aligncurate.ingest(sys.argv[1], sys.argv[2], quiet=True)
+aligncurate.export(sys.argv[2], sys.argv[3], quiet=True)
+print(pyarrow.default_memory_pool().max_memory())
+"""
+
+
+@pytest.mark.parametrize("kind", [9, 0])  # a page of an unknown kind is skipped, one of data is read
+def test_a_damaged_page_that_claims_gigabytes_takes_no_memory(tmp_path, kind) -> None:
+    table = pa.table({"image": [jpeg(i) for i in range(9)], "caption": [f"c{i}" for i in range(9)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    begin = pq.read_metadata(tmp_path / "a.parquet").row_group(1).column(0).dictionary_page_offset
+    claim = b"\x15\xfe\xff\xff\xff\x0f"  # 2 GiB - 1, in Thrift
+    header = bytes([0x15, 2 * kind]) + claim + claim + b"\0"
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[begin : begin + len(header)] = header
+    (tmp_path / "a.parquet").write_bytes(data)
+    places = [tmp_path / name for name in ("a.parquet", "out", "tars")]
+    most = subprocess.run([sys.executable, "-c", _MOST_MEMORY, *places], capture_output=True, text=True, check=True)
+    assert int(most.stdout) < 1 << 28
+    assert (
+        statuses(aligncurate.open_dataset(places[1]).scan().collect()) == ["ok"] * 3 + ["read_error"] * 3 + ["ok"] * 3
+    )

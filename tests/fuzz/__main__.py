@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import platform
@@ -105,8 +106,9 @@ class _Worker:
         for wait, reason in ((600, "its files were not made"), (SECONDS, f"took more than {SECONDS} s")):
             ready, _, _ = select([process.stdout], [], [], wait)
             if not ready:
+                where = (self._folder / "log").read_text()[-1_500:]  # what `faulthandler` wrote
                 self.stop()
-                return reason
+                return f"{reason}: {where}"
             line = process.stdout.readline()
             if not line:
                 code = process.wait()
@@ -144,12 +146,15 @@ def serve(folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         error = None
+        faulthandler.dump_traceback_later(SECONDS - 5)
         try:
             targets[kind].run(random.Random(f"{kind}:{seed}"), work)
         except Finding as finding:
             error = str(finding)
         except Exception:
             error = "".join(traceback.format_exc()[-700:])
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         answers.write(json.dumps({"error": error, "memory": used}) + "\n")
 

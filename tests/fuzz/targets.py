@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -178,14 +179,14 @@ class Rows(Target):
 
     def run(self, rng: random.Random, work: Path) -> str:
         hurt = damage(self.good, rng, text=True)
-        (work / "images").symlink_to(self.folder / "images")
+        shutil.copytree(self.folder / "images", work / "images", copy_function=os.link)  # links out of it are refused
         (work / f"x.{self.ending}").write_bytes(hurt.data)
         frame = ingest(work / f"x.{self.ending}", work / "out")
         if frame is not None and self.ending == "jsonl":
             # The keys of lines that are still there, word for word.
             lines = set(hurt.data.split(b"\n"))
             whole = {json.loads(line)["id"] for line in self.good.splitlines() if line in lines}
-            lost = whole - set(frame["key"])
+            lost = whole - set(frame.filter(pl.col("status") == "ok")["key"])
             if lost:
                 raise Finding(f"{hurt.what}: rows of whole lines were lost: {sorted(lost)}")
         return hurt.what
@@ -250,7 +251,7 @@ class Dataset(Target):
             "bucket": lambda: rows(aligncurate.bucket(data, out / "bucketed", levels=2, quiet=True)),
             "inspect": lambda: aligncurate.inspect(data).rows,
             "export": lambda: aligncurate.export(data, out / "tars", quiet=True).rows,
-            "rescore": lambda: aligncurate.ingest(str(data), out / "again", quiet=True).rows,
+            "ingest": lambda: _rows(ingest(data, out / "again")),
         }
         results: dict[str, Any] = {}
         for name, verb in verbs.items():
@@ -260,6 +261,11 @@ class Dataset(Target):
                 check_sentence(str(error))
                 results[name] = None
         return results
+
+
+def _rows(frame: pl.DataFrame | None) -> int | None:
+    """How many rows there are; None if their part was refused."""
+    return None if frame is None else len(frame) or None
 
 
 class Training(Target):

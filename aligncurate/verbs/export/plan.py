@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from aligncurate.dataset.part import open_part
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import FINE
+from aligncurate.io.parquet import page_buffer
 
 
 def count_exportable(dataset: Dataset) -> int:
@@ -27,16 +28,13 @@ def is_exportable(table: pa.Table) -> pa.ChunkedArray:
 
 def exportable_rows(dataset: Dataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The exported rows of the whole dataset, in order, with those of the columns that the dataset has."""
-    for path in dataset.files:
-        with open_part(path, buffer_size=PAGE_BUFFER) as file:
+    for path, part in zip(dataset.files, dataset.parts, strict=True):
+        with open_part(path, buffer_size=page_buffer(part.bytes)) as file:
             for group in range(file.num_row_groups):
                 mask = is_exportable(file.read_row_group(group, ["status"], use_threads=False))
                 for batch in group_batches(file, group, mask, columns):
                     yield from batch.to_pylist()
 
-
-PAGE_BUFFER = 1 << 20
-"""Bytes of a column that are read at once; without a buffer, Arrow reads a column of a row group whole."""
 
 _BATCH_ROWS, _BATCH_BYTES = 500, 1 << 26  # of a batch, whichever is less
 

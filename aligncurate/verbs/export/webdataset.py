@@ -20,9 +20,10 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING
 from aligncurate.engines import processes, threads
 from aligncurate.io.files import atomic_file
+from aligncurate.io.parquet import page_buffer
 from aligncurate.io.tar import Buffer, TarWriter
 from aligncurate.progress import Meter
-from aligncurate.verbs.export.plan import PAGE_BUFFER, Tar, group_batches, is_exportable, plan_tars, without_views
+from aligncurate.verbs.export.plan import Tar, group_batches, is_exportable, plan_tars, without_views
 from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.export.sample import free_name, image_ending, safe_name, strict_json
 
@@ -89,7 +90,7 @@ def _note(beside: Path) -> dict[str, Any]:
 def _tar_batches(dataset: Dataset, tar: Tar, per_level: bool) -> Iterator[pa.RecordBatch]:
     """The rows of a tar, a few hundred at a time."""
     for part, skip, left in tar.pieces:
-        with open_part(dataset.files[part], buffer_size=PAGE_BUFFER) as file:
+        with open_part(dataset.files[part], buffer_size=page_buffer(dataset.parts[part].bytes)) as file:
             for group in range(file.num_row_groups):
                 # All other columns, which may be embedded images, are read only if the group has rows for this tar.
                 mask = _matching(file.read_row_group(group, ["status", "level"], use_threads=False), tar, per_level)

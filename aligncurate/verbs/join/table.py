@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aligncurate.errors import UserError
+from aligncurate.io.files import check_name
 from aligncurate.sources.arrow_types import storable
 from aligncurate.verbs.join.options import JoinOptions
 
@@ -36,7 +37,7 @@ class Table:
             wanted = _columns(path, names, options, taken)
             whole = frame.select(pl.col(options.on).cast(pl.String).alias("on"), pl.struct(wanted).alias("rows"))
             collected = whole.filter(pl.col("on").is_not_null()).collect()
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise UserError(f"{path}: cannot be read as a table ({str(error).strip().splitlines()[0]}).") from None
         self._on, self._rows = collected["on"], collected["rows"].struct.unnest()
         hashes = _hashes(self._on)
@@ -89,6 +90,7 @@ def _hashes(values: pl.Series) -> NDArray[np.uint64]:
 
 
 def _scan(path: Path, on: str) -> pl.LazyFrame:
+    check_name(str(path))
     if not path.exists():
         raise UserError(f"{path}: there is no such file.")
     if path.is_dir():

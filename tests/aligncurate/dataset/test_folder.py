@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -112,6 +114,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(levelled, tmp_path, seed) -> 
             assert found.equals(expected[6:])
 
 
+OTHER = base64.b64encode(pa.schema([("key", pa.int8())]).serialize().to_pybytes()).decode()
 MANIFEST_DAMAGE: list[tuple[str, Any]] = [
     ("parts", None), ("parts", {}), ("parts", [7]), ("parts", [{}]), ("complete", None), ("complete", 1),
     ("schema_version", None), ("schema_version", []), ("schema_version", 10**400), ("verb", None), ("options", []),
@@ -120,8 +123,9 @@ MANIFEST_DAMAGE: list[tuple[str, Any]] = [
     ("encoder", {"model": 3}), ("encoders", {"score": 3}), ("encoders", []), ("thresholds", 3), ("thresholds", {}),
     ("thresholds", {"method": "quantile", "levels": 2, "values": [10**400], "score_column": "score", "count": 1,
                     "minimum": 0, "maximum": 1, "encoder": None}),
-    ("columns", 3), ("arrow_schema", 3), ("arrow_schema", "AAAA"), ("arrow_schema", "é"), ("computed_with", [3]),
-    ("score_counts", 3), ("written_with", []),
+    ("columns", 3), ("arrow_schema", 3), ("arrow_schema", "AAAA"), ("arrow_schema", "é"),
+    ("arrow_schema", "/////" + "BAAA" * 90), ("arrow_schema", OTHER), ("columns", {"key": "int8"}),
+    ("computed_with", [3]), ("score_counts", 3), ("written_with", []),
 ]  # fmt: skip
 PART_DAMAGE: list[tuple[str, Any]] = [
     ("name", "../../etc/part-00000.parquet"), ("name", "/data/part-00000.parquet"), ("name", "data/part-0.parquet"),

@@ -73,3 +73,13 @@ def test_rows_with_names_of_their_own(tmp_path) -> None:
     found = ingested(tmp_path / "a.json", tmp_path / "out")
     assert found.width < 1_100
     assert json.loads(found["extra"][99]) == {f"n99-{j}": j for j in range(30)}
+
+
+def test_the_usual_spelling_is_preferred_to_another_case(tmp_path) -> None:
+    """One row with `Id` must not take the keys from all the others."""
+    (tmp_path / "0.jpg").write_bytes(jpeg())
+    names = [("Id", "Image", "CAPTION"), *[("id", "image", "caption")] * 3]
+    rows = [dict(zip(keys, (f"k{n}", "0.jpg", f"c{n}"), strict=True)) for n, keys in enumerate(names)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frame = ingested(tmp_path / "a.jsonl", tmp_path / "out")
+    assert frame.select("key", "caption", "status").rows()[1:] == [(f"k{n}", f"c{n}", "ok") for n in (1, 2, 3)]

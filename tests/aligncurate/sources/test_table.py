@@ -199,3 +199,18 @@ def test_odd_tables(folder) -> None:
     (folder / "a.csv").write_bytes(b"")
     with pytest.raises(UserError, match="no rows"):
         aligncurate.ingest(folder / "a.csv", folder / "none", quiet=True)
+
+
+def test_names_of_columns_that_are_not_utf8(folder) -> None:
+    """In a file from Windows they are read as the rest of it; otherwise what is no text is replaced."""
+    text = "image,caption,Länge,größe\n0.jpg,café,1,a\n1.jpg,über,2,b\n"
+    (folder / "a.csv").write_bytes(text.encode("cp1252"))
+    frame = ingested(folder / "a.csv", folder / "out")
+    assert frame.select("caption", "Länge", "größe").rows() == [("café", 1, "a"), ("über", 2, "b")]
+    assert [pair.caption for pair in read_all(folder / "a.csv", caption_column="größe")] == ["a", "b"]
+    (folder / "c.csv").write_bytes(text.partition("\n")[2].encode("cp1252"))
+    named = read_all(folder / "c.csv", columns=("image", "caption", "é", "n"))  # the user's names are kept
+    assert [pair.extra["é"] for pair in named] == [1, 2]
+    (folder / "b.csv").write_bytes(b"image,caption,n\xff,n\xfe\n0.jpg,caf\xc3\xa9,1,2\n")
+    frame = ingested(folder / "b.csv", folder / "out-b")
+    assert frame.select("caption", "n?", "n?_2").rows() == [("café", 1, 2)]
