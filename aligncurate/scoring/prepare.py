@@ -140,7 +140,7 @@ def _fail_reading(pair: Pair, error: OSError | ValueError) -> None:
     path = pair.image_path or ""
     by_name = pair.image_offset is None and (storage.is_remote(path) or path.startswith("/"))
     # An OSError without a number is about the bytes: they are not those that were scored.
-    if isinstance(error, OSError) and error.errno and (retries.is_transient(error) or not by_name):
+    if retries.is_transient(error) or (isinstance(error, OSError) and error.errno and not by_name):
         raise ShardError(f"{path if by_name else pair.source}: cannot be read: {reason}") from None
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         pair.fail(Status.MISSING_IMAGE, f"there is no image {path}")
