@@ -160,9 +160,11 @@ class DatasetWriter:
 
     def committed(self, count: int) -> dict[int, PartInfo]:
         """The parts of the first `count` shards that earlier runs committed, by number."""
+        there = {file.name for file in (self.path / RECEIPTS).iterdir()}
+        indices = [index for index in range(count) if Path(receipt_name(index)).name in there]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
-            infos = pool.map(self._committed, range(count))
-            return {index: info for index, info in enumerate(infos) if info is not None}
+            infos = zip(indices, pool.map(self._committed, indices), strict=True)
+            return {index: info for index, info in infos if info is not None}
 
     def _committed(self, index: int) -> PartInfo | None:
         receipt = self._receipt(index)
