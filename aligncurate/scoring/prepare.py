@@ -83,8 +83,8 @@ class Preparer:
         if earlier is not None and retry.is_reusable(earlier, pair, image_root_changed=moved):
             retry.take_over(earlier, pair, self._columns, image_root_changed=moved)
             return PreparedPair(pair, taken_over=True)
-        if self._columns:  # scoring replaces scores and levels of the source, `ingest` keeps them
-            pair.score = pair.level = None
+        if self._columns:  # scoring replaces what the source has of these, `ingest` keeps it
+            pair.score = pair.level = pair.image_embedding = pair.text_embedding = None
             pair.extra.update(dict.fromkeys(self._columns[1:]))
         text = scored_text(pair, self._options.score_text)
         prepared = PreparedPair(pair, text or "")
@@ -105,7 +105,8 @@ class Preparer:
                 f"the conversation has no text to score (--score-text {who}; its roles are {roles})",
             )
         if pair.status is not Status.OK:
-            prepared.pixels = prepared.jpeg = prepared.exact_pixels = pair.score = pair.level = None
+            prepared.pixels = prepared.jpeg = prepared.exact_pixels = None
+            pair.score = pair.level = pair.image_embedding = pair.text_embedding = None
         return prepared
 
     def _read_image(self, prepared: PreparedPair, compare: bool) -> None:
