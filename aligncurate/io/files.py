@@ -145,6 +145,15 @@ def write_json(path: Path, value: Any, *, temporary: Path | None = None, durable
         written.write_text(text + "\n", "utf-8")
 
 
+def use_umask(files: Iterable[Path]) -> None:
+    """Give files the mode of any new file; safetensors writes them with 0600, whatever the umask."""
+    for file in files:
+        probe = file.with_name(f"{TEMPORARY}mode")
+        probe.touch()
+        file.chmod(probe.stat().st_mode & 0o777)
+        probe.unlink()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
