@@ -100,7 +100,8 @@ def generate(
     show_alignment: ShowAlignment = False,
 ) -> None:
     """Answer one question about an image."""
-    from aligntrain.tools.generate import alignment, answer, load, open_picture
+    from aligntrain.inputs.pictures import open_picture
+    from aligntrain.tools.generate import alignment, answer, load
 
     picture = open_picture(image) if image is not None else None
     trained, processor = load(model)
@@ -121,7 +122,8 @@ def chat(
     show_alignment: ShowAlignment = False,
 ) -> None:
     """Chat about an image; an empty line ends it."""
-    from aligntrain.tools.generate import alignment, answer, load, open_picture
+    from aligntrain.inputs.pictures import open_picture
+    from aligntrain.tools.generate import alignment, answer, load
 
     picture = open_picture(image) if image is not None else None
     trained, processor = load(model)

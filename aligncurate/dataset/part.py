@@ -118,18 +118,19 @@ class PartWriter:
 def commit(folder: Path, index: int, temporary: Path, receipt: Receipt) -> None:
     """Publish part `index`, whose bytes are on disk as `temporary`, then its receipt.
 
-    A power cut may lose names that are not synced yet. A receipt without a part commits nothing, so the folders of new
-    parts are synced once, at the end; a part that replaces another must be on disk before its receipt is.
+    A power cut may lose what is not synced yet. A part without a receipt, or with an empty one, is made again, and a
+    receipt without a part commits nothing, so receipts and the names of new parts are synced at the end
+    (`DatasetWriter.finish`); a part that replaces another must be on disk before its receipt is.
     """
     part, paper = folder / part_name(index), folder / receipt_name(index)
-    replaces = part.exists()
+    replaces = part.exists() or paper.exists()
     if replaces:
         paper.unlink(missing_ok=True)
         sync(paper.parent)
     temporary.replace(part)
     if replaces:
         sync(part.parent)
-    write_json(paper, receipt.to_json(), temporary=folder / f"{TEMPORARY}{paper.name}", sync_folder=False)
+    write_json(paper, receipt.to_json(), temporary=folder / f"{TEMPORARY}{paper.name}", durable=False)
 
 
 def _parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:

@@ -115,9 +115,11 @@ def receipt_name(index: int) -> str:
 
 
 def read_receipt(folder: Path, index: int) -> Receipt | None:
-    """The receipt of part `index`; None if there is none. Raises UserError when it is damaged."""
+    """The receipt of part `index`; None if there is none, or an empty one. Raises UserError when it is damaged."""
     file = folder / receipt_name(index)
     try:
+        if not file.stat().st_size:  # a power cut came before its bytes were on disk
+            return None
         receipt = Receipt.from_json(read_json(file))
     except FileNotFoundError:
         return None

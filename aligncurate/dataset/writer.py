@@ -32,7 +32,16 @@ from aligncurate.dataset.manifest import (
 )
 from aligncurate.dataset.part import PartWriter, commit
 from aligncurate.dataset.reader import Dataset
-from aligncurate.dataset.receipt import DATA, RECEIPTS, SCORE_COUNTS, PartInfo, Receipt, part_name, read_receipt
+from aligncurate.dataset.receipt import (
+    DATA,
+    RECEIPTS,
+    SCORE_COUNTS,
+    PartInfo,
+    Receipt,
+    part_name,
+    read_receipt,
+    receipt_name,
+)
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, claim, read_json, sync, write_json
 from aligncurate.levels import Counts
@@ -151,9 +160,11 @@ class DatasetWriter:
 
     def committed(self, count: int) -> dict[int, PartInfo]:
         """The parts of the first `count` shards that earlier runs committed, by number."""
+        there = {file.name for file in (self.path / RECEIPTS).iterdir()}
+        indices = [index for index in range(count) if Path(receipt_name(index)).name in there]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
-            infos = pool.map(self._committed, range(count))
-            return {index: info for index, info in enumerate(infos) if info is not None}
+            infos = zip(indices, pool.map(self._committed, indices), strict=True)
+            return {index: info for index, info in infos if info is not None}
 
     def _committed(self, index: int) -> PartInfo | None:
         receipt = self._receipt(index)
@@ -213,9 +224,9 @@ class DatasetWriter:
         """
         self._delete_surplus(count)
         for name in (DATA, RECEIPTS):
-            sync(self.path / name)  # before this, a power cut can only lose whole parts
+            sync(self.path / name)
         lines, total = [], None
-        for receipt in self._receipts(count):
+        for receipt in self._receipts(count):  # until these are synced, a power cut can only lose whole parts
             lines.append(receipt.part)
             total = _add_counts(total, receipt.part)
         if total:
@@ -227,11 +238,18 @@ class DatasetWriter:
         return Dataset(self.path)
 
     def _receipts(self, count: int) -> Iterator[Receipt]:
+        """The receipts of all parts, now on disk: several at once, which costs a fraction of one by one."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
-            for index, receipt in enumerate(pool.map(self._receipt, range(count))):
+            for index, receipt in enumerate(pool.map(self._synced_receipt, range(count))):
                 if receipt is None:
                     raise UserError(f"{self.path / part_name(index)}: something else has changed it; run again.")
                 yield receipt
+
+    def _synced_receipt(self, index: int) -> Receipt | None:
+        receipt = self._receipt(index)
+        if receipt is not None:
+            sync(self.path / receipt_name(index))
+        return receipt
 
     def _delete_surplus(self, count: int) -> None:
         """Delete parts beyond the last shard: the input was longer in an earlier run."""

@@ -130,31 +130,41 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path, *, temporary: Path | None = None, sync_folder: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path, *, temporary: Path | None = None, durable: bool = True) -> Iterator[Path]:
     """A temporary path that becomes `path` when the block ends without an error.
 
     Args:
         path: the file.
         temporary: where to write first, on the same file system; by default beside `path`.
-        sync_folder: make the new name survive a power cut, too.
+        durable: wait until it is on disk; if False, a power cut soon after may leave no file, or an empty one.
     """
     temporary = temporary or path.with_name(f"{TEMPORARY}{path.name}")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
-        if sync_folder:
+        if durable:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, *, temporary: Path | None = None, sync_folder: bool = True) -> None:
+def write_json(path: Path, value: Any, *, temporary: Path | None = None, durable: bool = True) -> None:
     """Write `value` as indented JSON, with lists of numbers on one line; other arguments as for `atomic_file`."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
-    with atomic_file(path, temporary=temporary, sync_folder=sync_folder) as written:
+    with atomic_file(path, temporary=temporary, durable=durable) as written:
         written.write_text(text + "\n", "utf-8")
+
+
+def use_umask(files: Iterable[Path]) -> None:
+    """Give files the mode of any new file; safetensors writes them with 0600, whatever the umask."""
+    for file in files:
+        probe = file.with_name(f"{TEMPORARY}mode")
+        probe.touch()
+        file.chmod(probe.stat().st_mode & 0o777)
+        probe.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -83,8 +83,8 @@ class Preparer:
         if earlier is not None and retry.is_reusable(earlier, pair, image_root_changed=moved):
             retry.take_over(earlier, pair, self._columns, image_root_changed=moved)
             return PreparedPair(pair, taken_over=True)
-        if self._columns:  # scoring replaces scores and levels of the source, `ingest` keeps them
-            pair.score = pair.level = None
+        if self._columns:  # scoring replaces what the source has of these, `ingest` keeps it
+            pair.score = pair.level = pair.image_embedding = pair.text_embedding = None
             pair.extra.update(dict.fromkeys(self._columns[1:]))
         text = scored_text(pair, self._options.score_text)
         prepared = PreparedPair(pair, text or "")
@@ -105,7 +105,8 @@ class Preparer:
                 f"the conversation has no text to score (--score-text {who}; its roles are {roles})",
             )
         if pair.status is not Status.OK:
-            prepared.pixels = prepared.jpeg = prepared.exact_pixels = pair.score = pair.level = None
+            prepared.pixels = prepared.jpeg = prepared.exact_pixels = None
+            pair.score = pair.level = pair.image_embedding = pair.text_embedding = None
         return prepared
 
     def _read_image(self, prepared: PreparedPair, compare: bool) -> None:
@@ -140,7 +141,7 @@ def _fail_reading(pair: Pair, error: OSError | ValueError) -> None:
     path = pair.image_path or ""
     by_name = pair.image_offset is None and (storage.is_remote(path) or path.startswith("/"))
     # An OSError without a number is about the bytes: they are not those that were scored.
-    if isinstance(error, OSError) and error.errno and (retries.is_transient(error) or not by_name):
+    if retries.is_transient(error) or (isinstance(error, OSError) and error.errno and not by_name):
         raise ShardError(f"{path if by_name else pair.source}: cannot be read: {reason}") from None
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         pair.fail(Status.MISSING_IMAGE, f"there is no image {path}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from aligncurate.dataset.pointers import Pointer
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import COLUMNS, IMAGE_STATUSES, OWN_EMBEDDINGS, Pair, Status
@@ -21,8 +23,7 @@ class CuratedSource(Source):
         self.shards = [Shard(i, str(file)) for i, file in enumerate(dataset.files)]
         # Shards are renumbered if there are several sources, so a part is found by its name.
         self._numbers = {shard.uri: shard.index for shard in self.shards}
-        own = {*COLUMNS, *OWN_EMBEDDINGS}
-        self.extras = {f.name: f.type for f in dataset.schema if f.name not in own}
+        self.extras = {f.name: f.type for f in dataset.schema if f.name not in COLUMNS}
 
     def describe(self) -> list[dict[str, Any]]:
         return [self._dataset.fingerprint()]
@@ -31,15 +32,28 @@ class CuratedSource(Source):
         return self._dataset.parts[self._numbers[shard.uri]].rows
 
     def read(self, shard: Shard) -> Iterator[Pair]:
-        columns = [n for n in self._dataset.schema.names if n not in OWN_EMBEDDINGS]
+        embeddings = [name for name in OWN_EMBEDDINGS if _holds_vectors(self.extras.get(name))]
         number = 0
-        for table in self._dataset.groups(self._numbers[shard.uri], columns):
+        for table in self._dataset.groups(self._numbers[shard.uri]):
             for batch in table.to_batches(256):
-                for row in batch.to_pylist():
+                found = [_vectors(batch[name]) for name in embeddings]
+                for row, *vectors in zip(batch.drop_columns(embeddings).to_pylist(), *found, strict=True):
                     if number == shard.limit:
                         return
-                    yield _pair(row)
+                    pair = _pair(row)
+                    for name, vector in zip(embeddings, vectors, strict=True):
+                        setattr(pair, name, vector)
+                    yield pair
                     number += 1
+
+
+def _holds_vectors(kind: pa.DataType | None) -> bool:
+    return kind is not None and pa.types.is_fixed_size_list(kind) and pa.types.is_float16(kind.value_type)
+
+
+def _vectors(column: pa.Array) -> list[Any]:
+    """The embedding of each row as an array, None where there is none: as lists of numbers they would be slow."""
+    return [value.values.to_numpy(zero_copy_only=False) if value.is_valid else None for value in column]
 
 
 def _pair(row: dict[str, Any]) -> Pair:

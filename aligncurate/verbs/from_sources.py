@@ -17,7 +17,7 @@ from aligncurate.dataset.joined import open_datasets
 from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import SCORE_COUNTS
-from aligncurate.dataset.record import schema
+from aligncurate.dataset.record import OWN_EMBEDDINGS, schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import scoring_environment
 from aligncurate.engines import threads
@@ -124,7 +124,14 @@ def make_dataset(
         head["encoders"] = {column: encoder.identity for column, encoder in encoders.items()}
     width = _embedding_width(first) if first and options.embeddings != "none" else 0
     score_columns = {column: pa.float32() for column in list(encoders)[1:]}
-    columns = schema(source.extras | score_columns, embed_images=options.embed_images, embedding=width)
+    extras = dict(source.extras)
+    if encoders and any(line["kind"] == CuratedSource.kind for line in head["inputs"]):
+        stale = [name for name in OWN_EMBEDDINGS if extras.pop(name, None)]  # of the encoder that scored the dataset
+        if stale and not width:
+            notice(
+                f"{' and '.join(stale)} are not kept: scores change; add --embeddings to store new ones", quiet=quiet
+            )
+    columns = schema(extras | score_columns, embed_images=options.embed_images, embedding=width)
     shards = limit_shards(source, options.limit)
     if options.limit is not None and (taken := limit_taken(source, shards, options.limit)):
         notice(taken, quiet=quiet)

@@ -18,7 +18,7 @@ from aligncurate.dataset.record import usable_scores
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import UserError
-from aligncurate.levels import Counts
+from aligncurate.levels import Counts, Floats
 from aligncurate.progress import Meter, meter
 
 Watch = Callable[[Iterable[pa.Table]], Iterator[pa.Table]]
@@ -82,14 +82,15 @@ def write_parts(
 
     def make(index: int, check: Callable[[], None]) -> PartInfo:
         with writer.part(index) as part, computing:
-            counts = {column: Counts.of([]) for column in scores}
+            written: dict[str, list[Floats]] = {column: [] for column in scores}
             made = tables(index, lambda read: _checked(read, check, progress))
             for table in made if len(todo) >= _CORES else _ahead(made):
                 if table.num_rows:
                     part.write(table)
                     for column in scores:
-                        counts[column] += Counts.of([usable_scores(table, column)])
-            part.facts[SCORE_COUNTS] = {column: each.to_json() for column, each in counts.items()}
+                        written[column].append(usable_scores(table, column))
+            # Counted at once: bins cost more than the scores of a row group.
+            part.facts[SCORE_COUNTS] = {column: Counts.of(each).to_json() for column, each in written.items()}
         assert part.info is not None
         return part.info
 

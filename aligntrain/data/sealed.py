@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from aligncurate.io.files import TEMPORARY, write_json
+from aligncurate.io.files import write_json
 
 _SEAL = "sha256"
 
@@ -57,15 +57,6 @@ def check_files(folder: Path, listed: Mapping[str, Mapping[str, Any]]) -> None:
     for name, facts in listed.items():
         if now[name] != facts:
             raise DamagedError(f"{name} is not as it was written")
-
-
-def use_umask(files: Iterable[Path]) -> None:
-    """Give files the mode of any new file; safetensors writes them with 0600, whatever the umask."""
-    for file in files:
-        probe = file.with_name(f"{TEMPORARY}mode")
-        probe.touch()
-        file.chmod(probe.stat().st_mode & 0o777)
-        probe.unlink()
 
 
 def _facts(file: Path) -> dict[str, Any]:

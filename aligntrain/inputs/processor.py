@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from aligncurate.sources.conversations import parse_conversation
 from aligncurate.sources.marks import IMAGE
+from aligntrain.inputs.pictures import open_picture
 from aligntrain.inputs.pixels import IMAGE_MODES, pixels_of
 from aligntrain.inputs.templates import ALIGN, PLAIN, V1, ChatTemplate, Rendered, caption_turns, messages_of
 from aligntrain.inputs.tokenizer import end_pattern, load_tokenizer, prepare_tokenizer
@@ -221,7 +221,8 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         """Encode prompts, with ``<image>`` in the place of an image, for ``generate``.
 
         Args:
-            images: one image (PIL, path or URL), or a list in the order of the prompts that have ``<image>``.
+            images: one image (PIL, path or URL; see ``open_picture``), or a list in the order of the prompts that have
+                ``<image>``.
             text: one prompt or several, complete: no template is applied (see ``apply_chat_template``).
             padding: pad to the longest prompt; False refuses prompts of different lengths.
             padding_side: side on which shorter prompts are padded.
@@ -232,8 +233,8 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             ``input_ids``, ``attention_mask`` [B, L], ``gate_mask`` and, with images, ``pixel_values`` [I, 3, H, H].
 
         Raises:
-            ValueError: the numbers of images and of ``<image>`` differ, a prompt has two, or an option is not
-                supported.
+            ValueError: the numbers of images and of ``<image>`` differ, a prompt has two, an image cannot be read, or
+                an option is not supported.
         """
         how: dict[str, Any] = {"padding": padding, "padding_side": padding_side, "truncation": truncation}
         prompts = [text] if isinstance(text, str) else list(text or [])
@@ -312,7 +313,7 @@ class AlignGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         if len(pictures) != marked:
             raise ValueError(f"{marked} prompts have {IMAGE}, but {len(pictures)} images were given.")
         if pictures:
-            batch["pixel_values"] = self.process_images([load_image(picture) for picture in pictures])
+            batch["pixel_values"] = self.process_images([open_picture(picture) for picture in pictures])
         if return_tensors in ("pt", "auto"):
             return BatchFeature(batch)
         if return_tensors not in ("np", None):

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
-from aligncurate.errors import ImageError, UserError
-from aligncurate.images.decode import load_rgb
+from aligncurate.errors import UserError
 from aligncurate.sources.marks import IMAGE
 from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its processor
 from aligntrain.inputs.processor import AlignGPTProcessor
@@ -36,20 +35,6 @@ def load(folder: str | Path) -> tuple[AlignGPTForConditionalGeneration, AlignGPT
         model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
         processor = AlignGPTProcessor.from_pretrained(folder)
     return model.to(device).eval(), processor
-
-
-def open_picture(file: str | Path) -> Image.Image:
-    """Open an image file, upright, as RGB.
-
-    Raises:
-        UserError: the file is missing or is not an image.
-    """
-    try:
-        return load_rgb(Path(file).read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: the image cannot be read ({error.strerror or error}).") from None
-    except ImageError as error:
-        raise UserError(f"{file}: {error}.") from None
 
 
 @torch.inference_mode()

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY, sync
+from aligncurate.io.files import TEMPORARY, sync, use_umask
 from aligncurate.progress import notice
 from aligncurate.settings import recorded
-from aligntrain.data.sealed import DamagedError, check_files, list_files, read_sealed, use_umask, write_sealed
+from aligntrain.data.sealed import DamagedError, check_files, list_files, read_sealed, write_sealed
 from aligntrain.stage import StageConfig
 from aligntrain.training.distributed import World, attempt, whole
 

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
-from aligncurate.io.files import TEMPORARY, sync
-from aligntrain.data.sealed import use_umask
+from aligncurate.io.files import TEMPORARY, sync, use_umask
+from aligntrain.inputs.generation import complete_generation_config
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.loading import quiet_transformers
 from aligntrain.stage import StageConfig
@@ -29,7 +28,7 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     if config.lora_rank is not None:
         merge_lora(model)
     model.to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
-    _complete_generation_config(model.generation_config, processor)
+    complete_generation_config(model.generation_config, processor.end_token_ids)
     out = Path(config.out)
     temporary = out / f"{TEMPORARY}model"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -47,14 +46,3 @@ def export(checkpoint: Path, config: StageConfig, processor: AlignGPTProcessor) 
     temporary.rmdir()
     sync(out)
     return [path.name for path in written if path.suffix != ".md"]  # the model card is there to be edited
-
-
-def _complete_generation_config(generation: GenerationConfig, processor: AlignGPTProcessor) -> None:
-    """Let generation stop at every token that ends an answer, and make the LLM's settings ones that can be saved."""
-    known = generation.eos_token_id
-    ends = {*(known if isinstance(known, list) else [known]), *processor.end_token_ids}
-    generation.eos_token_id = sorted(ends - {None})
-    try:
-        generation.validate(strict=True)
-    except ValueError:  # Vicuna's has a temperature without sampling, which transformers loads but does not save
-        generation.do_sample = True

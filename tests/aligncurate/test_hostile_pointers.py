@@ -116,18 +116,32 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch) -> None:
         storage.read_range(str(tmp_path / "c.csv"), 0, 1 << 50)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_failing_disk_fails_the_shard_and_a_rerun_reads_it(tmp_path, monkeypatch, number) -> None:
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ENODEV", "ENOMEM", "EKEYEXPIRED", None])
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_a_failing_disk_fails_the_shard_and_a_rerun_reads_it(tmp_path, monkeypatch, name, call) -> None:
+    """`None`: a time-out without a number, as Python's own."""
     (tmp_path / "x.jpg").write_bytes(jpeg(1))
     (tmp_path / "c.csv").write_text("image,caption\nx.jpg,one\nnone.jpg,two\n")
-    real, failing = os.open, [True]
+    number = getattr(errno, name or "EIO")
+    fault = OSError(number, os.strerror(number), "x.jpg") if name else TimeoutError("no answer")
+    failing = [True]
 
-    def fails(path, *arguments, **options):
-        if failing[0] and str(path).endswith("x.jpg"):
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *arguments, **options)
+    def break_(where: object, function: str) -> None:
+        real = getattr(where, function)
 
-    monkeypatch.setattr(os, "open", fails)
+        def fails(*arguments, **options):
+            file = arguments[0] if isinstance(arguments[0], str) else getattr(arguments[0], "name", "")
+            if failing[0] and str(file).endswith("x.jpg"):
+                raise fault
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(where, function, fails)
+
+    if call == "open":
+        break_(os, "open")
+    else:
+        break_(storage._LocalFile, "readinto")
+        break_(storage._LocalFile, "readall")
     result = cli("ingest", tmp_path / "c.csv", "--out", tmp_path / "data")
     assert result.exit_code == 1 and "x.jpg: cannot be read" in result.output
     failing[0] = False

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY, atomic_file, claim, sync
+from aligncurate.io.files import TEMPORARY, atomic_file, claim, sync, use_umask
 from aligncurate.progress import notice
 from aligntrain import auto  # noqa: F401, transformers must know the model's type to load its tokenizer
+from aligntrain.inputs.generation import complete_generation_config
 from aligntrain.inputs.processor import AlignGPTProcessor
 from aligntrain.model.configuration import AlignGPTConfig
 from aligntrain.model.loading import check_model_exists, model_errors, quiet_transformers
@@ -93,12 +96,17 @@ def load_any(
     """
     folder = Path(source)
     config = read_config(folder)
+    model: AlignGPTForConditionalGeneration
     if _is_ours(config):
-        model: AlignGPTForConditionalGeneration = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
+        model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype="auto")
         return model
     if "text_config" in config:
-        return load_llava_hf(folder, config)
-    return load_official(folder, config, llm=llm, vision=vision)
+        model = load_llava_hf(folder, config)
+    else:
+        model = load_official(folder, config, llm=llm, vision=vision)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _is_ours(config: dict[str, Any]) -> bool:
@@ -127,6 +135,7 @@ def _publish(target: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
+            use_umask(temporary.rglob("*.safetensors"))
             for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
                 path.replace(target / path.name)
             sync(target)
@@ -144,6 +153,7 @@ def _save_ours(
     template: str = "v1",
 ) -> None:
     """Save the model and, if there is a tokenizer, its processor."""
+    ends: list[int] = []
     if Path(tokenizer).is_dir() and not has_tokenizer(Path(tokenizer)):
         notice(
             f"{tokenizer} has no tokenizer, so the model gets no processor and cannot be used with `generate`; "
@@ -164,4 +174,6 @@ def _save_ours(
         config.image_token_id, config.align_token_id = processor.image_token_id, processor.align_token_id
         processor.save_pretrained(folder)
         copy_sentencepiece(Path(tokenizer), folder)
+        ends = processor.end_token_ids
+    complete_generation_config(model.generation_config, ends)
     model.save_pretrained(folder)

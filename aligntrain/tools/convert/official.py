@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from aligncurate.errors import UserError
+from aligntrain.inputs.generation import complete_generation_config
 from aligntrain.model.configuration import CLASS_TOKEN_TOWERS, AlignGPTConfig
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
 from aligntrain.tools.convert.lora import is_lora, read_lora
@@ -128,6 +129,7 @@ def save_official(model: AlignGPTForConditionalGeneration, folder: str | Path) -
     model.vision_tower.save_pretrained(folder / tower_name(config))
     (folder / "config.json").write_text(json.dumps(official, indent=2) + "\n")
     if model.generation_config is not None:
+        complete_generation_config(model.generation_config)
         model.generation_config.save_pretrained(folder)
 
 

@@ -165,14 +165,42 @@ def test_a_receipt_never_replaces_another_before_its_part_is_on_disk(tmp_path, m
     assert places == sorted(places)
 
 
-def test_a_new_part_costs_two_syncs(tmp_path, monkeypatch) -> None:
-    syncs = []
+def test_a_new_part_waits_for_the_disk_once(tmp_path, monkeypatch) -> None:
+    """Its own bytes; receipts are synced after the last part and before the manifest says complete."""
+    synced: list[str] = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (syncs.append(1), fsync(descriptor))[1])
+
+    def spy_fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
     write(tmp_path / "few", ["a"])
-    few = len(syncs)
+    few = len(synced)
+    synced.clear()
     write(tmp_path / "many", list("abcdefghijk"))
-    assert len(syncs) - few == few + 20
+    assert len(synced) - few == 10 + 10
+    parts = [f".tmp-part-{n:05}.parquet" for n in range(11)]
+    receipts = [f"part-{n:05}.json" for n in range(11)]
+    first, last = synced.index(parts[0]), synced.index(parts[-1])
+    assert synced[first : last + 1] == parts
+    assert sorted(name for name in synced[last:] if name in receipts) == receipts
+    assert {"data", ".receipts"} < set(synced[last:]) and synced[-2:] == [".tmp-manifest.json", "many"]
+
+
+@pytest.mark.parametrize("left", [b"", None, b"{", bytes(100)])
+def test_a_part_whose_receipt_a_power_cut_took_is_made_again(tmp_path, left, capsys) -> None:
+    write(tmp_path, ["ab", "c"])
+    file, manifest = tmp_path / ".receipts/part-00001.json", tmp_path / "manifest.json"
+    whole, receipt = manifest.read_bytes(), file.read_bytes()
+    file.unlink() if left is None else file.write_bytes(left)
+    manifest.write_text(json.dumps({**json.loads(whole), "complete": False, "parts": []}))
+    writer = DatasetWriter(tmp_path, HEAD, SCHEMA, [{"keys": k} for k in ("ab", "c")])
+    with writer.open():
+        assert list(writer.committed(2)) == [0]
+    assert ("made again" in capsys.readouterr().err) == bool(left)
+    assert keys(write(tmp_path, ["ab", "c"])) == "abc"
+    assert json.loads(manifest.read_bytes()) == json.loads(whole) and file.read_bytes() == receipt
 
 
 def same_rows(one: aligncurate.Dataset, other: aligncurate.Dataset) -> bool:

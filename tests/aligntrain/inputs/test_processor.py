@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from aligncurate.errors import UserError
 from aligntrain import AlignGPTProcessor
 from aligntrain.inputs.tokenizer import load_tokenizer
 from tests.support.small_models import CLIP, tiny
+from tests.support.web import serving
 
 PATCHES, SIDE = 9, 24
 CHATML = (
@@ -343,6 +347,50 @@ def test_wrong_number_of_pictures() -> None:
         proc(text="What?", images=picture)
     with pytest.raises(ValueError, match="2 times"):
         proc(text="<image> <image>", images=[picture, picture])
+
+
+@pytest.fixture
+def turned(tmp_path: Path) -> Path:
+    """A photo that has to be turned upright."""
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    return tmp_path / "a.jpg"
+
+
+def test_pictures_are_the_same_however_they_are_given(turned: Path) -> None:
+    data = turned.read_bytes()
+    text = base64.b64encode(data).decode()
+    with serving() as server:
+        server.files["/a.jpg"] = data
+        url = f"web://{server.address}/a.jpg"
+        given = [turned, str(turned), turned.as_uri(), data, text, f"data:image/jpeg;base64,{text}", url]
+        pixels = [processor()(images=image, text="<image>")["pixel_values"] for image in [Image.open(turned), *given]]
+        assert all(torch.equal(pixels[0], other) for other in pixels[1:])
+        with pytest.raises(UserError, match=r"none\.jpg: the image cannot be read \(No such file"):
+            processor()(images=f"web://{server.address}/none.jpg", text="<image>")
+
+
+def test_pictures_of_other_formats_and_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow alone would open the EPS, by starting Ghostscript, and the bomb."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "a.txt").write_text("no image")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    proc = processor()
+    for name, reason in {
+        "a.eps": "not an image", "bomb.png": "pixels", "a.txt": "not an image", "none.jpg": "No such file",
+        "pipe.jpg": "pipe",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=reason) as refused:
+            proc(images=str(tmp_path / name), text="<image>")
+        assert str(tmp_path / name) in str(refused.value)
+    with pytest.raises(UserError, match=r"nowhere://a\.jpg: .*nowhere"):
+        proc(images="nowhere://a.jpg", text="<image>")
+    with pytest.raises(UserError, match="an image is given as int"):
+        proc(images=3, text="<image>")
 
 
 def test_padding_batches() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -332,6 +334,35 @@ def test_a_model_that_was_there_and_back_answers_as_before(template: str, tmp_pa
     assert answers[0] == answers[1]
     read = AutoProcessor.from_pretrained(tmp_path / "back")
     assert (read.template, read.image_mode, read.chat_template) == (template, "pad", processor.chat_template)
+
+
+def test_generation_settings_and_modes_of_converted_files(tmp_path: Path) -> None:
+    """Vicuna has a temperature without sampling, which transformers does not save; answers end with their template's
+    token; files follow the umask."""
+    builtin = Path(aligntrain.__file__).parent / "builtin"
+    shutil.copytree(builtin / "tiny-llm", tmp_path / "llm")
+    vicuna = {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
+    (tmp_path / "llm" / "generation_config.json").write_text(json.dumps(vicuna))
+    towers = {"llm": tmp_path / "llm", "vision": builtin / "tiny-vision"}
+    processor = AlignGPTProcessor.from_components(tmp_path / "llm", builtin / "tiny-vision")
+    model = AlignGPTForConditionalGeneration.from_components(
+        *towers.values(), image_token_id=processor.image_token_id, align_token_id=processor.align_token_id
+    )
+    save_projector(model, tmp_path / "projector.bin")
+    umask = os.umask(0o022)
+    try:
+        convert(tmp_path / "projector.bin", tmp_path / "ours", **towers)
+        convert(tmp_path / "ours", tmp_path / "official")
+        (tmp_path / "official" / "generation_config.json").write_text(json.dumps(vicuna))
+        convert(tmp_path / "official", tmp_path / "back")
+        modes = {path.stat().st_mode & 0o777 for path in tmp_path.glob("[!l]*/**/*.safetensors")}
+    finally:
+        os.umask(umask)
+    assert modes == {0o644} and len(list(tmp_path.glob("official/**/*.safetensors"))) == 2
+    for name in ("ours", "back"):
+        saved = GenerationConfig.from_pretrained(tmp_path / name)
+        assert (saved.temperature, saved.top_p) == (0.9, 0.6)
+        assert set(saved.eos_token_id) == {7, processor.tokenizer.eos_token_id}
 
 
 def test_other_files_are_not_overwritten(official: Path, tmp_path: Path) -> None:
