@@ -26,6 +26,7 @@ from aligncurate.sources.samples import Endings
 from aligncurate.sources.table import TableRows
 from aligncurate.sources.webdataset import WebDatasetSource
 
+_TARS = WebDatasetSource.kind
 _REMOTE_LOOKS = 16  # remote files whose content is looked at before the run; each takes a request
 
 
@@ -64,11 +65,16 @@ class _Inputs:
         is_wildcard = ("*" in uri or "?" in uri) and not storage.exists(storage.absolute(uri))
         paths = storage.expand(uri)
         many = len(paths) > _REMOTE_LOOKS
+        is_folder = {
+            path: not (many and storage.is_remote(path) and folders.kind_by_name(path)) and storage.is_folder(path)
+            for path in paths
+        }
+        files = [path for path in paths if not is_folder[path]]
+        kinds = self._kinds(files, self._options.format, skip=is_wildcard)
         for path in paths:
-            is_known = many and storage.is_remote(path) and folders.kind_by_name(path)
-            if not is_known and storage.is_folder(path):
+            if is_folder[path]:
                 self._add_folder(path)
-            elif kind := self._kind(path, self._options.format, skip=is_wildcard):
+            elif kind := kinds[path]:
                 self._take(kind, path, skip=is_wildcard)
 
     def source(self) -> Source:
@@ -83,6 +89,17 @@ class _Inputs:
         return source
 
     # --- files -------------------------------------------------------------------------------------------------------
+
+    def _kinds(self, files: Sequence[str], format: str | None, *, skip: bool) -> dict[str, str | None]:
+        """The kind of each file, see `_kind`. Among tars, a file that should be one is a shard, which will fail."""
+        before = list(self._skipped)
+        kinds = {file: self._kind(file, format, skip=skip) for file in files}
+        if _TARS in kinds.values():
+            no_tars = {file for file in files if kinds[file] is None and folders.kind_by_name(file) == _TARS}
+            kinds |= dict.fromkeys(no_tars, _TARS)
+            skipped = self._skipped[len(before) :]
+            self._skipped = [*before, *(error for error in skipped if error.partition(": ")[0] not in no_tars)]
+        return kinds
 
     def _kind(self, file: str, format: str | None, *, skip: bool) -> str | None:
         """The kind of a file; None if it cannot be read and is skipped. Raises UserError if it must not be skipped."""
@@ -193,8 +210,8 @@ class _Inputs:
         format = self._options.format
         by_kind: dict[str, list[str]] = {kind: [] for kind in folders.ENDINGS}
         for named, files in data.items():
-            for file in files if format in (None, named) else ():
-                if kind := self._kind(file, format, skip=True):
+            for file, kind in self._kinds(files if format in (None, named) else (), format, skip=True).items():
+                if kind is not None:
                     by_kind[kind].append(file)
         chosen: str | None = None
         ignored: list[str] = []
@@ -235,7 +252,7 @@ class _Inputs:
         options = self._options
         if kind == "dataset":
             return CuratedSource(Dataset(items[0]))
-        if kind == "webdataset":
+        if kind == _TARS:
             return WebDatasetSource(items, self._endings, options.captions)
         if kind == "imagefolder":
             root, images = items

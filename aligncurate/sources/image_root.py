@@ -48,10 +48,11 @@ class ImageRoot:
     Args:
         folders: where images are looked for.
         elsewhere: a folder that has some of them, for messages.
+        given: the user named the folder, and so vouches for its links; otherwise links out of it are not followed.
     """
 
-    def __init__(self, folders: Sequence[str], elsewhere: str | None = None) -> None:
-        self.folders, self.elsewhere = folders, elsewhere
+    def __init__(self, folders: Sequence[str], elsewhere: str | None = None, *, given: bool = False) -> None:
+        self.folders, self.elsewhere, self._given = folders, elsewhere, given
         self._members: dict[str, Member] = {}
         self._unread: Iterator[None] | None = None
         self._faults: list[str] = []
@@ -91,11 +92,11 @@ class ImageRoot:
             pair.load = partial(_read_first, pair, paths)
             return
         files = files_of(paths)
-        if len(files) == 1 and storage.leads_out(files[0], self.folders):
+        if len(files) == 1 and not self._given and storage.leads_out(files[0], self.folders):
             pair.fail(
                 Status.UNSAFE_PATH,
-                f"{shortened(files[0])} is a link to {os.path.realpath(files[0])}, outside of the image folder; copy "
-                "the file, or set --image-root to a folder above both",
+                f"{shortened(files[0])} is a link to {os.path.realpath(files[0])}, outside of the image folder; "
+                f"pass --image-root {self.folders[0]} to follow its links",
             )
         elif len(files) == 1:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0], storage.MAX_IMAGE_BYTES)

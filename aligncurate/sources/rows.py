@@ -85,7 +85,7 @@ class RowFile(ABC):
         self.inline = any(isinstance(image, bytes) for some in written for image in images_in(some))
         names = [image for some in images for image in some if isinstance(image, str)]
         root = naming.image_root
-        self.root = ImageRoot([root]) if root else ImageRoot.near(storage.parent(self.uri), names)
+        self.root = ImageRoot([root], given=True) if root else ImageRoot.near(storage.parent(self.uri), names)
         caption = self.fields.caption
         self.several = caption is not None and any(len(captions_in(row.get(caption))) > 1 for row in rows)
 

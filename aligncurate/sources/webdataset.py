@@ -35,6 +35,7 @@ from aligncurate.sources.samples import (
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's own rule: key, then all extensions
 _METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that belong to no sample
+_FIRST_TARS = 20  # of these, the first that can be read decides on the extra columns
 _PEEK = 200  # samples that decide the types of the extra columns
 _KEPT = 1 << 26  # bytes of a remote sample's images that are kept when they are passed, to save requests
 
@@ -64,16 +65,17 @@ class WebDatasetSource(SampleSource):
         """Types of the extra columns, from the first samples, the same for all shards."""
         if not self.shards:
             return {}
-        first = self.shards[0].uri
-        try:
-            columns = self.look(islice(self._samples(first, "texts"), _PEEK))
-        except ShardError as error:  # reported when the shard is read; its extra columns go to the `extra` column
-            if len(self.shards) == 1:
-                raise UserError(f"{error}.") from None
-            columns = infer_extras([])
-        except OSError as error:
-            raise ShardError(f"{first}: cannot be read: {error.strerror or error}") from None
-        return merge_extras([columns, extras_beside(first)])
+        for first in [shard.uri for shard in self.shards[:_FIRST_TARS]]:
+            try:
+                columns = self.look(islice(self._samples(first, "texts"), _PEEK))
+            except ShardError as error:  # damaged, or not a tar; reported when the shard is read
+                if len(self.shards) == 1:
+                    raise UserError(f"{error}.") from None
+                continue
+            except OSError as error:
+                raise ShardError(f"{first}: cannot be read: {error.strerror or error}") from None
+            return merge_extras([columns, extras_beside(first)])
+        return infer_extras([])
 
     def samples(self, shard: Shard, contents: Contents) -> Iterator[tuple[Sample, Mapping[str, Any]]]:
         rows = {} if contents == "nothing" else rows_beside(shard.uri)

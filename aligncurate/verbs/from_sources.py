@@ -21,7 +21,7 @@ from aligncurate.dataset.record import OWN_EMBEDDINGS, schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import scoring_environment
 from aligncurate.engines import threads
-from aligncurate.errors import ShardError
+from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.io import retries, storage
 from aligncurate.progress import count, duration, meter, notice
@@ -212,6 +212,11 @@ def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[st
     if verb == "ingest" and len(folders) == len(inputs) and folders:
         datasets = open_datasets(folders)
         return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
+    if verb == "ingest" and (scored := [folder for folder in folders if Dataset(folder).manifest.get("encoder")]):
+        raise UserError(
+            f"{scored[0]}: a scored dataset cannot be ingested together with other inputs: their scores would be mixed. "
+            "Score all of them, or ingest the others alone and use `aligncurate merge`."
+        )
     return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 
 

@@ -74,7 +74,9 @@ def test_links_out_of_the_image_folder_are_not_followed(tmp_path) -> None:
     (inside / "c.csv").write_text("image,caption\na.jpg,1\nlink.jpg,2\nleads.jpg,3\nsub/o.jpg,4\n")
     rows = ingested(tmp_path / "data", inside / "c.csv")
     assert rows["status"].to_list() == ["ok", "ok", "unsafe_path", "unsafe_path"]
-    assert "is a link to" in rows["error"][2]
+    assert "is a link to" in rows["error"][2] and f"--image-root {inside}" in rows["error"][2]
+    cli("ingest", inside / "c.csv", "--image-root", inside, "--out", tmp_path / "followed")
+    assert aligncurate.open_dataset(tmp_path / "followed").statuses == {"ok": 4}
 
 
 def test_links_within_a_hub_cache_are_followed(tmp_path) -> None:

@@ -28,7 +28,8 @@ def test_the_verbs_run_through(tmp_path, data_root, name) -> None:
         source = tmp_path / "xtuner"
     clip = data_root / "flickr-clip/flickr-clip"
     model = ("--model-config", f"{clip}.json", "--pretrained", f"{clip}.safetensors")
-    run(tmp_path, "score", source, "--out", "scored", *model, "--limit", 120)
+    links = ("--image-root", source) if name == "fixtures/xtuner" else ()
+    run(tmp_path, "score", source, "--out", "scored", *model, "--limit", 120, *links)
     scored = aligncurate.open_dataset(tmp_path / "scored")
     assert scored.statuses == CHAIN[name]
     run(tmp_path, "bucket", "scored", "--out", "levelled")

@@ -140,5 +140,5 @@ def _difference(key: str, before: Any, now: Any) -> str:
     """What differs between two exports: an option, or the dataset."""
     if key != "dataset":
         return f"--{key.replace('_', '-')} was {before}, now {now}"
-    paths = [value.get("path") if isinstance(value, dict) else None for value in (before, now)]
+    paths = [value.get("uri") if isinstance(value, dict) else None for value in (before, now)]
     return "the dataset has changed" if paths[0] == paths[1] else f"the dataset was {paths[0]}, now {paths[1]}"

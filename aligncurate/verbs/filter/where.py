@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import count
 
 import numpy as np
 import polars as pl
@@ -13,7 +14,6 @@ from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
 from aligncurate.verbs.filter.masks import Mask
 
-_INDEX = "aligncurate_row"
 _BEGIN = "SELECT ("
 _POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 _UNEXPECTED = re.compile(r"Expected: (.*), found: (.*) at Line: (\d+), Column: (\d+)")
@@ -54,9 +54,10 @@ class Where:
 
     def mask(self, index: int) -> Mask:
         """Which rows of part `index` satisfy the condition. Raises UserError if it cannot be evaluated on them."""
-        frame = pl.DataFrame(self._dataset.read(index, self._columns)).with_row_index(_INDEX)
+        number = next(name for i in count() if (name := f"row_{i}") not in self._columns)
+        frame = pl.DataFrame(self._dataset.read(index, self._columns)).with_row_index(number)
         try:
-            matches = frame.lazy().sql(f"SELECT {_INDEX} FROM self WHERE ({self._where}\n)").collect()[_INDEX]
+            matches = frame.lazy().sql(f"SELECT {number} FROM self WHERE ({self._where}\n)").collect()[number]
         except _POLARS_ERRORS as error:
             reason = _first_line(str(error))
             hint = "; TRY_CAST gives null instead" if reason.startswith("conversion") else ""

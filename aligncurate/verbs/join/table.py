@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from aligncurate.dataset.record import COLUMNS, EXTRA, OWN_EMBEDDINGS
 from aligncurate.errors import UserError
 from aligncurate.io.files import check_name
 from aligncurate.sources.arrow_types import storable
@@ -117,8 +118,9 @@ def _columns(path: Path, names: Sequence[str], options: JoinOptions, taken: Sequ
     wanted = [name for name in options.columns or names if name != options.on]
     if not wanted:
         raise UserError(f"{path}: there is no column to add besides {options.on}.")
-    if clashes := [name for name in wanted if name in taken]:
-        rest = [name for name in wanted if name not in taken]
+    reserved = {name.lower() for name in (*taken, *COLUMNS, *OWN_EMBEDDINGS, EXTRA)}
+    if clashes := [name for name in wanted if name.lower() in reserved]:
+        rest = [name for name in wanted if name not in clashes]
         hint = f"choose others with --columns {','.join(rest)}" if rest else "rename them in the table"
-        raise UserError(f"{path}: the dataset has {', '.join(clashes)} already; {hint}.")
+        raise UserError(f"{path}: {', '.join(clashes)}: datasets have columns of this name already; {hint}.")
     return wanted

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from aligncurate.errors import UserError
+from aligncurate.progress import notice
 from aligntrain.inputs.generation import complete_generation_config
 from aligntrain.model.configuration import CLASS_TOKEN_TOWERS, AlignGPTConfig
 from aligntrain.model.modeling import AlignGPTForConditionalGeneration
@@ -112,6 +113,8 @@ def save_official(model: AlignGPTForConditionalGeneration, folder: str | Path) -
     """
     config = model.config
     official = _official_config(config)
+    if config.align_mode not in ("none", "gated"):
+        notice(f"the official code always mixes levels with the gate; this model has align_mode {config.align_mode!r}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
@@ -169,9 +172,11 @@ def _scale(tensors: dict[str, Tensor], text: PreTrainedConfig, power: int) -> di
 
 def _check_supported(folder: Path, config: dict[str, Any]) -> None:
     """Raises UserError for what the official code can do and this package cannot."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in _LLM_OF:
         raise UserError(f"{folder}: model type {kind!r} is not supported; supported are {', '.join(_LLM_OF)}.")
+    if not isinstance(config.get("mm_vision_select_layer"), int):
+        raise UserError(f"{folder}/config.json: mm_vision_select_layer is not a whole number.")
     if config.get("mm_use_im_start_end"):
         raise UserError(
             f"{folder}: the model was trained with start and end tokens around the image (mm_use_im_start_end), "
@@ -224,9 +229,9 @@ def _config_from_official(
         vision_layer=config["mm_vision_select_layer"],
         # The official code ignores the setting for towers without a class token.
         vision_select=config.get("mm_vision_select_feature", "patch") if has_class_token else "patch",
-        align_mode="none" if table is None else "gated",
+        align_mode="none" if table is None else config.get("align_mode", "gated"),
         num_levels=8 if table is None else table.shape[0],
-        gate_text="all",
+        gate_text=config.get("gate_text", "all"),
         gate_hidden_size=tensors["gate.mlp.0.weight"].shape[0] if "gate.mlp.0.weight" in tensors else 256,
         s2_scales=sorted(int(scale) for scale in str(scales).split(",")) if has_s2 and scales else None,
     )
@@ -261,7 +266,8 @@ def _official_config(config: AlignGPTConfig) -> dict[str, Any]:
         "use_mm_proj": True,
     }
     if config.align_mode != "none":
-        official["n_indicators"] = config.num_levels
+        # The official code reads the first; the others are for converting back.
+        official |= {"n_indicators": config.num_levels, "align_mode": config.align_mode, "gate_text": config.gate_text}
     if config.s2_scales:
         official |= {"s2": True, "use_s2": True, "s2_scales": ",".join(map(str, config.s2_scales))}
     return official

@@ -26,7 +26,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is not a checkpoint folder: it has no config.json.")
-    config: dict[str, Any] = json.loads(file.read_text())
+    config = json.loads(file.read_text())
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a configuration; it is a {type(config).__name__}, not an object.")
     return config
 
 
@@ -46,6 +48,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             continue
         tensors: dict[str, Tensor] = {}
         for name in names:
+            if Path(name).name != name:
+                raise UserError(f"{index}: {name} is not the name of a file beside it.")
             file = folder / name
             tensors |= load_file(file) if file.suffix == ".safetensors" else read_bin(file)
         return tensors

@@ -307,7 +307,10 @@ def test_a_model_that_was_there_and_back_answers_as_before(template: str, tmp_pa
     llm, vision = str(builtin / "tiny-llm"), str(builtin / "tiny-vision")
     torch.manual_seed(0)
     tokenizer = load_tokenizer(llm)
-    tokenizer.chat_template = "{% for m in messages %}{{ '<s>' + m['content'] + '</s>' }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
     processor = AlignGPTProcessor.from_components(tokenizer, vision, template=template, gate_text="all")
     model = AlignGPTForConditionalGeneration.from_components(
         llm,

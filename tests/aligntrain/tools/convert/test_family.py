@@ -105,6 +105,16 @@ def test_projectors(projector_type: str, llm: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ready.state_dict()[name], model.state_dict()[name], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("mode", ["fixed:1", "average", "local"])
+def test_other_modes_come_back(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny(align_mode=mode, gate_text="instruction")
+    save_official(model, tmp_path)
+    assert "always mixes levels with the gate" in " ".join(capsys.readouterr().err.split())
+    back = load_any(tmp_path)
+    assert (back.config.align_mode, back.config.gate_text) == (mode, "instruction")
+    close(logits_of(back), logits_of(model))
+
+
 @pytest.mark.parametrize("key", ["s2", "use_s2"])
 def test_several_scales(key: str, tmp_path: Path) -> None:
     model = tiny(s2_scales=[SIDE, 2 * SIDE], gate_text="all")
@@ -138,7 +148,7 @@ def test_siglip_has_no_class_token_whatever_the_setting(tmp_path: Path) -> None:
     ("settings", "sentence"),
     [
         ({"model_type": "llava_mpt"}, "model type 'llava_mpt' is not supported; supported are aligngpt, "),
-        ({"model_type": None}, "model type None is not supported"),
+        ({"model_type": None}, "model type 'None' is not supported"),
         ({"mm_use_im_start_end": True}, "start and end tokens around the image"),
         ({"image_aspect_ratio": "anyres_max_9"}, "cuts an image into tiles"),
         ({"mm_projector_type": "identity"}, "projector_type is 'identity'"),
@@ -149,7 +159,34 @@ def test_what_is_not_supported_is_refused(settings: dict[str, Any], sentence: st
     change(tmp_path / "official", settings)
     with pytest.raises(UserError, match=sentence):
         convert(tmp_path / "official", tmp_path / "ours")
-    assert not any((tmp_path / "ours").glob("*")) or not (tmp_path / "ours").exists()
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hidden_size": "x"}, {"model_type": ["a"]}, {"rope_scaling": 3}, {"mm_vision_tower": 5},
+        {"mm_vision_select_layer": "x"}, {"s2": True, "s2_scales": "a,b"},
+    ],
+)  # fmt: skip
+def test_settings_of_wrong_types_are_one_sentence(settings: dict[str, Any], tmp_path: Path) -> None:
+    save_official(tiny(), tmp_path / "official")
+    change(tmp_path / "official", settings)
+    with pytest.raises(UserError):
+        convert(tmp_path / "official", tmp_path / "ours")
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    save_official(tiny(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../../etc/passwd"}}))
+    with pytest.raises(UserError, match="is not the name of a file beside it"):
+        convert(tmp_path, tmp_path / "ours")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        convert(tmp_path, tmp_path / "ours")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="it is a list, not an object"):
+        convert(tmp_path, tmp_path / "ours")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:peft")
