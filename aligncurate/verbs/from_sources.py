@@ -214,8 +214,8 @@ def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[st
         return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
     if verb == "ingest" and (scored := [folder for folder in folders if Dataset(folder).manifest.get("encoder")]):
         raise UserError(
-            f"{scored[0]}: a scored dataset cannot be ingested together with other inputs: their scores would be mixed. "
-            "Score all of them, or ingest the others alone and use `aligncurate merge`."
+            f"{scored[0]}: a scored dataset cannot be ingested together with other inputs, because scores "
+            "would be mixed; score all of them, or ingest the others alone and use `aligncurate merge`."
         )
     return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 

@@ -82,8 +82,16 @@ def test_a_file_of_another_kind_is_named_and_makes_no_row(tmp_path, stray, endin
         found = complaint(cli("ingest", source, "--out", tmp_path / "out"))
         assert f"0.{ending}: this is {what}" in found and not (tmp_path / "out").exists()
     write_tar(tmp_path / "1.tar", pairs(2))
-    assert f"skipped {tmp_path}/0.{ending}: this is {what}" in told(tmp_path)
-    assert [pair.key for pair in read_all(tmp_path)] == ["s0", "s1"]
+    if ending == "tar":  # among tars it is a shard that fails, as pairs are missing
+        run = aligncurate.ingest(tmp_path, tmp_path / "in", quiet=True)
+        assert run.rows == 2 and [f"0.tar: this is {what}" in failure.error for failure in run.failures] == [True]
+        write_tar(tmp_path / "0.tar", pairs(1, first=7))
+        mended = aligncurate.ingest(tmp_path, tmp_path / "in", retry_errors=True, quiet=True).dataset
+        assert mended.scan().collect()["key"].to_list() == ["s7", "s0", "s1"]
+        (tmp_path / "0.tar").write_bytes(data)
+    else:
+        assert f"skipped {tmp_path}/0.{ending}: this is {what}" in told(tmp_path)
+        assert [pair.key for pair in read_all(tmp_path)] == ["s0", "s1"]
     with pytest.raises(UserError, match="this is"):  # given by name, it is not skipped
         open_source([str(tmp_path / "1.tar"), str(tmp_path / f"0.{ending}")])
 
@@ -271,7 +279,7 @@ def test_files_without_pairs_are_skipped(tmp_path) -> None:
 def test_many_skipped_files_are_counted(tmp_path) -> None:
     write_tar(tmp_path / "a.tar", pairs(1))
     for number in range(20):
-        (tmp_path / f"{number}.tar").write_bytes(PAGE)
+        (tmp_path / f"{number}.parquet").write_bytes(PAGE)
     notices = open_source(str(tmp_path)).notices
     assert len(notices) <= 5 and any("17 more files" in text for text in notices)
 
