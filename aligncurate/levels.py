@@ -217,7 +217,8 @@ class Thresholds:
             if not isinstance(fields["score_column"], str) or not np.isfinite(numbers).all():
                 raise ValueError("the score column is not text, or the count or a limit not a number")
         except (TypeError, KeyError, ValueError, OverflowError) as error:
-            raise UserError(f"{where}: not thresholds saved by `aligncurate bucket` ({error!r}).") from None
+            cause = f"{type(error).__name__}: {str(error)[:100]}"
+            raise UserError(f"{where}: not thresholds saved by `aligncurate bucket` ({cause}).") from None
         if len(values) >= MAX_LEVELS:
             raise UserError(f"{where}: {len(values)} thresholds are too many; use at most {MAX_LEVELS - 1}.")
         if not values or list(values) != sorted(values) or not np.isfinite(values).all():

@@ -155,7 +155,7 @@ def write_json(path: Path, value: Any, *, temporary: Path | None = None, durable
     text = json.dumps(value, indent=1, ensure_ascii=False)
     text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     with atomic_file(path, temporary=temporary, durable=durable) as written:
-        written.write_text(text + "\n", "utf-8")
+        written.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))  # half a character is escaped as JSON does
 
 
 def use_umask(files: Iterable[Path]) -> None:

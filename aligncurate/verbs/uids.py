@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ UID_COLUMNS = ("sha256", "caption", "uid")
 """The columns that `row_uids` needs, as far as a dataset has them."""
 
 _DIGITS = "^[0-9a-fA-F]{32}$"
+# What numpy raises for a header, which is Python source.
+_HEADER_ERRORS = (ValueError, TypeError, EOFError, OverflowError, SyntaxError, RecursionError, MemoryError, TokenError)
 _CHECKED = 1 << 20  # uids looked at at once
 
 
@@ -62,7 +65,7 @@ class UidList:
             raise UserError(f"--uids {path}: there is no such file.") from None
         except IsADirectoryError:
             raise UserError(f"--uids {path}: this is a folder; give a .npy file.") from None
-        except (ValueError, EOFError) as error:
+        except _HEADER_ERRORS as error:
             raise UserError(f"--uids {path}: not a .npy file of uids ({str(error).partition(chr(10))[0]}).") from None
         if uids.ndim != 1 or uids.dtype != UID:
             kind = f"{uids.dtype}, {uids.ndim} dimensions"

@@ -88,7 +88,7 @@ class _Worker:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, case: str) -> str | None:
         if self._process is None:
@@ -96,13 +96,13 @@ class _Worker:
             self._folder.mkdir()
             command = [sys.executable, "-m", "tests.fuzz", "--serve", str(self._folder)]
             log = (self._folder / "log").open("w")
+            # Without a buffer: `select` does not see a second line that was read with the first.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0
             )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(f"{case}\n")
-        process.stdin.flush()
+        process.stdin.write(f"{case}\n".encode())
         for wait, reason in ((600, "its files were not made"), (SECONDS, f"took more than {SECONDS} s")):
             ready, _, _ = select([process.stdout], [], [], wait)
             if not ready:
@@ -115,7 +115,7 @@ class _Worker:
                 tail = (self._folder / "log").read_text()[-500:]
                 self.stop()
                 return f"the process died with code {code}: {tail}"
-            if line != "prepared\n":
+            if line != b"prepared\n":
                 answer: dict[str, Any] = json.loads(line)
                 if answer["memory"] > MEMORY:
                     self.stop()

@@ -40,7 +40,8 @@ class Table:
             collected = whole.filter(pl.col("on").is_not_null()).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise UserError(f"{path}: cannot be read as a table ({str(error).strip().splitlines()[0]}).") from None
-        self._on, self._rows = collected["on"], collected["rows"].struct.unnest()
+        wide = pl.selectors.by_dtype(pl.Int128, pl.UInt128)  # integers beyond 64 bits, which Arrow does not have
+        self._on, self._rows = collected["on"], collected["rows"].struct.unnest().with_columns(wide.cast(pl.String))
         hashes = _hashes(self._on)
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]

@@ -170,6 +170,16 @@ def check_manifest(dataset: aligncurate.Dataset, folder: Path, change: Any) -> N
     assert cli("inspect", folder / "out").exit_code == 2
 
 
+def test_half_characters_in_a_manifest_are_kept(levelled, tmp_path) -> None:
+    shutil.copytree(levelled.path, tmp_path / "in")
+    file = tmp_path / "in/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["options"]["half"] = chr(0xD800)
+    file.write_text(json.dumps(manifest))
+    made = aligncurate.filter(tmp_path / "in", tmp_path / "out", where="score < 2", quiet=True)
+    assert manifest["options"] in [step["options"] for step in made.manifest["history"]]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": 3}', "[" * 10_000, "\0", '{"rows": 1e999}'])
 def test_a_damaged_receipt_makes_its_part_again(levelled, tmp_path, text, capsys) -> None:
     scored = levelled.path.parent / "scored"

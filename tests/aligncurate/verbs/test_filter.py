@@ -21,7 +21,7 @@ from aligncurate.verbs.filter.compact import regroup
 from aligncurate.verbs.filter.images import OnePerImage
 from aligncurate.verbs.filter.sample import row_hashes, smallest
 from aligncurate.verbs.filter.selection import parse_levels
-from tests.support.inputs import cli, jpeg
+from tests.support.inputs import cli, complaint, jpeg
 
 
 @pytest.fixture(scope="module")
@@ -331,6 +331,20 @@ def test_scores_are_counted_while_they_are_kept(tmp_path, levelled, options) -> 
     counts = kept.score_counts("score")
     assert counts is not None
     assert (counts.bins == Counts.of([frame["score"].to_numpy()]).bins).all()
+
+
+def test_damaged_lists_of_uids(tmp_path, levelled) -> None:
+    """A header is Python source: whatever numpy's parser raises is one sentence."""
+    np.save(tmp_path / "u.npy", np.zeros(2, "u8,u8"))
+    good = (tmp_path / "u.npy").read_bytes()
+    end = good.index(b"\n", 10)
+    rest = b"'fortran_order': False, 'shape': "
+    headers = [b"{'descr': (", b'"""', b"(" * 60, b"\\", b"{'descr': '|O', " + rest + b"(2,)}", b"1 +", b"\0"]
+    headers.append(b"{'descr': '<u8', " + rest + b"(9999999999999999999999,)}")
+    for header in headers:
+        (tmp_path / "u.npy").write_bytes(good[:10] + header.ljust(end - 10) + good[end:])
+        result = cli("filter", levelled.path, "--uids", tmp_path / "u.npy", "--out", tmp_path / "out")
+        assert "not a .npy file of uids" in complaint(result), header
 
 
 def test_metadata_of_datacomp_is_filtered_to_uids(tmp_path) -> None:

@@ -138,3 +138,11 @@ def test_mistakes_are_named(tmp_path, dataset) -> None:
         words = ("join", dataset.path, tmp_path / name, *options, "--out", tmp_path / "out")
         assert sentence in complaint(cli(*words)), name
         assert not (tmp_path / "out").exists()
+
+
+def test_integers_beyond_64_bits_are_added_as_text(tmp_path, dataset) -> None:
+    keys = dataset.scan().collect()["key"].unique().to_list()[:2]
+    big = dict(zip(keys, (str(10**26 - 1), "7"), strict=True))
+    (tmp_path / "t.csv").write_text("key,big\n" + "".join(f"{key},{number}\n" for key, number in big.items()))
+    joined = aligncurate.join(dataset, tmp_path / "t.csv", tmp_path / "out", quiet=True)
+    assert dict(joined.dataset.scan().drop_nulls("big").select("key", "big").collect().rows()) == big
