@@ -181,7 +181,7 @@ class DatasetWriter:
         try:
             receipt = read_receipt(self.path, index)
         except UserError as error:
-            notice(f"{error} Its part is made again.")
+            notice(f"{str(error).rpartition(';')[0]}; its part is made again.")
             return None
         if receipt is None or receipt.options != self._digest:
             return None

@@ -270,9 +270,11 @@ class _Inputs:
         if len(files) > 1:
             notices.append(notes.files_read(files))
             notices += notes.splits_mixed(files)
-        misnamed = [f"{file} is {content.name}" for file, content in self._misnamed.items() if file in files]
+        misnamed = [
+            f"{storage.basename(file)} is {content.name}" for file, content in self._misnamed.items() if file in files
+        ]
         notices += [f"read by content, not by name: {notes.some(misnamed)}."] if misnamed else []
-        notices += [f"given more than once and read once: {notes.some(self._twice)}."] if self._twice else []
+        notices += [f"given more than once, read once: {notes.some(self._twice)}."] if self._twice else []
         notices += notes.skipped(self._skipped)
         return notices
 

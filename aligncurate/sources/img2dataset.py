@@ -67,9 +67,10 @@ def not_downloaded(uris: Sequence[str]) -> list[str]:
         return []
     more = f" in the first {_TABLES:,} shards" if len(uris) > _TABLES else ""
     listed = ", ".join(f"{cause} {count:,}" for cause, count in causes.most_common(3))
+    were, get = ("was", "gets no row") if causes.total() == 1 else ("were", "get no rows")
     return [
-        f"{storage.parent(uris[0])}: {causes.total():,} of {rows:,} images{more} were not downloaded ({listed}); "
-        "they are only in the Parquet files beside the images, and get no rows."
+        f"{storage.parent(uris[0])}: {causes.total():,} of {rows:,} images{more} {were} not downloaded ({listed}) and "
+        f"{get}; the Parquet files beside the images list them all."
     ]
 
 

@@ -55,9 +55,11 @@ def left_out(path: str, others: Sequence[str], below: Sequence[str]) -> list[str
     """Notices of what a folder has beside its data: zip archives, which may hold the images, and folders with data."""
     notices = []
     if zips := [storage.basename(file) for file in others if file.lower().endswith(".zip")]:
-        notices.append(f"{path}: images in {some(zips)} are not found; unpack it there.")
+        notices.append(f"{path}: {some(zips)} {'is' if len(zips) == 1 else 'are'} not read; unpack the images there.")
     if below:
-        notices.append(f"{path}: the folders in it that hold data are not read: {some(below)}; give them by name.")
+        notices.append(
+            f"{path}: folders inside it that hold data are not read: {some(below)}; to read them, give their names."
+        )
     return notices
 
 

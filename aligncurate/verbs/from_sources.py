@@ -105,7 +105,7 @@ def make_dataset(
     for text in source.notices:
         notice(text, quiet=quiet)
     if source.inline and not options.embed_images:
-        notice("images are written inside the input (base64), so they are kept in the dataset too", quiet=quiet)
+        notice("the input holds its images (base64), so the dataset keeps them too", quiet=quiet)
         options = replace(options, embed_images=True)
     first = next(iter(encoders.values()), None)
     head: dict[str, Any] = {
@@ -128,9 +128,7 @@ def make_dataset(
     if encoders and any(line["kind"] == CuratedSource.kind for line in head["inputs"]):
         stale = [name for name in OWN_EMBEDDINGS if extras.pop(name, None)]  # of the encoder that scored the dataset
         if stale and not width:
-            notice(
-                f"{' and '.join(stale)} are not kept: scores change; add --embeddings to store new ones", quiet=quiet
-            )
+            notice(f"the dataset's {' and '.join(stale)} are not kept; --embeddings stores new ones", quiet=quiet)
     columns = schema(extras | score_columns, embed_images=options.embed_images, embedding=width)
     shards = limit_shards(source, options.limit)
     if options.limit is not None and (taken := limit_taken(source, shards, options.limit)):

@@ -41,7 +41,7 @@ def ingest(
     opened = open_sources(sources, source)
     inputs = opened.describe()
     if len(inputs) > 1 and all(line["kind"] == CuratedSource.kind for line in inputs):
-        notice("these are all datasets; `aligncurate merge` makes them one without reading images", quiet=quiet)
+        notice("all inputs are datasets; `aligncurate merge` joins them without reading images", quiet=quiet)
     given = {**vars(options), "workers": options.worker_count}
     scoring = ScoreOptions(**given, batch_size=_WINDOW, score_text="all")
     return make_dataset("ingest", opened, out, {}, scoring, recorded(options), source, quiet=quiet)

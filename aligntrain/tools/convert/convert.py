@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def _save_ours(
         config.image_token_id, config.align_token_id = processor.image_token_id, processor.align_token_id
         processor.save_pretrained(folder)
         copy_sentencepiece(Path(tokenizer), folder)
-        ends = processor.end_token_ids
+        with suppress(ValueError):  # of a template in which no answer is found, the tokenizer's end token is left
+            ends = processor.end_token_ids
     complete_generation_config(model.generation_config, ends)
     model.save_pretrained(folder)

@@ -206,7 +206,7 @@ def test_img2dataset_files(tmp_path) -> None:
     assert frame.select("key", "caption", "status", "url").rows() == [
         (k, f"caption {k}", "ok", f"http://x/{k}") for k in keys[:2]
     ]
-    assert "1 of 3 images were not downloaded" in told(tmp_path / "in") and "skipped" not in told(tmp_path / "in")
+    assert "1 of 3 images was not downloaded" in told(tmp_path / "in") and "skipped" not in told(tmp_path / "in")
 
 
 def test_images_without_texts_are_refused_with_the_cause(tmp_path) -> None:
