@@ -61,6 +61,11 @@ class Source(ABC):
     def remarks(self) -> Sequence[str]:
         return ()
 
+    @property
+    def alone(self) -> bool:
+        """Whether what was read so far depends on no files but those of the shards."""
+        return False
+
     @abstractmethod
     def read(self, shard: Shard) -> Iterator[Pair]:
         """The pairs in `shard`, in order. Raises OSError or ShardError if its file cannot be read."""
@@ -106,6 +111,10 @@ class Sources(Source):
     @property
     def remarks(self) -> Sequence[str]:
         return [remark for source in self._sources for remark in source.remarks]
+
+    @property
+    def alone(self) -> bool:
+        return all(source.alone for source in self._sources)
 
     def read(self, shard: Shard) -> Iterator[Pair]:
         return self._sources[shard.origin].read(shard)

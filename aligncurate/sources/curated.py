@@ -25,6 +25,10 @@ class CuratedSource(Source):
         self._numbers = {shard.uri: shard.index for shard in self.shards}
         self.extras = {f.name: f.type for f in dataset.schema if f.name not in COLUMNS}
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def describe(self) -> list[dict[str, Any]]:
         return [self._dataset.fingerprint()]
 

@@ -17,6 +17,11 @@ from aligncurate.sources.samples import OWN
 _TABLES = 256  # in which the images that were not downloaded are counted
 
 
+def beside(uri: str) -> str:
+    """Where the table beside a tar or folder would be."""
+    return uri.removesuffix(".tar") + ".parquet"
+
+
 def rows_beside(uri: str) -> dict[str, dict[str, Any]]:
     """What the table beside a tar or folder says of its samples, by their keys. Raises OSError."""
     table = _table_beside(uri)
@@ -41,11 +46,11 @@ def _table_beside(uri: str, columns: list[str] | None = None) -> pa.Table | None
 
     Raises OSError if it is there and cannot be read.
     """
-    beside = uri.removesuffix(".tar") + ".parquet"
-    if beside == uri or not storage.exists(beside):
+    table_file = beside(uri)
+    if not storage.exists(table_file):
         return None
     try:
-        with storage.open_file(beside) as file:
+        with storage.open_file(table_file) as file:
             table = pq.read_table(file, columns=columns, partitioning=None)
     except PARQUET_ERRORS as error:
         if not is_damage(error):

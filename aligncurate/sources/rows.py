@@ -136,6 +136,10 @@ class RowSource(Source):
         yield from islice(file.pairs(shard.start, stop, reader), shard.limit)
 
     @property
+    def alone(self) -> bool:
+        return not any(counts["named"] for counts in self._counts)
+
+    @property
     def remarks(self) -> Sequence[str]:
         several, repeated = (sum(counts[name] for counts in self._counts) for name in ("several", "repeated"))
         remarks = [several_remark(several, self._several)] if several else []
@@ -154,7 +158,7 @@ class RowReader:
         several: what becomes of several captions in a row.
 
     Attributes:
-        counts: rows with `several` captions and with `repeated` keys.
+        counts: rows with `several` captions and with `repeated` keys; pairs whose image is only `named`.
     """
 
     def __init__(self, uri: str, fields: Fields, root: ImageRoot | None, several: Several = "all") -> None:
@@ -215,6 +219,7 @@ class RowReader:
         elif fields.url and is_url(row.get(fields.url)) and all(map(is_url, images)):
             pair.fail(Status.URL_ONLY, f"only the image's URL is known ({fields.url}); {DOWNLOAD}")
         elif images and self._root is not None:
+            self.counts["named"] += 1
             self._root.attach(pair, str(images[0]))
         elif images:
             return

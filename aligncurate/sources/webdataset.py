@@ -20,7 +20,7 @@ from aligncurate.io.storage import MAX_IMAGE_BYTES
 from aligncurate.io.tar import tar_members
 from aligncurate.sources.base import Shard, merge_extras
 from aligncurate.sources.coerce import infer_extras
-from aligncurate.sources.img2dataset import extras_beside, not_downloaded, rows_beside
+from aligncurate.sources.img2dataset import beside, extras_beside, not_downloaded, rows_beside
 from aligncurate.sources.options import Several
 from aligncurate.sources.samples import (
     MAX_TEXT_BYTES,
@@ -60,6 +60,10 @@ class WebDatasetSource(SampleSource):
         self.shards = [Shard(i, uri) for i, uri in enumerate(uris)]
         self.extras = self._peek()
         self.notices = not_downloaded(uris)
+
+    @property
+    def alone(self) -> bool:
+        return not any(storage.exists(beside(shard.uri)) for shard in self.shards)
 
     def _peek(self) -> dict[str, pa.DataType]:
         """Types of the extra columns, from the first samples, the same for all shards."""

@@ -25,7 +25,7 @@ from aligncurate.sources.options import SourceOptions
 from aligntrain.data import index_cache
 from aligntrain.data.index import SCHEMA, Facts, Index, facts_file
 from aligntrain.data.levels import check_levels
-from aligntrain.data.sealed import DamagedError, list_files, read_sealed, write_sealed
+from aligntrain.data.sealed import DamagedError, list_files, read_sealed, read_unsealed, write_sealed
 from aligntrain.inputs.processor import AlignGPTProcessor, Encoded
 from aligntrain.inputs.templates import caption_turns
 from aligntrain.model.loss import IGNORE
@@ -33,7 +33,7 @@ from aligntrain.stage import StageConfig
 
 _ROWS = 2_000  # per record batch
 _AT_ONCE = 256  # rows tokenized together
-_FORMAT = 2  # to be raised when the same data gives another index
+_FORMAT = 3  # to be raised when the same data gives another index
 _OF_ONE_ROW = re.compile(r"(?<=\bturn )\d+|\b\d+(?= times)")  # numbers in a cause, left out to count rows by cause
 _NAMING = ("key", "image_offset", "image_length", "row", "sha256", "level", "tokens", "answers")
 
@@ -50,6 +50,8 @@ def build_index(
     source: Source, config: StageConfig, processor: AlignGPTProcessor, num_levels: int, file: Path
 ) -> Index:
     """Tokenize the data of a stage, unless `file` is already the index of the same data and settings, or one is kept.
+
+    Rows that depend on other files than the shards (images by name, a table beside a tar) are always tokenized again.
 
     Images are not read. Raises no error for a kept index that is damaged, but makes it again.
 
@@ -68,16 +70,18 @@ def build_index(
     notes = facts_file(file)
     if notes.is_file():
         try:
-            if read_sealed(notes)["made_of"] == made_of:
+            kept = read_sealed(notes)
+            if kept["made_of"] == made_of and kept["alone"] and source.alone:
                 return Index(file, processor, check=True)
         except DamagedError as error:
-            notice(f"{file}: the index is damaged ({error}); it is made again")
+            if read_unsealed(notes) is None:
+                notice(f"{file}: the index is damaged ({error}); it is made again")
     for text in source.notices:
         notice(text)
     notes.unlink(missing_ok=True)
     # Of a folder or a remote file the fingerprint may miss a change; such an index is not shared between runs.
-    shared = all(Path(shard.uri).is_file() for shard in source.shards)
-    if shared:
+    local = all(Path(shard.uri).is_file() for shard in source.shards)
+    if local and source.alone:
         index_cache.fetch(made_of, file)
     if notes.is_file():
         return Index(file, processor)
@@ -93,9 +97,9 @@ def build_index(
                     rows = []
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
         _check(config, facts, num_levels)
-    made = {"made_of": made_of, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}
+    made = {"made_of": made_of, "alone": source.alone, "digest": digest.hexdigest()[:16], "facts": facts.to_json()}
     write_sealed(notes, {**made, "files": list_files([file])})
-    if shared:
+    if local and source.alone:  # now that all is read, it is known whether images are elsewhere
         index_cache.store(made_of, file)
     return Index(file, processor)
 
@@ -113,7 +117,8 @@ def _fingerprint(source: Source, config: StageConfig, processor: AlignGPTProcess
         config.image_column,
     ]
     made_of += [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.max_length]
-    made_of += [processor.num_patches, processor.align, config.image_root, processor.template]
+    root = config.image_root and storage.absolute(config.image_root)
+    made_of += [processor.num_patches, processor.align, root, processor.template]
     made_of.append({name: str(token) for name, token in processor.tokenizer.special_tokens_map.items()})
     for uri in dict.fromkeys(shard.uri for shard in source.shards):
         made_of.append(storage.size(uri))

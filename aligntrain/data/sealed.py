@@ -36,6 +36,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_unsealed(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a version before seals, with neither a digest nor a list of files; None if it is another."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and value and not {_SEAL, "files"} & value.keys() else None
+
+
 def list_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of files, by name."""
     with ThreadPoolExecutor() as pool:

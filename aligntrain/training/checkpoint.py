@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,7 +34,7 @@ from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, sync, use_umask
 from aligncurate.progress import notice
 from aligncurate.settings import recorded
-from aligntrain.data.sealed import DamagedError, check_files, list_files, read_sealed, write_sealed
+from aligntrain.data.sealed import DamagedError, check_files, list_files, read_sealed, read_unsealed, write_sealed
 from aligntrain.stage import StageConfig
 from aligntrain.training.distributed import World, attempt, whole
 
@@ -72,9 +72,12 @@ class Position:
     def of(cls, file: Path, stored: dict[str, Any]) -> Position:
         """What `dataclasses.asdict` made of a position. Raises DamagedError if another version wrote it."""
         try:
-            return cls(**stored)
+            position = cls(**stored)
         except TypeError:
             raise DamagedError(f"{file.name} is of another version") from None
+        if list(map(type, vars(position).values())) != [int, int, str, str, str, dict, int]:
+            raise DamagedError(f"{file.name} is not as it was written")
+        return position
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -123,6 +126,9 @@ def save(
 
 def read_position(folder: Path) -> Position:
     """The position that a checkpoint was saved at. Raises DamagedError if any file of the checkpoint is damaged."""
+    if not (folder / _FILES).exists() and (unsealed := read_unsealed(folder / _POSITION)) is not None:
+        _check_unlisted(folder)
+        return Position.of(folder / _POSITION, unsealed)
     check_files(folder, read_sealed(folder / _FILES)["files"])
     return Position.of(folder / _POSITION, read_sealed(folder / _POSITION))
 
@@ -163,6 +169,8 @@ def read_finished(out: Path) -> Position | None:
     file = out / _FINISHED
     if not file.is_file():
         return None
+    if (unsealed := read_unsealed(file)) is not None:
+        return Position.of(file, unsealed) if (out / "config.json").is_file() else None
     stored = read_sealed(file)
     check_files(out, stored.pop("files", {_FINISHED: {"bytes": -1}}))
     return Position.of(file, stored)
@@ -191,7 +199,7 @@ def start_of(config: StageConfig) -> str:
         return ""
     folder = Path(config.init)
     known = [file.read_bytes() for file in (folder / "config.json", folder / _FINISHED) if file.is_file()]
-    if (folder / _FINISHED).is_file():
+    if (folder / _FINISHED).is_file() and read_unsealed(folder / _FINISHED) is None:
         try:
             listed = read_sealed(folder / _FINISHED).get("files", {})
             check_files(folder, {name: facts for name, facts in listed.items() if name.endswith(".safetensors")})
@@ -260,6 +268,19 @@ def tensor_shapes(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
+
+
+def _check_unlisted(folder: Path) -> None:
+    """What can be checked of a checkpoint without list: its files are whole, and every weight has its moments.
+
+    Raises DamagedError if not.
+    """
+    try:
+        weights, moments = (tensor_shapes(folder, kind).keys() for kind in ("weights", "optimizer"))
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"a file cannot be read ({error})") from None
+    if not weights or moments != {f"{name}|{kind}" for name in weights for kind in (*_MOMENTS, "step")}:
+        raise DamagedError("weights or their moments are missing")
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
