@@ -198,13 +198,11 @@ def test_resuming_a_checkpoint_of_an_earlier_version(
     assert_close(weights(out), weights(Path(done.out)), 0)
 
 
-@EVERY
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "flipped"])  # a bit is seen by digests only
 @pytest.mark.parametrize("name", [name for name in OF_CHECKPOINT if name != "files.json"])
 def test_a_damaged_checkpoint_of_an_earlier_version(
     stopped: StageConfig, name: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if kind == "flipped":
-        pytest.skip("without a digest, a changed bit cannot be seen")
     out = Path(stopped.out)
     (out / NEWEST / "files.json").unlink()
     unseal(out / NEWEST / "position.json")
