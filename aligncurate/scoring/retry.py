@@ -16,6 +16,7 @@ from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.sources.base import Shard
 
 _TEXT = ("key", "caption", "conversations")
+_SCORES = ("score", "level")
 _POINTER = ("source", "row", "image_path", "image_offset", "image_length")
 
 
@@ -48,11 +49,17 @@ def is_reusable(row: Mapping[str, Any], pair: Pair, *, image_root_changed: bool)
 
 
 def take_over(row: Mapping[str, Any], pair: Pair, score_columns: Sequence[str], *, image_root_changed: bool) -> None:
-    """Set on `pair` what an earlier run computed for it, and under another image root where it found the image."""
-    for name in (*(_POINTER if image_root_changed else ()), "width", "height", "sha256", "score", "level", "error"):
+    """Set on `pair` what an earlier run computed for it, and under another image root where it found the image.
+
+    A run that computes no scores (`ingest`) takes them from its input, where they may have been corrected.
+    """
+    pointer, scores = _POINTER if image_root_changed else (), _SCORES if score_columns else ()
+    for name in (*pointer, *scores, "width", "height", "sha256", "error"):
         setattr(pair, name, row[name])
     pair.image = row.get("image")
     pair.status = Status(row["status"])
+    if pair.status is not Status.OK:
+        pair.score = pair.level = None
     pair.load = None
     for name in (IMAGE_EMBEDDING, TEXT_EMBEDDING):
         if row.get(name) is not None:

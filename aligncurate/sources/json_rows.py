@@ -1,12 +1,11 @@
 """The rows of a JSON file in any usual form: lines, an array, an array inside an object, or one object after another.
 
-Files are read from disk through a window; only where each shard begins is kept. Behind a row that is not JSON the next
-rows are found again.
+Files are read from disk through a window; only where each shard begins, and how, is kept. Behind a row that is not JSON
+the next rows are found again.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from io import SEEK_END
 from itertools import islice
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from aligncurate.errors import NoPairsError, UserError
 from aligncurate.sources.encoding import TextFile
@@ -31,6 +30,7 @@ _DEEPEST = 100  # levels of objects and lists in one row
 
 _SPACE = re.compile(r"[\s\x1e,]*")  # between rows; \x1e as in JSON text sequences
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_FIRST_NAME = re.compile(r'\{\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
 # Boundaries are found in bytes taken for Latin-1, so that places in the text are those in the file.
 _BOUNDS = json.JSONDecoder(strict=False, parse_int=len, parse_float=len)
 _VALUES = json.JSONDecoder(strict=False)
@@ -67,7 +67,7 @@ class JsonRows:
         self._uri, self._per_shard = uri, per_shard
         self._file = TextFile(uri, None)
         self._form: _Form = "lines"
-        self._offsets: list[int] = []
+        self._starts: list[_Start] = []
         self.count = 0
         self.whole: dict[str, Any] | None = None
         if self._has_lines():
@@ -81,7 +81,7 @@ class JsonRows:
 
     def spread(self) -> list[dict[str, Any]]:
         """Some rows from throughout the file, where shards begin."""
-        starts = {self._per_shard * shard for shard in spread(len(self._offsets), 32)}
+        starts = {self._per_shard * shard for shard in spread(len(self._starts), 32)}
         ends = {start: min(start + self._few(8 if start else 256), self.count) for start in sorted(starts)}
         ends[min(max(*ends.values(), self.count - self._few(64)), self.count - 1)] = self.count
         return [row for start, end in ends.items() for row in self.read(start, end) if isinstance(row, dict)]
@@ -92,8 +92,9 @@ class JsonRows:
             shard = start // self._per_shard
             end = min(stop, (shard + 1) * self._per_shard)
             skipped = start - shard * self._per_shard
-            with closing(self._file.open(self._offsets[shard])) as file:
-                rows = map(_parse, _lines(file)) if self._form == "lines" else _Scanner(file, self._form).rows()
+            begin = self._starts[shard]
+            with closing(self._file.open(begin.offset)) as file:
+                rows = map(_parse, _lines(file)) if self._form == "lines" else _Scanner(file, self._form, begin).rows()
                 yield from islice(rows, skipped, skipped + end - start)
             start = end
 
@@ -125,15 +126,15 @@ class JsonRows:
             while line := file.readline(_LARGEST):
                 if line.strip():
                     if self.count % self._per_shard == 0:
-                        self._offsets.append(offset)
+                        self._starts.append(_Start(offset))
                     self.count += 1
                 offset += len(line)
 
     def _index_values(self) -> None:
         with closing(self._file.open()) as file:
-            begin = self._file.start
+            begin = _Start(self._file.start)
             first = _Scanner(file, "values", begin).peek()
-            file.seek(begin)
+            file.seek(begin.offset)
             if first == "[":
                 self._form = "array"
                 array: _Array | None = _Scanner(file, "array", begin).array(self._per_shard)
@@ -143,10 +144,10 @@ class JsonRows:
             else:
                 raise _refusal(self._uri, file.read(_WINDOW))
             if array is None:
-                file.seek(begin)
+                file.seek(begin.offset)
                 self.whole = _whole(self._uri, file.read())
                 return
-        self._offsets, self.count = array.offsets, array.count
+        self._starts, self.count = array.starts, array.count
         if array.count and not array.objects:
             if array.error:
                 raise UserError(f"{self._uri}: not a JSON file ({array.error}).")
@@ -160,7 +161,7 @@ class JsonRows:
         if arrays is None or scanner.peek():
             self._form = "values"
             file.seek(self._file.start)
-            return _Scanner(file, "values", self._file.start).array(self._per_shard)
+            return _Scanner(file, "values", _Start(self._file.start)).array(self._per_shard)
         lists = {name: array for name, array in arrays.items() if array is not None}
         row = any(name in TURNS or (name in IMAGES and not array) for name, array in arrays.items())
         only = next(iter(lists.values())) if len(lists) == 1 and not row else None
@@ -170,52 +171,70 @@ class JsonRows:
 _Form = Literal["lines", "array", "member", "values"]
 
 
+class _Start(NamedTuple):
+    """How a shard begins: all that what was read before it says about its rows.
+
+    Attributes:
+        offset: in the file.
+        name: of the first member of the first object, as it is written; None before that object.
+        listed: whether a list is open.
+    """
+
+    offset: int
+    name: str | None = None
+    listed: bool = False
+
+
 @dataclass
 class _Array:
     """Where the items of a list are.
 
     Attributes:
-        offsets: of the first item of each shard.
+        starts: of the shards.
         count: number of items.
         objects: how many of them are objects.
         error: what is wrong with the first that is not JSON.
     """
 
-    offsets: list[int]
+    starts: list[_Start]
     count: int = 0
     objects: int = 0
     error: str | None = None
 
 
 class _Scanner:
-    """Goes through JSON values in a window over a file.
+    """Goes through JSON values in a window over a file, taken for Latin-1: a character for each byte.
 
     Args:
         file: at the next value, or a separator before it.
         form: what the values are in.
-        offset: of that place in the file, to find the places of values: the text is then taken for Latin-1, which has
-            a character for each byte. Without it, values are read.
+        start: what is known of that place.
     """
 
-    def __init__(self, file: BinaryIO, form: _Form, offset: int | None = None) -> None:
+    def __init__(self, file: BinaryIO, form: _Form, start: _Start) -> None:
         self._file, self._form = file, form
-        self._base = offset or 0
-        self._decoder = codecs.getincrementaldecoder("utf-8" if offset is None else "latin-1")("surrogateescape")
-        self._json = _VALUES if offset is None else _BOUNDS
+        self._base, self._first_name, self._listed = start
         self._text, self._at, self._ended = "", 0, False
-        self._first_name: str | None = None
+        self._begin = 0  # of the last value in the text
 
     def rows(self) -> Iterator[dict[str, Any] | Broken]:
         """The rows from here to the end of their list."""
         for _, value in self._items():
-            yield value if isinstance(value, (dict, Broken)) else Broken(f"found a {_name(value)}", json.dumps(value))
+            if isinstance(value, Broken):
+                yield Broken(value.cause, value.text.encode("latin-1").decode("utf-8", "surrogateescape"))
+            else:
+                yield _parse(self._text[self._begin : self._at].encode("latin-1"))
 
     def array(self, per_shard: int) -> _Array:
-        """Where the items from here to the end of their list are."""
+        """Where the items of the list that begins here are, or the values from here on if they are in no list."""
         array = _Array([])
+        self._first_name, self._listed = None, self._form != "values"
+        if self._listed:
+            self.peek()
+            self._at += 1
         for offset, value in self._items():
             if array.count % per_shard == 0:
-                array.offsets.append(offset)
+                array.starts.append(_Start(offset, self._first_name, self._listed))
             array.count += 1
             array.objects += isinstance(value, dict)
             if isinstance(value, Broken):
@@ -253,31 +272,28 @@ class _Scanner:
                 return ""
 
     def _items(self) -> Iterator[tuple[int, Any]]:
-        """(place, value) of the values from here to the end of their list; `[` may come first."""
-        listed = self._form != "values"
-        if listed and self.peek() == "[":
-            self._at += 1
+        """(place, value) of the values from here to the end of their list."""
         value: Any = None
         while self.peek():
-            if listed and self.peek() == "]":
+            if self._listed and self.peek() == "]":
                 self._at += 1
                 if self._form == "member" or not self.peek():
                     return
                 if self.peek() == "[":  # files that were put together
                     self._at += 1
                     continue
-                listed = False  # what follows is no row, and told as such
+                self._listed = False  # what follows is no row, and told as such
             place = self._base + self._at
             value = self._value()
             yield place, value
-        if listed and not isinstance(value, Broken):
+        if self._listed and not isinstance(value, Broken):
             yield self._base + self._at, Broken("the file is cut off here")
 
     def _value(self) -> Any:
         """The next value, or what is wrong with it."""
         while True:
             try:
-                value, end = self._json.raw_decode(self._text, self._at)
+                value, end = _BOUNDS.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 near = len(self._text) - error.pos < 16 or error.msg.startswith("Unterminated")
                 if near and len(self._text) - self._at < _LARGEST and self._fill():
@@ -285,22 +301,18 @@ class _Scanner:
                 return self._skip(error.msg[0].lower() + error.msg[1:])
             except RecursionError:
                 return self._skip("nested too deeply")
-            except ValueError:  # only integers with thousands of digits
-                return self._skip("a number has too many digits")
             if end == len(self._text) and self._fill():  # a number may go on
                 continue
-            begin, self._at = self._at, end
-            if self._first_name is None and isinstance(value, dict):
-                self._first_name = next(iter(value), None)
-            if isinstance(value, (dict, list)) and _is_too_deep(self._text, begin, end):
-                return Broken("nested too deeply", self._text[begin:end])
+            self._begin, self._at = self._at, end
+            if self._first_name is None and (found := _FIRST_NAME.match(self._text, self._begin)):
+                self._first_name = found[1]
+            if isinstance(value, (dict, list)) and _is_too_deep(self._text, self._begin, end):
+                return Broken("nested too deeply", self._text[self._begin : end])
             return value
 
     def _skip(self, cause: str) -> Broken:
         """Go on behind a value that is not JSON: at the next object that begins as the first one did."""
-        name = (
-            r'"' if self._first_name is None else re.escape(json.dumps(self._first_name, ensure_ascii=False)) + r"\s*:"
-        )
+        name = '"' if self._first_name is None else re.escape(self._first_name) + r"\s*:"
         pattern = re.compile(rf"[,\n\x1e]\s*(?=\{{\s*{name})")
         place, kept = self._at + 1, ""
         while (found := pattern.search(self._text, place)) is None:
@@ -321,7 +333,7 @@ class _Scanner:
         data = self._file.read(max(_WINDOW, len(self._text) - self._at))
         self._ended = not data
         self._base += self._at
-        self._text, self._at = self._text[self._at :] + self._decoder.decode(data, final=not data), 0
+        self._text, self._at = self._text[self._at :] + data.decode("latin-1"), 0
         return bool(data)
 
 

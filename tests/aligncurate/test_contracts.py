@@ -102,6 +102,22 @@ def test_retry_counts_only_what_it_did(tmp_path) -> None:
     assert aligncurate.ingest(file, tmp_path / "out", retry_errors=True, quiet=True).rows == 1
 
 
+def test_a_retry_of_ingest_takes_scores_from_the_input(tmp_path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    file, lines = (
+        tmp_path / "rows.csv",
+        "image,caption,score,level,quality\n{},a,{},{},{}\n,text,{},{},{}\nb.jpg,b,0.5,1,7\n",
+    )
+    file.write_text(lines.format("a.jpg", 0.1, 1, 3, 0.1, 1, 3))
+    aligncurate.ingest(file, tmp_path / "out", quiet=True)
+    file.write_text(lines.format("a.jpg", 0.9, 4, 8, 0.9, 4, 8))
+    (tmp_path / "b.jpg").write_bytes(jpeg(2))
+    retried = frame_of(aligncurate.ingest(file, tmp_path / "out", retry_errors=True, quiet=True).dataset)
+    assert retried["score"][0] == pytest.approx(0.9) and retried["level"][0] == 4
+    assert retried.equals(frame_of(aligncurate.ingest(file, tmp_path / "fresh", quiet=True).dataset))
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_source_that_grew_or_shrank_is_noticed(tmp_path, rows) -> None:
     for name in "abc":

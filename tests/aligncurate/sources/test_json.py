@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from random import Random
 
 import pytest
 
 from aligncurate.errors import UserError
 from aligncurate.sources.detect import open_source
+from aligncurate.sources.json_rows import Broken, JsonRows
 from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import ingested, jpeg, read_all, statuses
 
@@ -174,3 +176,48 @@ def test_what_is_no_file_of_rows(folder) -> None:
         (folder / "a.json").write_text(text)
         with pytest.raises(UserError, match=sentence):
             open_source(str(folder / "a.json"))
+
+
+def rows_of(file, per_shard: int) -> list:
+    rows = JsonRows(str(file), per_shard)
+    found = list(rows.read(0, rows.count))
+    assert len(found) == rows.count
+    return found
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, 3, 4, 1_000])
+@pytest.mark.parametrize("form", ["[%s]", '{"info": {"year": 1}, "data": [%s]}', "[%s, {'']"])
+def test_an_item_that_is_a_list_is_one_row_in_every_shard(tmp_path, form, per_shard) -> None:
+    items = [[1, 2], {"n": "a"}, {"n": "b"}, [5, [6], 7], {"n": "c"}, [[]], [], {"n": "d"}]
+    (tmp_path / "a.json").write_text(form % json.dumps(items)[1:-1])
+    found = rows_of(tmp_path / "a.json", per_shard)
+    assert [None if isinstance(row, Broken) else row for row in found[:8]] == [
+        item if isinstance(item, dict) else None for item in items
+    ]
+    assert [json.loads(row.text) for row in found[:8] if isinstance(row, Broken)] == [[1, 2], [5, [6], 7], [[]], []]
+
+
+def test_members_before_a_list_say_nothing_about_its_rows(tmp_path) -> None:
+    rows = ['{"n": 1}', '{"n": oops}', '{"n": 2}', '{"n": 3}']
+    (tmp_path / "a.json").write_text('{"info": {"year": 1}, "data": [' + ", ".join(rows) + "]}")
+    found = rows_of(tmp_path / "a.json", 2)
+    assert [row.text if isinstance(row, Broken) else row["n"] for row in found] == [1, '{"n": oops}', 2, 3]
+
+
+_ITEMS = [
+    '{"图": %d, "b": {"x": [1]}}', '{"图": %d, "b": "é, {\\"b\\": 2}"}', '{"b": %d, "图": 0}', "{}",  # good
+    '{"图": %d, "b": oops, {"b": 1}, {"c": 2}]}', '{"图": %d, "b": "open, {"b": 1}', '{"c" %d}, {"b": 1}', "{'a': %d",
+    '{"图": %d, "b": ' + "9" * 5_000 + "}", '{"图": %d, "b": ' + "[" * 200 + "]" * 200 + "}",
+    "%d", "null", "[%d, [2]]", "[]", "]", "], [", "} ]", "\xa0", "\u3000{}", '"é"', "",
+]  # fmt: skip
+
+
+def test_rows_do_not_depend_on_shards(tmp_path) -> None:
+    for seed in range(300):
+        random = Random(seed)
+        items = random.choices(_ITEMS, k=random.randint(1, 12))
+        text = random.choice([", ", ",\n", "\n"]).join(item.replace("%d", str(i)) for i, item in enumerate(items))
+        (tmp_path / "a.json").write_text(f'[{{"图": 0}}, {text}]' if seed % 2 else f'[{text}, {{"图": 0}}]')
+        expected = rows_of(tmp_path / "a.json", 1_000)
+        for per_shard in (1, 2, 3):
+            assert rows_of(tmp_path / "a.json", per_shard) == expected, seed
