@@ -95,11 +95,11 @@ class _Worker:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir()
             command = [sys.executable, "-m", "tests.fuzz", "--serve", str(self._folder)]
-            log = (self._folder / "log").open("w")
             # Without a buffer: `select` does not see a second line that was read with the first.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0
-            )
+            with (self._folder / "log").open("w") as log:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0
+                )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(f"{case}\n".encode())
@@ -126,8 +126,8 @@ class _Worker:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            with self._process as process:  # closes its pipes
+                process.kill()
             self._process = None
 
 
