@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from aligncurate.dataset.receipt import PartInfo, Receipt, part_name, receipt_name
+from aligncurate.dataset.record import COLUMNS, is_stored_as
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, sync, write_json
 from aligncurate.io.parquet import PARQUET_ERRORS, first_line, is_damage
@@ -38,7 +39,7 @@ def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) 
 
     With a buffer of `buffer_size` bytes, if not 0, large columns of a row group are read in pieces.
 
-    Raises UserError when it is damaged or missing.
+    Raises UserError when it is damaged or missing, or lacks a column that every dataset has.
     """
     try:
         with pq.ParquetFile(
@@ -48,11 +49,25 @@ def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) 
             pre_buffer=False,
             page_checksum_verification=True,
         ) as part:
+            _check_columns(file, part.schema_arrow)
             yield part
     except PARQUET_ERRORS as error:
         if not is_damage(error):
             raise UserError(f"{file}: the part cannot be read ({getattr(error, 'strerror', error)}).") from None
         raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
+
+
+def _check_columns(file: Path, schema: pa.Schema) -> None:
+    """Raises UserError unless a part, which others may have written, has the columns of every dataset."""
+    for name, kind in COLUMNS.items():
+        found = schema.field(name).type if schema.names.count(name) == 1 else None
+        if found is None and (name != "image" or name in schema.names):
+            problem = "has column {} twice" if name in schema.names else "has no column {}"
+            raise UserError(f"{file}: the part {problem.format(name)}; make the dataset again.")
+        if found is not None and pa.types.is_null(found) and name != "status":
+            continue  # a column without any value
+        if found is not None and not is_stored_as(found, kind):
+            raise UserError(f"{file}: column {name} is {found}, not {kind}; make the dataset again.")
 
 
 class PartWriter:

@@ -58,6 +58,7 @@ class Pointer:
         row: row number in `source`, for a Parquet column.
         sha256: of the bytes; None if unknown.
         image: the bytes themselves, if they are embedded in the row.
+        fault: why the row's pointer makes no sense, which a dataset from elsewhere may; `read` raises it.
     """
 
     source: str
@@ -67,15 +68,17 @@ class Pointer:
     row: int | None
     sha256: bytes | None
     image: bytes | None
+    fault: str | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self | None:
-        """The pointer in a row with POINTER_COLUMNS; None if the row has no image."""
+        """The pointer in a row with POINTER_COLUMNS, whatever they hold; None if the row has no image."""
         path, image, offset = row.get("image_path"), row.get("image"), row.get("image_offset")
         if path is None and image is None:
             return None
-        offset, length = (-1, 0) if image is not None or offset is None else (offset, row["image_length"])
-        return cls(row["source"], path or "", offset, length, row.get("row"), row.get("sha256"), image)
+        offset, length = (-1, 0) if image is not None or offset is None else (offset, row.get("image_length"))
+        source, fault = row.get("source") or "", _fault(row)
+        return cls(source, path or "", offset, length or 0, row.get("row"), row.get("sha256"), image, fault)
 
     @property
     def end(self) -> int:
@@ -90,8 +93,20 @@ class Pointer:
                 machine, and the digest is what shows that its maker knew the bytes.
 
         Raises:
-            OSError: the source does not exist any more, or no longer holds the bytes that were scored.
+            OSError: the source does not exist any more or no longer holds the bytes that were scored, or the pointer
+                leads nowhere; whatever else goes wrong is an OSError too, of this row only.
         """
+        try:
+            return self._read(needs_sha256)
+        except OSError:
+            raise
+        except Exception as error:  # an impossible name, an unknown scheme, what a file system or a damaged file raises
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise OSError(f"{self.source}: the image {self.path} cannot be read ({reason})") from None
+
+    def _read(self, needs_sha256: bool) -> bytes:
+        if self.fault is not None:
+            raise OSError(f"{self.source}: the image {self.path} cannot be found: {self.fault}; make the dataset again")
         if needs_sha256 and self.sha256 is None:
             raise OSError(f"{self.source}: the image {self.path} has no sha256, so it is not read; score it again")
         if self.image is not None:
@@ -114,6 +129,25 @@ class Pointer:
             raise OSError(f"{self.source}: the image {self.path} is not the one that was scored")
 
 
+def _fault(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with the columns that say where a row's image is; None if nothing is."""
+    if row.get("image") is not None:
+        return None
+    path, source, offset = row["image_path"], row.get("source"), row.get("image_offset")
+    if "\0" in path or "\0" in (source or ""):
+        return "there is a zero byte in its name"
+    number = "row" if offset is None else "image_length"
+    if offset is None and (storage.is_remote(path) or path.startswith("/")):
+        return None
+    if not source:
+        return "its source is empty"
+    if offset is not None and offset < 0:
+        return f"its image_offset is {offset}"
+    if row.get(number) is None or row[number] < 0:
+        return f"its {number} is {'empty' if row.get(number) is None else row[number]}"
+    return None
+
+
 def read_images(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes | memoryview | OSError | None]:
     """The bytes of each row's image, in order; neighbours in a tar are read at once.
 
@@ -130,7 +164,7 @@ def read_images(rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes | memoryvie
         if at_once:
             try:
                 storage.read_into(run[0].source, start, buffer[: run[-1].end - start])
-            except OSError:
+            except Exception:
                 at_once = False  # read one by one, to find the ones that fail
         for pointer in run:
             data: bytes | memoryview
@@ -165,6 +199,7 @@ def _are_neighbours(run: list[Pointer], pointer: Pointer) -> bool:
     first, last = run[0], run[-1]
     return (
         pointer.source == first.source
+        and pointer.fault is last.fault is None
         and min(pointer.offset, last.offset) >= 0
         and None not in (pointer.sha256, last.sha256)
         and last.end <= pointer.offset <= last.end + MAX_GAP

@@ -103,6 +103,34 @@ def _type_name(kind: pa.DataType) -> str:
     return "list<struct<role, text>>" if kind == TURNS else str(kind)
 
 
+def is_stored_as(found: pa.DataType, kind: pa.DataType) -> bool:
+    """Whether a part's column of type `found` can be read as one of type `kind`: views, other widths, dictionaries."""
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_list(kind):
+        return _is_turns(found)
+    families = (_is_text, _is_bytes, pa.types.is_integer, pa.types.is_floating)
+    return any(bool(is_a(kind) and is_a(found)) for is_a in families)
+
+
+def _is_turns(kind: pa.DataType) -> bool:
+    """Whether a type is a list of objects with a role and a text."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    item = kind.value_type if is_list else kind
+    if not (is_list and pa.types.is_struct(item)):
+        return False
+    return all(item.get_field_index(name) >= 0 and _is_text(item.field(name).type) for name in ("role", "text"))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
 @dataclass(slots=True)
 class Pair:
     """One image-text pair on its way through a verb.

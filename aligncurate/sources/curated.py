@@ -44,6 +44,8 @@ class CuratedSource(Source):
                 for row, *vectors in zip(batch.drop_columns(embeddings).to_pylist(), *found, strict=True):
                     if number == shard.limit:
                         return
+                    if row["key"] is None:  # of a dataset from elsewhere
+                        row["key"] = f"row-{number}"
                     pair = _pair(row)
                     for name, vector in zip(embeddings, vectors, strict=True):
                         setattr(pair, name, vector)
@@ -66,6 +68,9 @@ def _pair(row: dict[str, Any]) -> Pair:
         k: row.get(k) for k in COLUMNS if k not in ("status", "error", "width", "height", "sha256")
     }
     pair = Pair(**fields, extra=extra, stored=row)
+    if row["status"] not in iter(Status):
+        pair.fail(Status.INVALID_ROW, f"the status of row {row['key']} is {row['status']}, which no dataset has")
+        return pair
     status = Status(row["status"])
     pointer = Pointer.of(row)
     if pointer and (pointer.sha256 or pointer.image):  # no other pointer of a dataset from elsewhere is followed

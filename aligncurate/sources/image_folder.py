@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
@@ -116,6 +117,14 @@ class ImageFolderSource(SampleSource):
             sample.files[ending] = readable(storage.basename(file))
             if readable(file) != file:  # it could not be found again by the name that the dataset keeps
                 sample.fail(Status.READ_ERROR, f"the name {readable(file)} is not UTF-8; rename the file or folder")
+            if not storage.is_remote(file) and storage.leads_out(file, [self._root or "/"]):
+                name, target = readable(storage.basename(file)), readable(os.path.realpath(file))
+                sample.fail(
+                    Status.UNSAFE_PATH,
+                    f"{name} is a link to {target}, outside of the folder {readable(self._root)}; copy the file, "
+                    "or give a folder above both",
+                )
+                continue
             if self._endings.is_image(ending):
                 sample.images[ending] = Image(file, partial(storage.read, file, storage.MAX_IMAGE_BYTES))
                 continue

@@ -9,12 +9,14 @@ import socket
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import aligncurate
 from aligncurate.dataset.pointers import Pointer, read_images
 from aligncurate.io import storage
-from tests.support.inputs import cli, jpeg, pairs, tar_bytes, write_tar
+from tests.support.inputs import cli, complaint, jpeg, pairs, tar_bytes, write_tar
 
 
 def ingested(folder: Path, *sources: Path) -> pl.DataFrame:
@@ -45,8 +47,6 @@ def test_a_foreign_row_without_sha256_is_neither_scored_nor_exported(tmp_path) -
     (tmp_path / "c.csv").write_text("image,caption\nx.jpg,one\nx.jpg,two\n")
     ingested(tmp_path / "foreign", tmp_path / "c.csv")
     part = next((tmp_path / "foreign").rglob("part-*.parquet"))
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = pq.read_table(part)
     rows = table.to_pylist()
@@ -200,3 +200,123 @@ def test_a_bug_in_a_source_fails_its_shard_and_names_its_place(tmp_path, monkeyp
     run = aligncurate.ingest(tars, tmp_path / "data", quiet=True)
     assert [Path(failure.shard).name for failure in run.failures] == ["0.tar"]
     assert "KeyError: 'surprise', at test_hostile_pointers.py:" in run.failures[0].error
+
+
+FORGED = {
+    "null length": {"image_offset": 0, "image_length": None},
+    "negative length": {"image_offset": 0, "image_length": -5},
+    "negative offset": {"image_offset": -5, "image_length": 5},
+    "null row": {"image_path": "image", "row": None},
+    "negative row": {"image_path": "image", "row": -1},
+    "null source": {"image_path": "image", "source": None, "row": 0},
+    "null source of a tar": {"source": None, "image_offset": 0, "image_length": 5},
+    "scheme": {"image_path": "foo://x"},
+    "source's scheme": {"source": "foo://x", "image_offset": 0, "image_length": 5},
+    "zero byte": {"image_path": "/tmp/a\0b"},
+    "source's zero byte": {"source": "/tmp/a\0b", "image_offset": 0, "image_length": 5},
+    "not a Parquet file": {"image_path": "image", "source": "/etc/hostname", "row": 0},
+    "long name": {"image_path": "/" + "a" * 5000},
+}
+VICTIM = {"image_offset": None, "image_length": None, "row": None, "sha256": bytes(32)}
+
+
+def rewritten(folder: Path, change) -> Path:
+    """The dataset's only part with its rows changed, by somebody who fits the sizes too."""
+    part = next(folder.rglob("part-*.parquet"))
+    table = pq.read_table(part)
+    rows = table.to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), part)
+    return part
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_pointer_that_makes_no_sense_is_an_error_of_its_row(tmp_path, name) -> None:
+    row = {"source": "x.csv", "image_path": "a.jpg"} | VICTIM | FORGED[name]
+    with pytest.raises(OSError, match=r".{10}"):
+        Pointer.of(row).read()
+    found = list(read_images([row, row, {**row, "image": jpeg(1), "sha256": None}, {"image_path": None}]))
+    assert [isinstance(data, OSError) for data in found] == [True] * 3 + [False] and found[3] is None
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "llava-json"])
+def test_forged_rows_fail_alone_in_export_and_ingest(tmp_path, layout) -> None:
+    captions = [f"caption {number}" for number in range(len(FORGED) + 3)]
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"x.jpg,{text}\n" for text in captions))
+    ingested(tmp_path / "foreign", tmp_path / "c.csv")
+
+    def forge(rows: list[dict]) -> None:
+        for row, change in zip(rows, FORGED.values(), strict=False):
+            row |= VICTIM | change
+        rows[-1]["key"] = rows[0]["key"] = None
+
+    rewritten(tmp_path / "foreign", forge)
+    exported = cli("export", tmp_path / "foreign", "--format", layout, "--out", tmp_path / "out", "--workers", 1)
+    failed = (tmp_path / "out/failed.jsonl").read_text().splitlines()
+    assert len(failed) == len(FORGED), exported.output
+    assert "Traceback" not in exported.output and exported.exit_code in (0, 1)
+    again = ingested(tmp_path / "again", tmp_path / "foreign")
+    assert set(again["status"][: len(FORGED)]) == {"read_error"} and set(again["status"][len(FORGED) :]) == {"ok"}
+    assert again["key"].null_count() == 0
+    assert "Traceback" not in cli("inspect", tmp_path / "foreign").output
+
+
+def test_a_status_that_does_not_exist_fails_its_row(tmp_path) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "c.csv").write_text("image,caption\nx.jpg,a\nx.jpg,b\nx.jpg,c\n")
+    ingested(tmp_path / "foreign", tmp_path / "c.csv")
+    rewritten(tmp_path / "foreign", lambda rows: (rows[0].update(status="fine"), rows[1].update(status=None)))
+    assert ingested(tmp_path / "again", tmp_path / "foreign")["status"].to_list() == ["invalid_row"] * 2 + ["ok"]
+
+
+def test_links_out_of_a_folder_of_samples_are_not_followed(tmp_path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "o.jpg").write_bytes(jpeg(1))
+    (outside / "secret").write_text("the secret")
+    for name in "abcd":
+        (inside / f"{name}.jpg").write_bytes(jpeg(2))
+        (inside / f"{name}.txt").write_text("a caption")
+    (inside / "a.txt").unlink()
+    (inside / "a.txt").symlink_to(outside / "secret")
+    (inside / "b.jpg").unlink()
+    (inside / "b.jpg").symlink_to(outside / "o.jpg")
+    (inside / "c.json").symlink_to(outside / "secret")
+    (inside / "d.txt").unlink()
+    (inside / "d.txt").symlink_to("c.txt")
+    rows = ingested(tmp_path / "data", inside)
+    assert dict(zip(rows["key"], rows["status"], strict=True)) == dict.fromkeys("abc", "unsafe_path") | {"d": "ok"}
+    assert all("is a link to" in error for error in rows["error"].drop_nulls())
+    assert b"the secret" not in next((tmp_path / "data").rglob("part-*.parquet")).read_bytes()
+
+
+VERBS = {
+    "ingest": ("ingest", "DATA", "--out", "OUT"),
+    "export": ("export", "DATA", "--out", "OUT", "--workers", 1),
+    "llava": ("export", "DATA", "--format", "llava-json", "--out", "OUT"),
+    "inspect": ("inspect", "DATA"),
+    "filter": ("filter", "DATA", "--out", "OUT", "--min-score", "0.1"),
+    "bucket": ("bucket", "DATA", "--out", "OUT", "--levels", 3),
+    "merge": ("merge", "DATA", "DATA2", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("column", ["key", "status", "level", "conversations"])
+@pytest.mark.parametrize("wrong", ["missing", "type"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_part_without_a_column_is_one_sentence(tmp_path, column, wrong, verb) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(1))
+    (tmp_path / "c.csv").write_text("image,caption\nx.jpg,one\n")
+    for name in ("data", "data2"):
+        ingested(tmp_path / name, tmp_path / "c.csv")
+        part = next((tmp_path / name).rglob("part-*.parquet"))
+        table = pq.read_table(part)
+        at = table.schema.names.index(column)
+        other = pa.array([True])
+        table = table.drop([column]) if wrong == "missing" else table.set_column(at, column, other)
+        pq.write_table(table, part)
+    places = {"DATA": tmp_path / "data", "DATA2": tmp_path / "data2", "OUT": tmp_path / "out"}
+    result = cli(*(places.get(word, word) for word in VERBS[verb]))
+    assert f"column {column}" in complaint(result) and "part-00000.parquet" in complaint(result)

@@ -24,7 +24,8 @@ def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
     images: dict[bytes, str] = {}  # sha256 -> path; an image that several rows share is written once
     with atomic_file(done.path / "annotations.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
-        for row in exportable_rows(dataset, _COLUMNS):
+        for number, row in enumerate(exportable_rows(dataset, _COLUMNS)):
+            row["key"] = f"row-{number}" if row["key"] is None else row["key"]  # of a dataset from elsewhere
             pointer = Pointer.of(row)
             try:
                 data = pointer.read() if pointer and row["sha256"] not in images else None

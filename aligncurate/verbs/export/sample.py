@@ -21,12 +21,12 @@ def image_ending(row: dict[str, Any], data: Buffer) -> str:
     return ending if dot and ending in EXTENSIONS else (extension(data) or "jpg")
 
 
-def safe_name(key: str) -> str:
+def safe_name(key: str | None) -> str:
     """A key as a file name without dots, because webdataset ends a key at the first one.
 
-    The `.json` of the pair holds the original key.
+    The `.json` of the pair holds the original key. A row without a key, of a dataset from elsewhere, is a `pair`.
     """
-    return _UNSAFE.sub("_", key).strip("/") or "pair"
+    return _UNSAFE.sub("_", key or "").strip("/") or "pair"
 
 
 def free_name(key: str, taken: set[str]) -> str:

@@ -129,7 +129,7 @@ def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check:
             for row, data in zip(rows, read_images(rows), strict=True):
                 readable_image.append(not isinstance(data, OSError))
                 if isinstance(data, OSError):
-                    failed.append({"key": row["key"], "error": str(data)})
+                    failed.append({"key": row["key"] or "", "error": str(data)})
                     continue
                 size += len(data or b"")
                 key = free_name(safe_name(row["key"]), names)

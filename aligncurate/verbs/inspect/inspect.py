@@ -110,7 +110,7 @@ def _examples(dataset: Dataset, column: str, count: int) -> dict[int | None, lis
             if row["level"] is not None:
                 chosen.setdefault(row["level"], []).append(row)
         for level, rows in chosen.items():
-            rows.sort(key=lambda row: hashlib.blake2b(row["key"].encode(), digest_size=8).digest())
+            rows.sort(key=lambda row: hashlib.blake2b((row["key"] or "").encode(), digest_size=8).digest())
             chosen[level] = rows[:count]
     for rows in chosen.values():
         rows.sort(key=lambda row: -np.inf if row[column] is None else row[column], reverse=True)
