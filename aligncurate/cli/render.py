@@ -255,8 +255,12 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
 
 def after_filter(kept: Dataset, out: Path) -> str:
     """The command that usually follows `filter`; pairs that are not downloaded have no images to export."""
-    form = "" if any(status in kept.statuses for status in ("ok", "text_only")) else " --format datacomp-uids"
-    return f"aligncurate export {shlex.quote(str(out))}{form} --out {'UIDS' if form else 'SHARDS'}"
+    folder = shlex.quote(str(out))
+    if any(status in kept.statuses for status in ("ok", "text_only")):
+        return f"aligncurate export {folder} --out SHARDS"
+    if "url_only" in kept.statuses:
+        return f"aligncurate export {folder} --format datacomp-uids --out UIDS"
+    return f"aligncurate inspect {folder}"
 
 
 def after_export(format: str, dataset: Dataset, out: Path) -> str:

@@ -157,6 +157,12 @@ def _check_alike(datasets: Sequence[Dataset], *, new_levels: bool) -> None:
                 "cannot be compared. Score both with the same encoder first."
             )
         if not new_levels and _cuts(dataset) != _cuts(first):
+            if _cuts(dataset) is None or _cuts(first) is None:
+                without, other = (dataset, first) if _cuts(dataset) is None else (first, dataset)
+                raise UserError(
+                    f"{without.path}: it has no levels, but {other.path} has; run `aligncurate bucket` on all of them "
+                    "together first."
+                )
             raise UserError(
                 f"{dataset.path}: its levels were cut by other thresholds than those of {first.path}; run "
                 "`aligncurate bucket` on all of them together first."

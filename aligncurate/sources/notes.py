@@ -71,6 +71,7 @@ def _below(files: Sequence[str]) -> list[str]:
     """The files without the folder that they have in common."""
     first, last = min(files).split("/")[:-1], max(files).split("/")[:-1]
     depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    depth = 0 if depth == 1 and files[0].startswith("/") else depth  # they have only the root in common
     return ["/".join(file.split("/")[depth:]) for file in files]
 
 
