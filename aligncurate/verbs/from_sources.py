@@ -21,7 +21,7 @@ from aligncurate.dataset.record import OWN_EMBEDDINGS, schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import scoring_environment
 from aligncurate.engines import threads
-from aligncurate.errors import ShardError, UserError
+from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.io import retries, storage
 from aligncurate.progress import count, duration, meter, notice
@@ -116,7 +116,7 @@ def make_dataset(
         "thresholds": None,
         "history": [],
     }
-    kept, counts = _provenance(verb, head["inputs"])
+    kept, counts = _provenance(verb, head["inputs"], quiet=quiet)
     head |= kept
     if first:
         head["computed_with"] = [scoring_environment(first.device)]
@@ -200,7 +200,9 @@ def find_finished(
     return None if retry_errors and any(part.failed for part in dataset.parts) else dataset
 
 
-def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _provenance(
+    verb: str, inputs: Sequence[Mapping[str, Any]], *, quiet: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the manifest takes over from the datasets among the inputs, and the counts of their scores.
 
     `ingest` keeps scores and levels, so also where they come from. Raises UserError where the datasets contradict each
@@ -211,9 +213,10 @@ def _provenance(verb: str, inputs: Sequence[Mapping[str, Any]]) -> tuple[dict[st
         datasets = open_datasets(folders)
         return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
     if verb == "ingest" and (scored := [folder for folder in folders if Dataset(folder).manifest.get("encoder")]):
-        raise UserError(
-            f"{scored[0]}: a scored dataset cannot be ingested together with other inputs, because scores "
-            "would be mixed; score all of them, or ingest the others alone and use `aligncurate merge`."
+        notice(
+            f"the scores of {scored[0]} are kept beside those of the other inputs, if they have any; score the new "
+            "dataset before you compare them.",
+            quiet=quiet,
         )
     return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 
