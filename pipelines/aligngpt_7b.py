@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import aligncurate
-from aligncurate.dataset.record import Pair
+from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import UserError
 from aligncurate.progress import duration
 from aligncurate.sources.detect import open_source
@@ -154,9 +154,8 @@ def _data_table(recipe: Recipe) -> Table:
         rows = sum(source.count(shard) for shard in source.shards)
         with_image = readable = 0
         for pair, _ in zip(source.read(source.shards[0]), range(CHECKED_ROWS), strict=False):
-            if pair.load is not None:
-                with_image += 1
-                readable += _is_there(pair)
+            with_image += pair.load is not None or pair.status is Status.MISSING_IMAGE
+            readable += pair.load is not None and _is_there(pair)
         mark = "" if rows == expected else "[yellow]"
         data.add_row(str(file), f"{mark}{rows:,}", f"{expected:,}", f"{readable} of {with_image}")
         if with_image and not readable:

@@ -249,7 +249,9 @@ def test_unreadable_images_stop_the_run_only_if_there_are_no_others(
     printed = " ".join(capsys.readouterr().err.split())
     assert printed.count("this is text, not an image") <= 5
     if gone > 60:
-        assert "the image cannot be read (this is text, not an image); the sample is skipped" in printed
+        assert (
+            "the image cannot be read (this is text, not an image that can be read); the sample is skipped" in printed
+        )
 
 
 def test_a_folder_with_other_files_is_refused(models: dict[str, str], folder: Path, tmp_path: Path) -> None:
@@ -288,7 +290,8 @@ def test_files_have_the_mode_of_the_umask(folder: Path, models: dict[str, str], 
         train(pretraining(models, str(folder / "c.tar"), tmp_path / "out", max_steps=1))
     finally:
         os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.stem != "index"]  # may be shared
+    modes = {path.name: path.stat().st_mode & 0o777 for path in files}
     assert {"model.safetensors", "weights-00000.safetensors", "optimizer-00000.safetensors"} <= modes.keys()
     assert set(modes.values()) == {0o640}, modes
 
