@@ -72,7 +72,7 @@ class Source(ABC):
 
     @abstractmethod
     def count(self, shard: Shard, most: int | None = None) -> int:
-        """Number of pairs in `shard`, without reading images; counting may stop at `most`."""
+        """Number of pairs in `shard`, without reading images; counting stops at `most`, and without it may estimate."""
 
     def describe(self) -> list[dict[str, Any]]:
         """The inputs as the manifest records them: files and what tells that one has changed, see `storage.pins`."""
@@ -154,7 +154,8 @@ def limit_shards(source: Source, limit: int | None) -> list[Shard]:
         try:
             rows = source.count(shard, limit)
         except (OSError, ShardError):
-            rows = 0  # the run reports what is wrong with it
+            kept.append(replace(shard, limit=limit))  # the run reports what is wrong with it
+            continue
         kept.append(replace(shard, limit=limit) if rows >= limit else shard)
         limit -= rows
     return kept

@@ -123,7 +123,8 @@ class RowSource(Source):
     def count(self, shard: Shard, most: int | None = None) -> int:
         assert shard.stop is not None
         file = self._files[shard.uri]
-        if file.several and self._several == "all":
+        # Without `most` this is for a progress bar, so what some rows have is taken for what all have.
+        if self._several == "all" and (file.several or most is not None):
             return file.count(shard.start, shard.stop, most)
         return shard.stop - shard.start
 

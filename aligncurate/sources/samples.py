@@ -289,7 +289,8 @@ class SampleSource(Source):
         return islice(self._pairs(shard, "all", reader), shard.limit)
 
     def count(self, shard: Shard, most: int | None = None) -> int:
-        if self._several and self._captions == "all":
+        # Without `most` this is for a progress bar, so what the first samples have is taken for what all have.
+        if self._captions == "all" and (self._several or most is not None):
             pairs: Iterator[object] = self._pairs(shard, "texts", SampleReader(self._endings, "all"))
         else:
             pairs = self.samples(shard, "nothing")

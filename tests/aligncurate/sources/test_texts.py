@@ -417,6 +417,23 @@ def test_an_unanswered_question_is_not_lost(images) -> None:
     assert [row["status"] for row in rows] == ["ok", "invalid_row"] and "Why?" in rows[1]["extra"]
 
 
+def test_limits_are_exact_where_only_later_samples_have_several_captions(tmp_path) -> None:
+    """The first samples, which are looked at, say nothing of those behind them."""
+    for number in range(2):
+        meta = [{"caption": "one"} if i < 210 else {"caption": ["a", "b", "c"]} for i in range(260)]
+        samples = {f"{number}-{i:03d}": {"jpg": b"x", "json": json.dumps(m).encode()} for i, m in enumerate(meta)}
+        write_tar(tmp_path / f"{number}.tar", samples)
+    rows = [{"image": "x.jpg", "caption": "one" if i < 2_000 else ["a", "b"]} for i in range(2_100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (
+        open_source([str(tmp_path / f"{n}.tar") for n in range(2)]),
+        open_source(str(tmp_path / "rows.jsonl")),
+    ):
+        for limit in (205, 300, 700):
+            kept = limit_shards(source, limit)
+            assert sum(len(list(source.read(shard))) for shard in kept) == limit
+
+
 def test_limits_count_captions_and_not_rows(tmp_path) -> None:
     captions = [[str(j) for j in range(i % 4)] for i in range(100)]
     turns = [talk("q", "a") if i % 10 == 0 else None for i in range(100)]
