@@ -39,7 +39,7 @@ def export(
     Args:
         dataset: what to export; several folders are read as one.
         out: a new folder, or that of an interrupted export, which is then completed.
-        format: `webdataset` writes tars with the images' original bytes, `.txt` and `.json`, and an
+        format: `webdataset` writes tars with the images' original bytes, `.txt` and `.json`, and a
             Parquet file like img2dataset's beside each; `llava-json` writes images and `annotations.json` with
             `conversations` and AlignGPT's `similarity` (level - 1); `datacomp-uids` writes `uids.npy`.
         shard_size: pairs per tar.
@@ -68,14 +68,16 @@ def export(
         )
     done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - count_exportable(opened))
     record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
+    before = _earlier(done.path, record)
+    if before.get("complete") and not before["failed"] and _all_there(done.path, before):
+        done.nothing_new, done.rows, done.files = True, before["rows"], before["files"]
+        done.bytes = before["bytes"]
+        return done  # before anything is written: the disk may be read-only
     with ExitStack() as stack:
         stack.enter_context(claim(done.path, [RECORD]))
         delete_unfinished(done.path.rglob(f"{TEMPORARY}*"))  # levels and images have folders of their own
-        before = _check_record(done.path, record)
-        if before.get("complete") and not before["failed"] and _all_there(done.path, before):
-            done.nothing_new, done.rows, done.files = True, before["rows"], before["files"]
-            done.bytes = before["bytes"]
-            return done
+        if not _earlier(done.path, record):
+            write_json(done.path / RECORD, {**record, "complete": False})
         progress = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
         if format == "webdataset":
             write_webdataset(opened, done, shard_size, per_level, workers, progress)
@@ -116,14 +118,13 @@ def _all_there(folder: Path, record: dict[str, Any]) -> bool:
     return all((folder / file).is_file() for file in [*record["files"], *tables])
 
 
-def _check_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Record the export in `folder`; returns what was recorded before.
+def _earlier(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run recorded of this export; empty if there is none.
 
     Raises UserError if the folder holds a different one.
     """
     file = folder / RECORD
     if not file.is_file():
-        write_json(file, {**record, "complete": False})
         return {}
     before = read_json(file)
     different = [key for key, value in record.items() if before.get(key) != value]

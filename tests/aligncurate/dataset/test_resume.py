@@ -93,7 +93,7 @@ def test_resuming_hashes_nothing(tmp_path, monkeypatch) -> None:
 
 
 def killer(calls: int) -> Any:
-    """Wraps functions: after so many calls of them together, the next one kills."""
+    """Wraps functions: the process is killed at the call after the first `calls`, counted over all of them."""
     left = [calls]
 
     def die(real: Any) -> Any:
@@ -290,6 +290,7 @@ def test_a_finished_dataset_on_a_read_only_disk_has_nothing_to_do(tmp_path, mini
     cli("ingest", tar, "--out", out / "in")
     cli("score", tar, "--out", out / "scored", *flags)
     cli("bucket", out / "scored", "--levels", 2, "--out", out / "levelled")
+    cli("export", out / "levelled", "--out", out / "tars")
     read_only(monkeypatch, out)
     assert "nothing to do" in cli("ingest", tar, "--out", out / "in").stdout
     assert "nothing to do" in cli("score", tar, "--out", out / "scored", *flags).stdout
@@ -298,6 +299,7 @@ def test_a_finished_dataset_on_a_read_only_disk_has_nothing_to_do(tmp_path, mini
         assert cli("filter", out / folder, "--sample", 1, "--out", tmp_path / f"f-{folder}").exit_code == 0
         assert cli("export", out / folder, "--out", tmp_path / f"e-{folder}").exit_code == 0
     assert cli("bucket", out / "scored", "--levels", 2, "--out", out / "levelled").exit_code == 0
+    assert "nothing to do" in cli("export", out / "levelled", "--out", out / "tars").stdout
     assert "Read-only" in complaint(
         cli(
             "ingest",
