@@ -25,7 +25,7 @@ def open_datasets(paths: Datasets, *, new_levels: bool = False) -> Dataset:
 
     Args:
         paths: the folders; a dataset that is open already is returned as it is.
-        new_levels: the levels will be made anew, so the datasets may have been cut by different thresholds.
+        new_levels: the caller replaces the levels, so the datasets may have different thresholds.
 
     Raises:
         UserError: one of them is not a finished dataset, is given twice, was scored by another encoder or cut by other

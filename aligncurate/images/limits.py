@@ -42,7 +42,7 @@ def check_resized_size(width: int, height: int, short_edge: int) -> None:
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """Raises ImageError for a JPEG of so many scans that decoding it would take minutes."""
+    """Raises ImageError for a JPEG with too many scans: decoding it could take minutes."""
     limit = min(MAX_SCANS, _LARGE_SCANS * MAX_PIXELS // max(1, pixels))
     if data.count(b"\xff\xda") > limit and (scans := _count_scans(data)) > limit:
         raise ImageError(Status.TOO_LARGE, f"a JPEG of {scans:,} scans: more than the limit of {limit} for its size")

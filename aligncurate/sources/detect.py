@@ -97,8 +97,9 @@ class _Inputs:
         if _TARS in kinds.values():
             no_tars = {file for file in files if kinds[file] is None and folders.kind_by_name(file) == _TARS}
             kinds |= dict.fromkeys(no_tars, _TARS)
+            beginnings = tuple(f"{file}: " for file in no_tars)
             skipped = self._skipped[len(before) :]
-            self._skipped = [*before, *(error for error in skipped if error.partition(": ")[0] not in no_tars)]
+            self._skipped = [*before, *(error for error in skipped if not error.startswith(beginnings))]
         return kinds
 
     def _kind(self, file: str, format: str | None, *, skip: bool) -> str | None:

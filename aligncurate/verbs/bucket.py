@@ -56,7 +56,7 @@ def bucket(
         used = 1 + len({value for value in applied.values if value > applied.minimum})
         if used < applied.levels:
             notice(
-                f"{opened.name}: so many scores are equal that only {used} of the {applied.levels} levels get pairs; "
+                f"{opened.name}: many scores are equal, so only {used} of the {applied.levels} levels get pairs; "
                 f"use --levels {max(used, 2)} or fewer.",
                 quiet=quiet,
             )

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,15 @@ class Finding(Exception):
     """The product broke a rule."""
 
 
-class Target:
+class Target(ABC):
     """A kind of input; see the module."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @abstractmethod
     def run(self, rng: random.Random, work: Path) -> str:
         """One case in the empty folder `work`; what was damaged, in words."""
-        raise NotImplementedError
 
 
 def ingest(source: Path, out: Path, **options: Any) -> pl.DataFrame | None:
