@@ -145,7 +145,8 @@ def commit(folder: Path, index: int, temporary: Path, receipt: Receipt) -> None:
     temporary.replace(part)
     if replaces:
         sync(part.parent)
-    write_json(paper, receipt.to_json(), temporary=folder / f"{TEMPORARY}{paper.name}", durable=False)
+    temporary = folder / f"{TEMPORARY}{paper.name}"
+    write_json(paper, receipt.to_json(), temporary=temporary, durable=False, one_line=True)
 
 
 def _parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:

@@ -12,7 +12,7 @@ from aligncurate.dataset.checked import count, take
 from aligncurate.dataset.record import NOT_FAILED, Status
 from aligncurate.errors import UserError
 from aligncurate.io.files import read_json
-from aligncurate.levels import Counts
+from aligncurate.levels import check_counts
 
 DATA = "data"
 """Folder of the parts: nothing but Parquet, so that other tools open it."""
@@ -100,7 +100,7 @@ class Receipt:
         """Read what `to_json` returns. Raises ValueError when a field is missing or impossible."""
         shard, options = take(data, "shard", dict), take(data, "options", str)
         for counts in take({SCORE_COUNTS: {}, **data}, SCORE_COUNTS, dict).values():
-            Counts.from_json(counts)
+            check_counts(counts)
         return cls(PartInfo.from_json({k: v for k, v in data.items() if k not in ("shard", "options")}), shard, options)
 
 

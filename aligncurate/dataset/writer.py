@@ -228,7 +228,7 @@ class DatasetWriter:
         lines, total = [], None
         for receipt in self._receipts(count):  # until these are synced, a power cut can only lose whole parts
             lines.append(receipt.part)
-            total = _add_counts(total, receipt.part)
+            total = _include_counts(total, receipt.part)
         if total:
             facts[SCORE_COUNTS] = {column: counts.to_json() for column, counts in total.items()}
         facts = {name: fact for name, fact in facts.items() if fact != {}}
@@ -275,8 +275,9 @@ def _size(file: Path) -> int | None:
         return None
 
 
-def _add_counts(total: dict[str, Counts] | None, part: PartInfo) -> dict[str, Counts]:
+def _include_counts(total: dict[str, Counts] | None, part: PartInfo) -> dict[str, Counts]:
     """Sums of score counts so far, for the columns in which every part counted all its ok rows."""
-    stored = {column: Counts.from_json(counts) for column, counts in part.facts.get(SCORE_COUNTS, {}).items()}
-    counted = {column: counts for column, counts in stored.items() if counts.total == part.ok}
-    return counted if total is None else {c: total[c] + counted[c] for c in total if c in counted}
+    stored = part.facts.get(SCORE_COUNTS, {})
+    if total is None:
+        total = {column: Counts.of([]) for column in stored}
+    return {c: counts for c, counts in total.items() if c in stored and counts.include(stored[c]) == part.ok}

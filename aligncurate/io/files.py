@@ -150,10 +150,16 @@ def atomic_file(path: Path, *, temporary: Path | None = None, durable: bool = Tr
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any, *, temporary: Path | None = None, durable: bool = True) -> None:
-    """Write `value` as indented JSON, with lists of numbers on one line; other arguments as for `atomic_file`."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
+def write_json(
+    path: Path, value: Any, *, temporary: Path | None = None, durable: bool = True, one_line: bool = False
+) -> None:
+    """Write `value` as JSON, indented and with lists of numbers on one line; other arguments as for `atomic_file`.
+
+    With `one_line`, all is on one line, which takes a tenth of the time.
+    """
+    text = json.dumps(value, indent=None if one_line else 1, ensure_ascii=False)
+    if not one_line:
+        text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
     with atomic_file(path, temporary=temporary, durable=durable) as written:
         written.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))  # half a character is escaped as JSON does
 
