@@ -31,8 +31,19 @@ def fast_tokenizer(tokenizer: Any) -> Tokenize:
     from open_clip.tokenizer import SimpleTokenizer
 
     if type(tokenizer) is not SimpleTokenizer or tokenizer.reduction_fn is not None:
-        return lambda texts: tokenizer([bounded(text) for text in texts])
+        return _BoundedTokenizer(tokenizer)
     return _FastTokenizer(tokenizer)
+
+
+class _BoundedTokenizer:
+    """Any tokenizer, for texts of any length."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        tokens: torch.Tensor = self._tokenizer([bounded(text) for text in texts])
+        return tokens
 
 
 class _FastTokenizer:
@@ -42,6 +53,9 @@ class _FastTokenizer:
         self._tokenizer = tokenizer
         self._lower = tokenizer.clean_fn.__name__ == "_clean_lower"
         self._ids = lru_cache(_WORDS)(self._encode)
+
+    def __reduce__(self) -> tuple[type[_FastTokenizer], tuple[Any]]:
+        return _FastTokenizer, (self._tokenizer,)  # without the cache
 
     def _encode(self, word: str) -> tuple[int, ...]:
         own = self._tokenizer

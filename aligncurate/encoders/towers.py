@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROUND = 16  # compiled towers see texts of 16, 32, … tokens, so that few shapes are compiled
-_LARGEST_BATCH = 1_024  # beyond this a GPU gains nothing
+_LARGEST_BATCH = 512  # beyond this a GPU gains nothing
+_TOKENS = 16  # of text for each image of a batch: captions have about as many
 _SHARE = 0.6  # of the free memory that a batch may use; the rest is for fragmentation and for images being uploaded
 
 
@@ -60,34 +61,49 @@ class Towers:
         import torch
 
         with torch.inference_mode():
-            images = self._in_batches(pixels, self._embed_images)
+            images = self._in_batches(pixels, self._embed_images, lambda done: self.batch)
             lengths = self._lengths(tokens)
             order = torch.argsort(lengths, stable=True)
-            texts = self._in_batches(tokens[order], self._embed_texts)[torch.argsort(order)]
+            widths = self._widths(lengths[order], tokens.shape[1]).tolist()
+            rows = self._in_batches(tokens[order], self._embed_texts, lambda done: self._texts(widths[done:]))
+            texts = rows[torch.argsort(order)]
         return images, texts
 
-    def upload(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows of pixels, each on the CPU or the device, as one tensor on the device.
+    def _texts(self, widths: Sequence[int]) -> int:
+        """How many texts of these widths, in ascending order, make the next batch."""
+        rows = 1
+        while rows < len(widths) and rows < self._texts_at_once(widths[rows]):
+            rows += 1
+        return rows
 
-        On a GPU this is a copy from pinned memory, on a stream of its own, so that the GPU computes meanwhile. If the
-        rows do not fit into its memory, they stay on the CPU, and `embed` moves a batch at a time.
+    def _texts_at_once(self, width: int) -> int:
+        """Most texts in a batch that is cut at `width` tokens: it has a fixed number of tokens, not of texts."""
+        return self.batch if self._cut is None else max(1, self.batch * _TOKENS // width)
+
+    def _widths(self, lengths: Tensor, context: int) -> Tensor:
+        """At how many tokens texts of these lengths may be cut."""
+        return (-(-lengths // _ROUND) * _ROUND).clamp(max=context) if self._fixed else lengths
+
+    def upload(self, pixels: Tensor) -> Tensor:
+        """Pixels [n, 3, H, W] on the device.
+
+        On a GPU this is a copy from pinned memory, on a stream of its own, so that the GPU computes meanwhile. If they
+        do not fit into its memory, they stay on the CPU, and `embed` moves a batch at a time.
         """
         import torch
 
         if self.device.type != "cuda":
-            return torch.stack(list(rows))
+            return pixels
         try:
-            if any(row.device.type == "cuda" for row in rows):  # decoded there
-                return torch.stack([row.to(self.device) for row in rows])
             stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
-                moved = torch.stack(list(rows)).pin_memory().to(self.device, non_blocking=True)
+                moved = pixels.pin_memory().to(self.device, non_blocking=True)
             stream.synchronize()  # the calling thread waits, not the one that encodes
             return moved
         except torch.OutOfMemoryError:
             pass  # leave the handler first: its traceback keeps the tensors of the failed attempt
         torch.cuda.empty_cache()
-        return torch.stack([row.cpu() for row in rows])
+        return pixels
 
     def fitting_batch(self, size: int, context: int) -> int:
         """The batch that a GPU's free memory allows for images of `size` pixels, measured with two small ones."""
@@ -106,18 +122,18 @@ class Towers:
         torch.cuda.empty_cache()
         return batch_that_fits(torch.cuda.mem_get_info(self.device)[0], (8, peaks[1]), (24, peaks[2]))
 
-    def _in_batches(self, rows: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """`embed` over `rows`, a batch at a time; batches shrink when memory runs out."""
+    def _in_batches(self, rows: Tensor, embed: Callable[[Tensor], Tensor], size: Callable[[int], int]) -> Tensor:
+        """`embed` over `rows`, a batch at a time, whose size follows from the rows done; it shrinks without memory."""
         import torch
 
         found: list[Tensor] = []
         done = 0
         while done < len(rows):
-            piece = rows[done : done + self.batch]
+            piece = rows[done : done + size(done)]
             try:
                 found.append(embed(piece))
             except torch.OutOfMemoryError:
-                smaller = (self.batch if self._fixed else len(piece)) // 2
+                smaller = (self.batch if self._fixed else min(self.batch, len(piece))) // 2
             else:
                 done += len(piece)
                 continue
@@ -134,20 +150,19 @@ class Towers:
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
         ready = self._normalize(pixels.to(self.device)).to(self.dtype)
-        return self._unit(self._image, ready)
+        return self._unit(self._image, ready, self.batch)
 
     def _embed_texts(self, tokens: Tensor) -> Tensor:
-        longest = int(self._lengths(tokens).max())
-        if self._fixed:
-            longest = min(-(-longest // _ROUND) * _ROUND, tokens.shape[1])
-        return self._unit(self._text, tokens[:, :longest].to(self.device))
+        width = int(self._widths(self._lengths(tokens), tokens.shape[1]).max())
+        return self._unit(self._text, tokens[:, :width].to(self.device), self._texts_at_once(width))
 
-    def _unit(self, tower: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    def _unit(self, tower: Callable[[Tensor], Tensor], rows: Tensor, full: int) -> Tensor:
+        """Unit embeddings of `rows`; a compiled tower always sees a `full` batch."""
         import torch
 
         count = len(rows)
-        if self._fixed and count < self.batch:
-            rows = torch.cat([rows, rows[:1].expand(self.batch - count, *rows.shape[1:])])
+        if self._fixed and count < full:
+            rows = torch.cat([rows, rows[:1].expand(full - count, *rows.shape[1:])])
         return torch.nn.functional.normalize(tower(rows)[:count].float(), dim=-1)
 
     def _end_token(self) -> int:

@@ -48,6 +48,11 @@ class Stopped(Exception):
     """The run was interrupted while a request was waiting."""
 
 
+def timeout() -> float:
+    """How long a remote request may take, in seconds."""
+    return _timeout
+
+
 def set_timeout(seconds: float) -> None:
     """Set how long a remote request, of at most 8 MiB, may take."""
     global _timeout

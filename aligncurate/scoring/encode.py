@@ -1,20 +1,18 @@
-"""A window, the consecutive pairs that go through the encoders together: load it, encode it, store its scores."""
+"""The encoders of a run: packets are copied to the device and encoded, one after another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Semaphore
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from aligncurate.dataset.record import Status
 from aligncurate.errors import ImageError
 from aligncurate.images import gpu
 from aligncurate.images.decode import decode, open_image
-from aligncurate.scoring.fast_against_exact import add_comparison
-from aligncurate.scoring.prepare import PreparedPair
+from aligncurate.scoring.packet import EncoderInputs, Packet, Scores
 from aligncurate.scoring.timing import StageClock
 
 if TYPE_CHECKING:
@@ -23,129 +21,105 @@ if TYPE_CHECKING:
     from aligncurate.encoders.load import Encoder
 
 _JPEGS_PER_CALL = 128  # that a GPU decodes at once
+_AHEAD = 3  # packets on the device: one is encoded while the next are copied there
 
 
-@dataclass
-class Window:
-    """Consecutive pairs of a shard, and the tensors of those to encode.
-
-    Attributes:
-        pairs: all of them; those that cannot be scored are only written.
-        encoded: those that go through the encoders, n of them.
-        pixels: [n, 3, H, W] per kind of preprocessing, on the device.
-        tokens: int64 [n, context] per encoder.
-        compared: indices into `encoded` of pairs that were decoded exactly too.
-        exact_pixels: their exact pixels.
-    """
-
-    pairs: list[PreparedPair]
-    encoded: list[PreparedPair]
-    pixels: list[Tensor]
-    tokens: list[Tensor]
-    compared: list[int]
-    exact_pixels: Tensor | None
-
-
-@dataclass
-class Embeddings:
-    """A window's unit embeddings: (images, texts) per encoder, and the first encoder's of the exact images."""
-
-    each: list[tuple[Tensor, Tensor]]
-    exact_images: Tensor | None
-
-
-class WindowEncoder:
-    """The encoders of a run, with what they share.
+class EncodeService:
+    """Encodes packets on one device; may be called from several threads.
 
     Args:
         encoders: by the column for their scores.
+        batch: pairs that are encoded at once.
         clock: measures each stage.
+        keep_embeddings: return the first encoder's embeddings.
     """
 
-    def __init__(self, encoders: Mapping[str, Encoder], clock: StageClock) -> None:
-        self.columns, self._encoders, self._clock = list(encoders), list(encoders.values()), clock
+    def __init__(
+        self, encoders: Mapping[str, Encoder], batch: int, clock: StageClock, *, keep_embeddings: bool
+    ) -> None:
+        self._encoders, self._clock, self._keep = list(encoders.values()), clock, keep_embeddings
         kinds = {e.preprocess.pixels_id: e.preprocess for e in self._encoders}
-        self.preprocesses = list(kinds.values())
-        """Each kind of preprocessing once: encoders may take the same pixels."""
         self._kind = [list(kinds).index(e.preprocess.pixels_id) for e in self._encoders]
+        self.inputs = EncoderInputs(list(encoders), list(kinds.values()), [e.tokenize for e in self._encoders], batch)
+        self._room = Semaphore(_AHEAD)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
-    @property
-    def smallest_batch(self) -> int | None:
-        """The smallest batch size that memory left to an encoder; None without encoders."""
-        return min((encoder.towers.batch for encoder in self._encoders), default=None)
+    def submit(self, packet: Packet) -> Future[Scores]:
+        """Copy a packet to the device, in the calling thread, and encode it when its turn comes."""
+        self._room.acquire()
+        try:
+            pixels, exact, failures = self._upload(packet)
+            future = self._thread.submit(self._encode, packet, pixels, exact, failures)
+        except BaseException:
+            self._room.release()
+            raise
+        future.add_done_callback(lambda _: self._room.release())
+        return future
 
-    def load(self, pairs: list[PreparedPair]) -> Window:
-        """Tokenize, and bring pixels to the device."""
-        jpegs = [pair for pair in pairs if pair.jpeg is not None]
-        for start in range(0, len(jpegs), _JPEGS_PER_CALL):
-            with self._clock.stage("decode"):
-                self._decode_on_gpu(jpegs[start : start + _JPEGS_PER_CALL])
-        encoded = [pair for pair in pairs if pair.pixels is not None]
-        if not encoded:
-            return Window(pairs, [], [], [], [], None)
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread; `wait` False leaves it behind if it hangs."""
+        self._thread.shutdown(wait, cancel_futures=True)
+
+    def _upload(self, packet: Packet) -> tuple[list[Tensor], Tensor | None, dict[int, tuple[str, str]]]:
         import torch
 
-        with self._clock.stage("tokenize"):
-            texts = [pair.text for pair in encoded]
-            tokens = [encoder.tokenize(texts) for encoder in self._encoders]
         with self._clock.stage("copy"):
             upload = self._encoders[0].towers.upload
-            each = [pair.pixels for pair in encoded if pair.pixels is not None]
-            pixels = [upload([tensors[kind] for tensors in each]) for kind in range(len(self.preprocesses))]
-            exact = {i: pair.exact_pixels for i, pair in enumerate(encoded) if pair.exact_pixels is not None}
-            exact_pixels = torch.stack(list(exact.values())) if exact else None
-        for pair in encoded:
-            pair.pixels = pair.exact_pixels = None
-        return Window(pairs, encoded, pixels, tokens, list(exact), exact_pixels)
+            pixels = [upload(torch.from_numpy(kind)) for kind in packet.pixels]
+            exact = torch.from_numpy(packet.exact_pixels) if packet.exact_pixels is not None else None
+        failures: dict[int, tuple[str, str]] = {}
+        rows = list(packet.files)
+        for start in range(0, len(rows), _JPEGS_PER_CALL):
+            with self._clock.stage("decode"):
+                failures |= self._decode(packet, rows[start : start + _JPEGS_PER_CALL], pixels)
+        return pixels, exact, failures
 
-    def _decode_on_gpu(self, pairs: list[PreparedPair]) -> None:
-        """Decode JPEGs; if the GPU refuses one of them, the CPU decodes them all and finds out which."""
-        files = [pair.jpeg for pair in pairs if pair.jpeg is not None]
+    def _decode(self, packet: Packet, rows: list[int], pixels: list[Tensor]) -> dict[int, tuple[str, str]]:
+        """Decode JPEGs on the GPU into `pixels`; if it refuses one, the CPU decodes them all and finds out which."""
+        preprocesses = self.inputs.preprocesses
+        failures = {}
         try:
-            decoded = gpu.decode_jpegs(files, self.preprocesses, self._encoders[0].device)
+            decoded = dict(
+                zip(
+                    rows,
+                    gpu.decode_jpegs([packet.files[row] for row in rows], preprocesses, self._encoders[0].device),
+                    strict=True,
+                )
+            )
         except RuntimeError:
-            decoded = []
-        for number, (prepared, data) in enumerate(zip(pairs, files, strict=True)):
-            prepared.jpeg = None
-            if decoded:
-                prepared.pixels = decoded[number]
-                continue
-            try:
-                prepared.pixels = decode(data, open_image(data)[0], self.preprocesses, "fast")
-            except ImageError as error:
-                prepared.pair.fail(Status(error.status), str(error))
-                prepared.exact_pixels = None
+            decoded = {}
+            for row in rows:
+                try:
+                    data = packet.files[row]
+                    decoded[row] = decode(data, open_image(data)[0], preprocesses, "fast")
+                except ImageError as error:
+                    failures[row] = (error.status, str(error))
+        for row, tensors in decoded.items():
+            for kind, tensor in enumerate(tensors):
+                pixels[kind][row] = tensor
+        return failures
 
-    def encode(self, window: Window) -> Embeddings:
-        """Run the encoders. For one thread only, so that the device has one batch at a time."""
-        if not window.encoded:
-            return Embeddings([], None)
+    def _encode(
+        self, packet: Packet, pixels: list[Tensor], exact_pixels: Tensor | None, failures: dict[int, tuple[str, str]]
+    ) -> Scores:
+        import torch
+
+        tokens = [torch.from_numpy(each).long() for each in packet.tokens]
         with self._clock.stage("encode"):
             each = [
-                encoder.embed(window.pixels[kind], tokens)
-                for encoder, kind, tokens in zip(self._encoders, self._kind, window.tokens, strict=True)
+                encoder.embed(pixels[kind], ids)
+                for encoder, kind, ids in zip(self._encoders, self._kind, tokens, strict=True)
             ]
-            exact_images = None
-            if window.exact_pixels is not None:
-                exact_images, _ = self._encoders[0].embed(window.exact_pixels, window.tokens[0][window.compared])
-        return Embeddings(each, exact_images)
-
-    def store_scores(
-        self, window: Window, embeddings: Embeddings, facts: dict[str, Any], *, keep_embeddings: bool
-    ) -> None:
-        """Set the scores of a window's pairs, and add the comparison of fast decoding to the part's facts."""
-        scores: list[NDArray[np.float32]] = [(images * texts).sum(-1).numpy() for images, texts in embeddings.each]
-        for number, prepared in enumerate(window.encoded):
-            pair, own = prepared.pair, [column[number] for column in scores]
-            if not np.isfinite(own).all():
-                pair.fail(Status.READ_ERROR, "the encoder gave a score that is not finite")
-                continue
-            pair.score = float(own[0])
-            pair.extra.update({c: float(s) for c, s in zip(self.columns[1:], own[1:], strict=True)})
-            if keep_embeddings:
-                images, texts = embeddings.each[0]
-                pair.image_embedding = images[number].numpy().astype(np.float16)
-                pair.text_embedding = texts[number].numpy().astype(np.float16)
-        if embeddings.exact_images is not None:
-            exact = (embeddings.exact_images * embeddings.each[0][1][window.compared]).sum(-1).numpy()
-            add_comparison(facts, exact, scores[0][window.compared])
+            images, texts = each[0]
+            exact = np.zeros(0, np.float32)
+            if exact_pixels is not None:
+                exact_images, _ = self._encoders[0].embed(exact_pixels, tokens[0][packet.compared])
+                exact = (exact_images * texts[packet.compared]).sum(-1).numpy()
+        return Scores(
+            np.stack([(images * texts).sum(-1).numpy() for images, texts in each]),
+            exact,
+            images.numpy().astype(np.float16) if self._keep else None,
+            texts.numpy().astype(np.float16) if self._keep else None,
+            failures,
+            min(encoder.towers.batch for encoder in self._encoders),
+        )

@@ -45,6 +45,9 @@ class StageClock:
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._lock = Lock()
 
+    def __reduce__(self) -> tuple[type[StageClock], tuple[()]]:
+        return StageClock, ()  # each process has its own
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure what runs inside."""
@@ -55,6 +58,18 @@ class StageClock:
             taken = time.perf_counter() - started
             with self._lock:
                 self._seconds[name] += taken
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add what another process measured."""
+        with self._lock:
+            for stage, taken in seconds.items():
+                self._seconds[stage] += taken
+
+    def take(self) -> dict[str, float]:
+        """The seconds by stage so far, which then begin again at 0."""
+        with self._lock:
+            taken, self._seconds = self._seconds, dict.fromkeys(STAGES, 0.0)
+        return taken
 
     def times(self, wall: float, threads: Mapping[str, int]) -> StageTimes:
         """The times so far of the stages in `threads`; see `StageTimes`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -57,9 +58,21 @@ class Source(ABC):
     inline: bool = False
     _pins: Mapping[str, dict[str, Any] | None] = MappingProxyType({})
 
+    def __init__(self) -> None:
+        self._counts: list[Counter[str]] = []  # of each shard that was read, for the remarks
+
     @property
     def remarks(self) -> Sequence[str]:
         return ()
+
+    def take_counts(self) -> list[Counter[str]]:
+        """What reading has counted for the remarks, one counter per source; they begin again at 0."""
+        taken, self._counts = self._counts, []
+        return [sum(taken, Counter())]
+
+    def add_counts(self, taken: Sequence[Counter[str]]) -> None:
+        """Add what `take_counts` gave in another process."""
+        self._counts += taken
 
     @property
     def alone(self) -> bool:
@@ -101,6 +114,7 @@ class Sources(Source):
     kind = "several"
 
     def __init__(self, sources: Sequence[Source]) -> None:
+        super().__init__()
         self._sources = sources
         pairs = [(i, shard) for i, source in enumerate(sources) for shard in source.shards]
         self.shards = [replace(shard, index=n, origin=i) for n, (i, shard) in enumerate(pairs)]
@@ -111,6 +125,13 @@ class Sources(Source):
     @property
     def remarks(self) -> Sequence[str]:
         return [remark for source in self._sources for remark in source.remarks]
+
+    def take_counts(self) -> list[Counter[str]]:
+        return [counts for source in self._sources for counts in source.take_counts()]
+
+    def add_counts(self, taken: Sequence[Counter[str]]) -> None:
+        for source, counts in zip(self._sources, taken, strict=True):
+            source.add_counts([counts])
 
     @property
     def alone(self) -> bool:

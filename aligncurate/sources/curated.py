@@ -19,6 +19,7 @@ class CuratedSource(Source):
     kind = "dataset"
 
     def __init__(self, dataset: Dataset) -> None:
+        super().__init__()
         self._dataset = dataset
         self.shards = [Shard(i, str(file)) for i, file in enumerate(dataset.files)]
         # Shards are renumbered if there are several sources, so a part is found by its name.

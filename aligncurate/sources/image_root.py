@@ -9,7 +9,7 @@ from errno import ENOENT
 from functools import partial
 from itertools import islice
 from threading import Lock
-from typing import Self
+from typing import Any, Self
 
 from aligncurate.dataset.record import Pair, Status
 from aligncurate.errors import ShardError
@@ -57,6 +57,13 @@ class ImageRoot:
         self._unread: Iterator[None] | None = None
         self._faults: list[str] = []
         self._lock = Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process looks through the tars itself, if it must.
+        return {**self.__dict__, "_members": {}, "_unread": None, "_faults": [], "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     @classmethod
     def near(cls, base: str, names: Sequence[str]) -> Self:

@@ -50,6 +50,12 @@ class ParquetRows(RowFile):
         self.recognise(schema.names, self._some(schema), replace(naming, image_column=image))
         self.extras = self.fields.extra_types({f.name: storable(f.type) for f in schema})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_idle": [], "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
     def _some(self, schema: pa.Schema) -> list[dict[str, Any]]:
         """Some rows from throughout the file, without columns that hold image bytes."""
         columns = [i for i, name in enumerate(self._names) if not _has_bytes(schema, name)]

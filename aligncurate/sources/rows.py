@@ -105,6 +105,7 @@ class RowSource(Source):
     """Files of one format, each cut into shards of `rows_per_shard` rows. Raises UserError if all are empty."""
 
     def __init__(self, kind: str, files: Sequence[RowFile], rows_per_shard: int, several: Several = "all") -> None:
+        super().__init__()
         self.kind = kind
         self.shards = []
         for file in files:
@@ -114,7 +115,6 @@ class RowSource(Source):
             raise UserError(f"{', '.join(file.uri for file in files[:3])}: no rows in the input.")
         self._files = {file.uri: file for file in files}
         self._several = several
-        self._counts: list[Counter[str]] = []  # of each shard that was read
         nested = kind == "parquet" or any(file.fields.turns or file.fields.asked for file in files)
         self.extras = merge_extras([*(file.extras for file in files), {EXTRA: pa.string()} if nested else {}])
         self.inline = any(file.inline for file in files)

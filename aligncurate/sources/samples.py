@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -170,12 +171,12 @@ class SampleReader:
     Attributes:
         endings: how images and captions are called.
         captions: what becomes of several captions.
-        several: samples with several captions so far.
+        counts: samples with `several` captions so far.
     """
 
     endings: Endings
     captions: Several
-    several: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def pairs(self, sample: Sample, source: str, beside: Mapping[str, Any]) -> list[Pair]:
         """The pairs of a sample; whatever is wrong with it becomes their status.
@@ -213,7 +214,7 @@ class SampleReader:
         if not turns and sample.files:
             self._check_files(pair, sample, caption)
         pairs, _ = with_texts(pair, turns, caption, self.captions, meta.get("similarity"))
-        self.several += not turns and len(captions_in(caption)) > 1
+        self.counts["several"] += not turns and len(captions_in(caption)) > 1
         for one in pairs:
             one.key = f"{key}{one.key}"
             self._attach(one, sample, meta)
@@ -265,9 +266,9 @@ class SampleSource(Source):
     """
 
     def __init__(self, endings: Endings, captions: Several) -> None:
+        super().__init__()
         self._endings, self._captions = endings, captions
         self._several = False
-        self._readers: list[SampleReader] = []
 
     @abstractmethod
     def samples(self, shard: Shard, contents: Contents) -> Iterator[tuple[Sample, Mapping[str, Any]]]:
@@ -280,12 +281,12 @@ class SampleSource(Source):
             reader.pairs(sample, "", {})
             with suppress(ValueError):  # reported in the status of its row
                 rows.append(extra_fields(sample, parse_json(sample), self._endings))
-        self._several = reader.several > 0
+        self._several = reader.counts["several"] > 0
         return infer_extras(rows)
 
     def read(self, shard: Shard) -> Iterator[Pair]:
         reader = SampleReader(self._endings, self._captions)
-        self._readers.append(reader)
+        self._counts.append(reader.counts)
         return islice(self._pairs(shard, "all", reader), shard.limit)
 
     def count(self, shard: Shard, most: int | None = None) -> int:
@@ -302,5 +303,5 @@ class SampleSource(Source):
 
     @property
     def remarks(self) -> Sequence[str]:
-        several = sum(reader.several for reader in self._readers)
+        several = sum(counts["several"] for counts in self._counts)
         return [several_remark(several, self._captions)] if several else []

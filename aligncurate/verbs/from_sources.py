@@ -26,7 +26,7 @@ from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.io import retries, storage
 from aligncurate.progress import count, duration, meter, notice
 from aligncurate.scoring.options import ScoreOptions
-from aligncurate.scoring.shard import ShardScorer
+from aligncurate.scoring.run import DeviceRun
 from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.settings import recorded
 from aligncurate.sources.base import Shard, Source, limit_shards
@@ -38,7 +38,6 @@ from aligncurate.sources.options import SourceOptions
 if TYPE_CHECKING:
     from aligncurate.encoders.load import Encoder
 
-_SHARDS = 2  # at once, so that the encoder does not wait between two shards
 _TARS_COUNTED = 64  # for the progress bar's total; counting the pairs of more tars would take too long
 
 
@@ -95,7 +94,7 @@ def make_dataset(
         source: what to read.
         out: folder of the dataset.
         encoders: by the column for their scores; none for `ingest`.
-        options: with `workers` and `batch_size` set.
+        options: with `batch_size` set.
         recorded_options: what the manifest records of them.
         source_options: how `source` is read.
         quiet: no progress and notices.
@@ -154,13 +153,12 @@ def make_dataset(
             writer.reopen()
         progress = stack.enter_context(meter(verb, count_rows(source, shards), quiet=quiet))
         progress.skip(sum(part.rows for part in parts.values()))
-        scorer = ShardScorer(source, writer, encoders, options, progress)
-        stack.push(lambda kind, *_: scorer.close(wait=kind is not KeyboardInterrupt))
+        run = DeviceRun(source, writer, encoders, options, progress)
+        stack.push(lambda kind, *_: run.close(wait=kind is not KeyboardInterrupt))
         failures = []
         saved = progress.skipped
         try:
-            finish = partial(_finish, scorer, quiet)
-            for outcome in threads.run(scorer.part, todo, workers=_SHARDS, finish=finish):
+            for outcome in run.parts(todo, partial(_finish, run, quiet)):
                 if outcome.result is None:
                     failures.append(Failure(str(outcome.shard), str(outcome.error)))
                 else:
@@ -171,8 +169,7 @@ def make_dataset(
         dataset = None if failures else writer.finish(len(shards), **{SCORE_COUNTS: counts})
         for text in source.remarks:
             notice(text, quiet=quiet)
-        times = scorer.clock.times(progress.seconds, _threads(bool(encoders), options, len(todo)))
-        return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, times)
+        return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, run.times(len(todo)))
 
 
 def find_finished(
@@ -221,9 +218,9 @@ def _provenance(
     return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 
 
-def _finish(scorer: ShardScorer, quiet: bool, running: Sequence[Shard]) -> bool:
+def _finish(run: DeviceRun, quiet: bool, running: Sequence[Shard]) -> bool:
     """Whether shards in hand are worth finishing after Ctrl-C; says so."""
-    seconds = scorer.seconds_left(running)
+    seconds = run.seconds_left(running)
     if seconds is None or seconds > threads.GRACE:
         return False
     what = count(len(running), "shard")
@@ -250,16 +247,6 @@ def _recorded_source(options: SourceOptions) -> dict[str, Any]:
     if options.image_root is not None:  # the same folder, whatever the current folder is
         record["image_root"] = storage.absolute(options.image_root)
     return record
-
-
-def _threads(encoding: bool, options: ScoreOptions, shards: int) -> dict[str, int]:
-    """How many threads can be in each stage at once."""
-    own = max(1, min(shards, _SHARDS))
-    workers = options.workers or 1
-    # A shard's own thread finds its pairs, and calls the GPU's decoder; the pool reads and decodes their images.
-    decoding = workers + (own if options.decode == "gpu" else 0)
-    counts = dict.fromkeys(STAGES, own) | {"read": workers + own, "decode": decoding, "encode": 1}
-    return counts if encoding else {stage: counts[stage] for stage in ("read", "decode", "write")}
 
 
 def count_rows(source: Source, shards: Sequence[Shard]) -> int | None:

@@ -71,7 +71,7 @@ def score(
     batch = options.batch_size or _earlier_batch(out) or min(default_batch(encoder) for encoder in encoders.values())
     for encoder in encoders.values():
         encoder.towers.batch = batch
-    options = replace(options, batch_size=batch, workers=options.worker_count)
+    options = replace(options, batch_size=batch)
     return make_dataset("score", opened, out, encoders, options, recorded(options), source, quiet=quiet)
 
 

@@ -54,6 +54,8 @@ class Work:
             os._exit(7)
         if shard == 16:
             time.sleep(3_600)  # only a worker that is killed ends sooner
+        if shard == 18:
+            os.kill(os.getpid(), signal.SIGKILL)
         if shard == 17:
             raise Stubborn("I stay", "here")
         return shard * shard + self.offset, os.getpid()
@@ -122,13 +124,16 @@ def test_work_that_cannot_travel_ends_the_run() -> None:
         list(processes.run(Unwelcome(), [1], workers=1))
 
 
-@pytest.mark.parametrize(
-    ("shard", "error", "sentence"),
-    [(14, UserError, "fourteen is a mistake"), (15, WorkerError, "ended with exit code 7")],
-)
-def test_other_errors_stop_the_run(shard, error, sentence) -> None:
-    with pytest.raises(error, match=sentence):  # though the other worker sleeps
-        list(processes.run(Work(), [16, shard], workers=2))
+def test_other_errors_stop_the_run() -> None:
+    with pytest.raises(UserError, match="fourteen is a mistake"):  # though the other worker sleeps
+        list(processes.run(Work(), [16, 14], workers=2))
+
+
+def test_a_shard_that_kills_every_worker_stops_no_other() -> None:
+    outcomes = {outcome.shard: outcome for outcome in processes.run(Work(), [1, 15, 2, 18, 3], workers=2)}
+    assert str(outcomes[15].error) == "15: its worker process ended with exit code 7, in each of 3 tries"
+    assert "ended with signal 9 (killed, perhaps because memory ran out)" in str(outcomes[18].error)
+    assert [outcomes[shard].result[0] for shard in (1, 2, 3)] == [1, 4, 9]
 
 
 SCRIPT = """
