@@ -94,9 +94,9 @@ class Sample:
         return f"{', '.join(names[:_LISTED])}{more}"
 
 
-def wanted_bytes(ending: str, size: int, endings: Endings) -> bool | None:
-    """Whether a file that is no image is read; None if it would be but is too large."""
-    if endings.is_text(ending):
+def is_wanted(size: int, *, text: bool) -> bool | None:
+    """Whether a file that is no image is read; None if its ending says that it is text, but it is too large."""
+    if text:
         return True if size <= MAX_TEXT_BYTES else None
     return size <= _NOTE_BYTES
 
