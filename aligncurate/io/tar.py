@@ -216,7 +216,7 @@ def _plain_member(window: bytes, place: int) -> tuple[str, int, int] | None:
     """
     block = window[place : place + tarfile.BLOCKSIZE]
     if block[156:157] == tarfile.XHDTYPE:
-        length = _plain_size(block)
+        length = _repeated_size(block)
         place += tarfile.BLOCKSIZE
         if length is None or not _tells_only_times(window[place : place + length], length):
             return None
@@ -242,6 +242,9 @@ def _plain_size(block: bytes) -> int | None:
     # In the sum, the checksum itself counts as eight blanks.
     total = zlib.adler32(block[156:], zlib.adler32(block[:148])) & 0xFFFF
     return size if size >= 0 and total - 1 + 8 * ord(" ") == checksum else None
+
+
+_repeated_size = lru_cache(256)(_plain_size)  # extended headers are mostly the same, byte for byte
 
 
 @lru_cache(1024)

@@ -7,8 +7,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -59,8 +60,7 @@ class Endings:
         return bool({ending, ending.rpartition(".")[2]} & {*CAPTION_ENDINGS, *self.captions, "json"})
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """Where the bytes of a sample's image are; `load` reads them and raises OSError."""
 
     path: str
@@ -69,7 +69,7 @@ class Image:
     length: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """The files with one key, by their endings: images, texts that were read, and the names of all.
 
@@ -107,10 +107,10 @@ def split_at_dots(sample: Sample, endings: Endings) -> list[Sample]:
     webdataset takes the key up to the first dot, so `22.05.jpg`, `22.05.txt`, `22.07.jpg` and `22.07.txt` have one key.
     They are two pairs if the last dot is taken, which is done only where the first makes no pair.
     """
-    captions = {*endings.captions, "json"}
     sample.images = sample.images or sample.unnamed
     if sample.fault or not any("." in ending for ending in sample.files):
         return [sample]
+    captions = {*endings.captions, "json"}
     if len(sample.images) == 1 and captions & sample.files.keys():
         return [sample]
     parts: dict[str, Sample] = {}
@@ -160,7 +160,13 @@ def extra_fields(sample: Sample, meta: Mapping[str, Any], endings: Endings) -> d
                 extra[ending] = data.decode().strip()
             except UnicodeDecodeError:
                 continue
-    return {readable(name) or "unnamed": value for name, value in (extra | dict(meta)).items() if name not in OWN}
+    return {column: value for name, value in (extra | dict(meta)).items() if (column := _column(name)) is not None}
+
+
+@lru_cache(4096)
+def _column(name: str) -> str | None:
+    """The extra column that keeps a field; None for those of our own."""
+    return None if name in OWN else readable(name) or "unnamed"
 
 
 @dataclass
@@ -213,7 +219,8 @@ class SampleReader:
         if not turns and sample.files:
             self._check_files(pair, sample, caption)
         pairs, _ = with_texts(pair, turns, caption, self.captions, meta.get("similarity"))
-        self.several += not turns and len(captions_in(caption)) > 1
+        if not turns:
+            self.several += len(pairs) > 1 or (self.captions == "first" and len(captions_in(caption)) > 1)
         for one in pairs:
             one.key = f"{key}{one.key}"
             self._attach(one, sample, meta)
@@ -238,7 +245,8 @@ class SampleReader:
         """The captions in files with further endings and in the JSON, where they differ from the one that is taken."""
         texts = [text_of(sample.texts[name]) for name in self.endings.captions if name in sample.texts]
         texts += [meta["caption"]] if texts and isinstance(meta.get("caption"), str) else []
-        cleaned = dict.fromkeys(clean(text) for text in texts if text)
+        different = dict.fromkeys(texts)
+        cleaned = dict.fromkeys(clean(text) for text in different if text) if len(different) > 1 else ()
         return [text for text in cleaned if text][1:]
 
     def _attach(self, pair: Pair, sample: Sample, meta: Mapping[str, Any]) -> None:

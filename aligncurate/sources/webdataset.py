@@ -91,7 +91,7 @@ class WebDatasetSource(SampleSource):
                 )
             seen.add(sample.key)
             key = sample.key.removeprefix("./")
-            yield sample, rows.get(key) or rows.get(storage.basename(key), {})
+            yield sample, rows and (rows.get(key) or rows.get(storage.basename(key), {}))
 
     def _samples(self, uri: str, contents: Contents) -> Iterator[Sample]:
         """The samples of a tar. If it is damaged, the last one says how.
