@@ -27,10 +27,12 @@ from aligncurate.io.files import readable
 
 Buffer = bytes | memoryview
 
+HEADERS = 1 << 13
+"""Bytes of a tar to read at once where only headers and short texts are wanted."""
+
 _NAME_BYTES = 100  # size of the header's name field
 _SIZE_LIMIT = 8**11  # sizes have eleven octal digits
 _HEADER_BYTES = 1 << 20  # of the largest header that is read: long names, extended attributes
-_FEW = 1 << 13  # bytes read at once where only headers are wanted
 _FAST_BYTES = 3 * tarfile.BLOCKSIZE  # of a header with an extended one before it
 _NO_LINK, _NO_PREFIX = bytes(100), bytes(167)
 _TIME = re.compile(rb"(\d{1,3}) [amc]time=[\d.]+\n")
@@ -125,7 +127,7 @@ class _Headers:
         return self._file.read(size)
 
 
-def tar_members(file: BinaryIO, uri: str, ahead: int = _FEW) -> Iterator[Member | str]:
+def tar_members(file: BinaryIO, uri: str, ahead: int = HEADERS) -> Iterator[Member | str]:
     """The members of a tar; if it is damaged, the last item is a message that says how.
 
     A member may end beyond the end of the file; then it is the last one before the message.
@@ -150,7 +152,7 @@ def tar_members(file: BinaryIO, uri: str, ahead: int = _FEW) -> Iterator[Member 
         place = offset - start
         if place + _FAST_BYTES > len(window) and start + len(window) < end:
             file.seek(offset)
-            window = file.read(ahead if size <= ahead else min(ahead, _FEW))
+            window = file.read(ahead if size <= ahead else min(ahead, HEADERS))
             view, start, place = memoryview(window), offset, 0
         if not (tar and tar.pax_headers) and (found := _plain_member(window, place)):
             name, size, place = found

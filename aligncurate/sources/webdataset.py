@@ -16,7 +16,7 @@ from aligncurate.io import storage
 from aligncurate.io.content import image_format
 from aligncurate.io.files import readable
 from aligncurate.io.storage import MAX_IMAGE_BYTES
-from aligncurate.io.tar import Member, tar_members
+from aligncurate.io.tar import HEADERS, Member, tar_members
 from aligncurate.sources.base import Shard, merge_extras
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.img2dataset import beside, extras_beside, not_downloaded, rows_beside
@@ -117,8 +117,8 @@ class _Tar:
         """Neighbours with one key, grouped by webdataset's rule: a key ends at the first dot of the file's name."""
         sample: Sample | None = None
         unnamed = 0
-        ahead = {"ahead": _AHEAD} if self._contents == "all" else {}
-        for member in tar_members(self._file, self._uri, **ahead):
+        ahead = _AHEAD if self._contents == "all" else HEADERS
+        for member in tar_members(self._file, self._uri, ahead):
             if isinstance(member, str):
                 if sample is None:
                     raise ShardError(f"{self._uri}: {member}")
