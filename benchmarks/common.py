@@ -64,10 +64,10 @@ def undisturbed(work: Callable[[], float], most: float = 0.1, tries: int = 6) ->
     """
     found = []
     for _ in range(tries):
-        before, own = _ticks(), _own_seconds()
+        before, own = _ticks(), cpu_seconds()
         result = work()
         busy, everything = (now - then for now, then in zip(_ticks(), before, strict=True))
-        others = max(0.0, busy - (_own_seconds() - own)) / everything if everything else 0.0
+        others = max(0.0, busy - (cpu_seconds() - own)) / everything if everything else 0.0
         found.append((others, result))
         if others <= most:
             break
@@ -86,7 +86,8 @@ def _ticks() -> tuple[float, float]:
     return busy, busy + idle + wait
 
 
-def _own_seconds() -> float:
+def cpu_seconds() -> float:
+    """CPU seconds used by this process, and by its child processes that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

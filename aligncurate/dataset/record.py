@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -189,15 +191,13 @@ def to_table(pairs: Sequence[Pair], schema: pa.Schema) -> pa.Table:
     arrays = []
     extras = [p.extra for p in pairs]
     if EXTRA in schema.names:
-        extras = [_split_extra(extra, schema) for extra in extras]
-    for column in schema:
-        if column.name in COLUMNS:
-            values: Iterable[Any] = (getattr(p, column.name) for p in pairs)
-        elif column.name in OWN_EMBEDDINGS and any(getattr(p, column.name) is not None for p in pairs):
-            values = (getattr(p, column.name) for p in pairs)
-        else:
-            values = (extra.get(column.name) for extra in extras)
-        arrays.append(_array(list(values), column.type))
+        tests = {column.name: _storable(column.type) for column in schema}
+        extras = [_split_extra(extra, tests) if extra else extra for extra in extras]
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        own = list(map(attrgetter(name), pairs)) if name in COLUMNS or name in OWN_EMBEDDINGS else []
+        if name not in COLUMNS and not any(value is not None for value in own):
+            own = [extra.get(name) for extra in extras]
+        arrays.append(_array(own, kind))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -217,16 +217,18 @@ def _without_surrogates(value: Any) -> Any:
     return {k: _without_surrogates(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _split_extra(extra: dict[str, Any], schema: pa.Schema) -> dict[str, Any]:
-    """Fields for the columns of `schema`, the others as a JSON object in EXTRA."""
+def _split_extra(extra: dict[str, Any], tests: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
+    """Fields that pass the test of the column with their name, and the others as a JSON object in EXTRA."""
     columns, rest = {}, {}
     if isinstance(extra.get(EXTRA), str):  # from one of our datasets
         extra = {**extra, **_parsed(extra[EXTRA])}
         del extra[EXTRA]
     for name, value in extra.items():
-        if name in schema.names and _is_storable(value, schema.field(name).type):
+        if value is None:
+            continue
+        if name in tests and tests[name](value):
             columns[name] = value
-        elif value is not None:
+        else:
             rest[name] = value
     if rest:
         text = json.dumps(rest, ensure_ascii=False, sort_keys=True, default=_as_text)
@@ -258,21 +260,24 @@ def _parsed(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"extra_text": text}
 
 
-def _is_storable(value: Any, kind: pa.DataType) -> bool:
-    """Whether a column of type `kind` can hold the value unchanged."""
-    if value is None:
-        return True
+def _storable(kind: pa.DataType) -> Callable[[Any], bool]:
+    """The test whether a column of type `kind` can hold a value, other than None, unchanged."""
     if pa.types.is_string(kind):
-        return isinstance(value, str)
+        return lambda value: isinstance(value, str)
     if pa.types.is_boolean(kind):
-        return isinstance(value, bool)
+        return lambda value: isinstance(value, bool)
     if pa.types.is_int64(kind):
-        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+        return lambda value: isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     if pa.types.is_float64(kind):
-        return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
+        return lambda value: isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
     if pa.types.is_list(kind) and not pa.types.is_floating(kind.value_type):
-        return isinstance(value, list) and all(_is_storable(v, kind.value_type) for v in value)
-    try:  # a type that only Parquet sources have
+        item = _storable(kind.value_type)
+        return lambda value: isinstance(value, list) and all(v is None or item(v) for v in value)
+    return partial(_is_scalar, kind)  # a type that only Parquet sources have
+
+
+def _is_scalar(kind: pa.DataType, value: Any) -> bool:
+    try:
         pa.scalar(value, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return False

@@ -153,7 +153,7 @@ def _exchanges_edges(image: Image.Image) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     exif = image.info.get("exif")
-    if image.format == "PNG" and exif is None:
+    if exif is None and (image.format == "PNG" or (image.format == "JPEG" and "xmp" not in image.info)):
         return 1  # asking a PNG for its EXIF decodes the whole image
     try:
         if exif:

@@ -27,50 +27,60 @@ _READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000",
 
 HEIC = "a HEIC image"
 
-_READ_SIGNATURES = {
-    "JPEG": rb"\xff\xd8\xff",
-    "PNG": rb"\x89PNG",
-    "WebP": rb"RIFF....WEBP",
-    "GIF": rb"GIF8[79]a",
-    "BMP": rb"BM.{4}\0{4}",
-    "TIFF": rb"II[*+]\0|MM\0[*+]",
-    "AVIF": rb"....ftyp(avi[fs]|.{4,40}avi[fs])",
-    "JPEG 2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
-}
-_OTHER_SIGNATURES = {
-    HEIC: rb"....ftyp(hei[cxms]|hev[cxms]|mi[fa]\d.{4,40}he(ic|ix|vc))",
-    "a video": rb"....ftyp|....(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|\0\0\x01[\xb3\xba]|0&\xb2u",
-    "an audio file": rb"ID3|OggS|fLaC|RIFF....WAVE|\xff\xfb",
-    "a PostScript (EPS) file": rb"\s*%!PS|\xc5\xd0\xd3\xc6",
-    "a PDF document": rb"\s*%PDF",
-    "an SVG drawing": rb"\s*(<\?xml.*?)?<svg",
-    "a Photoshop (PSD) file": rb"8BP[SB]",
-    "a GIMP (XCF) file": rb"gimp xcf",
-    "a JPEG XL image": rb"\xff\x0a|\0\0\0\x0cJXL ",
-    "a QOI image": rb"qoif",
-    "a DDS texture": rb"DDS ",
-    "an OpenEXR image": rb"v/1\x01",
-    "a Radiance HDR image": rb"#\?(RADIANCE|RGBE)",
-    "a Windows metafile": rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF",
-    "an Apple icon (ICNS)": rb"icns",
-    "a Photo CD, PCX or DCX image": rb"\x0a[\0-\x05]\x01[\x01\x02\x04\x08]|\xb1\x68\xde\x3a",
-    "a FITS file": rb"SIMPLE  =",
-    "a DICOM file": rb".{128}DICM",
-    "an HDF5 file": rb"\x89HDF",
-    "a NumPy file": rb"\x93NUMPY",
-    "a Parquet file": rb"PAR1",
-    "a zip archive": rb"PK[\x03\x05]",
-    "a gzip file": rb"\x1f\x8b",
-    "a Git LFS pointer (run `git lfs pull`)": rb"version https://git-lfs",
-    "a web page": rb"\s*(<!doctype|<html|<head)",
-    "a web page or XML": rb"\s*<\?xml",
-    "text": rb"[\t\n\r\x20-\x7e]*$",
-}
+
+def _compiled(patterns: dict[str, bytes]) -> dict[str, re.Pattern[bytes]]:
+    return {name: re.compile(pattern, re.DOTALL | re.IGNORECASE) for name, pattern in patterns.items()}
+
+
+_READ_SIGNATURES = _compiled(
+    {
+        "JPEG": rb"\xff\xd8\xff",
+        "PNG": rb"\x89PNG",
+        "WebP": rb"RIFF....WEBP",
+        "GIF": rb"GIF8[79]a",
+        "BMP": rb"BM.{4}\0{4}",
+        "TIFF": rb"II[*+]\0|MM\0[*+]",
+        "AVIF": rb"....ftyp(avi[fs]|.{4,40}avi[fs])",
+        "JPEG 2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    }
+)
+_OTHER_SIGNATURES = _compiled(
+    {
+        HEIC: rb"....ftyp(hei[cxms]|hev[cxms]|mi[fa]\d.{4,40}he(ic|ix|vc))",
+        "a video": rb"....ftyp|....(moov|mdat|wide)|\x1a\x45\xdf\xa3|RIFF....AVI |FLV\x01|\0\0\x01[\xb3\xba]|0&\xb2u",
+        "an audio file": rb"ID3|OggS|fLaC|RIFF....WAVE|\xff\xfb",
+        "a PostScript (EPS) file": rb"\s*%!PS|\xc5\xd0\xd3\xc6",
+        "a PDF document": rb"\s*%PDF",
+        "an SVG drawing": rb"\s*(<\?xml.*?)?<svg",
+        "a Photoshop (PSD) file": rb"8BP[SB]",
+        "a GIMP (XCF) file": rb"gimp xcf",
+        "a JPEG XL image": rb"\xff\x0a|\0\0\0\x0cJXL ",
+        "a QOI image": rb"qoif",
+        "a DDS texture": rb"DDS ",
+        "an OpenEXR image": rb"v/1\x01",
+        "a Radiance HDR image": rb"#\?(RADIANCE|RGBE)",
+        "a Windows metafile": rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF",
+        "an Apple icon (ICNS)": rb"icns",
+        "a Photo CD, PCX or DCX image": rb"\x0a[\0-\x05]\x01[\x01\x02\x04\x08]|\xb1\x68\xde\x3a",
+        "a FITS file": rb"SIMPLE  =",
+        "a DICOM file": rb".{128}DICM",
+        "an HDF5 file": rb"\x89HDF",
+        "a NumPy file": rb"\x93NUMPY",
+        "a Parquet file": rb"PAR1",
+        "a zip archive": rb"PK[\x03\x05]",
+        "a gzip file": rb"\x1f\x8b",
+        "a Git LFS pointer (run `git lfs pull`)": rb"version https://git-lfs",
+        "a web page": rb"\s*(<!doctype|<html|<head)",
+        "a web page or XML": rb"\s*<\?xml",
+        "text": rb"[\t\n\r\x20-\x7e]*$",
+    }
+)
 
 
 def read_formats(data: bytes | memoryview) -> tuple[str, ...]:
     """Pillow's names of the formats that `data` is tried as."""
-    return ("HEIF",) if kind_of(data) == HEIC and _has_heif() else _READ
+    is_heic = _OTHER_SIGNATURES[HEIC].match(data) and not signature(data)
+    return ("HEIF",) if is_heic and _has_heif() else _READ
 
 
 def kind_of(data: bytes | memoryview) -> str | None:
@@ -81,17 +91,16 @@ def kind_of(data: bytes | memoryview) -> str | None:
     head = bytes(data[:256])
     if signature(head):
         return None
-    return next((kind for kind, pattern in _OTHER_SIGNATURES.items() if _starts(pattern, head)), None)
+    return next((kind for kind, pattern in _OTHER_SIGNATURES.items() if pattern.match(head)), None)
 
 
 def signature(data: bytes | memoryview) -> str | None:
     """The name of the image format that the first bytes announce, such as `PNG`, among those that are read."""
     head = bytes(data[:64])
-    return next((name for name, pattern in _READ_SIGNATURES.items() if _starts(pattern, head)), None)
-
-
-def _starts(pattern: bytes, head: bytes) -> bool:
-    return re.match(pattern, head, re.DOTALL | re.IGNORECASE) is not None
+    for name, pattern in _READ_SIGNATURES.items():
+        if pattern.match(head):
+            return name
+    return None
 
 
 @cache

@@ -27,7 +27,7 @@ warned_no_locks = False  # one notice per process is enough
 
 def readable(name: str) -> str:
     """A name with what is not UTF-8 replaced."""
-    return name.encode("utf-8", "replace").decode()
+    return name if name.isascii() else name.encode("utf-8", "replace").decode()
 
 
 def check_name(path: str) -> str:

@@ -184,7 +184,7 @@ class ImageRoot:
                             if len(self._members) == _MOST_MEMBERS:
                                 self._faults.append(f"only {_MOST_MEMBERS:,} images of the tars were looked through")
                                 return
-                            place = (uri, member.offset_data, member.size)
+                            place = (uri, member.offset, member.size)
                             if self._members.setdefault(plain(member.name), place) is place:
                                 yield
             except (ShardError, PermissionError) as error:  # what comes before the damage is used

@@ -37,6 +37,8 @@ def unify_marks(text: str) -> tuple[str, list[str]]:
 
 def without_marks(text: str) -> str:
     """`text` without marks of images."""
+    if "<" not in text and "[IMG]" not in text:
+        return text
     return _END_OF_CHUNK.sub("", unify_marks(text)[0].replace(IMAGE, ""))
 
 

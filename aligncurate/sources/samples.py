@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
@@ -60,8 +61,7 @@ class Endings:
         return bool({ending, ending.rpartition(".")[2]} & {*CAPTION_ENDINGS, *self.captions, "json"})
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """Where the bytes of a sample's image are; `load` reads them and raises OSError."""
 
     path: str
@@ -70,7 +70,7 @@ class Image:
     length: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """The files with one key, by their endings: images, texts that were read, and the names of all.
 
@@ -95,9 +95,9 @@ class Sample:
         return f"{', '.join(names[:_LISTED])}{more}"
 
 
-def wanted_bytes(ending: str, size: int, endings: Endings) -> bool | None:
-    """Whether a file that is no image is read; None if it would be but is too large."""
-    if endings.is_text(ending):
+def is_wanted(size: int, *, text: bool) -> bool | None:
+    """Whether a file that is no image is read; None if its ending says that it is text, but it is too large."""
+    if text:
         return True if size <= MAX_TEXT_BYTES else None
     return size <= _NOTE_BYTES
 
@@ -108,10 +108,10 @@ def split_at_dots(sample: Sample, endings: Endings) -> list[Sample]:
     webdataset takes the key up to the first dot, so `22.05.jpg`, `22.05.txt`, `22.07.jpg` and `22.07.txt` have one key.
     They are two pairs if the last dot is taken, which is done only where the first makes no pair.
     """
-    captions = {*endings.captions, "json"}
     sample.images = sample.images or sample.unnamed
     if sample.fault or not any("." in ending for ending in sample.files):
         return [sample]
+    captions = {*endings.captions, "json"}
     if len(sample.images) == 1 and captions & sample.files.keys():
         return [sample]
     parts: dict[str, Sample] = {}
@@ -161,7 +161,13 @@ def extra_fields(sample: Sample, meta: Mapping[str, Any], endings: Endings) -> d
                 extra[ending] = data.decode().strip()
             except UnicodeDecodeError:
                 continue
-    return {readable(name) or "unnamed": value for name, value in (extra | dict(meta)).items() if name not in OWN}
+    return {column: value for name, value in (extra | dict(meta)).items() if (column := _column(name)) is not None}
+
+
+@lru_cache(4096)
+def _column(name: str) -> str | None:
+    """The extra column that keeps a field; None for those of our own."""
+    return None if name in OWN else readable(name) or "unnamed"
 
 
 @dataclass
@@ -214,7 +220,8 @@ class SampleReader:
         if not turns and sample.files:
             self._check_files(pair, sample, caption)
         pairs, _ = with_texts(pair, turns, caption, self.captions, meta.get("similarity"))
-        self.counts["several"] += not turns and len(captions_in(caption)) > 1
+        if not turns:
+            self.counts["several"] += len(pairs) > 1 or (self.captions == "first" and len(captions_in(caption)) > 1)
         for one in pairs:
             one.key = f"{key}{one.key}"
             self._attach(one, sample, meta)
@@ -239,7 +246,8 @@ class SampleReader:
         """The captions in files with further endings and in the JSON, where they differ from the one that is taken."""
         texts = [text_of(sample.texts[name]) for name in self.endings.captions if name in sample.texts]
         texts += [meta["caption"]] if texts and isinstance(meta.get("caption"), str) else []
-        cleaned = dict.fromkeys(clean(text) for text in texts if text)
+        different = dict.fromkeys(texts)
+        cleaned = dict.fromkeys(clean(text) for text in different if text) if len(different) > 1 else ()
         return [text for text in cleaned if text][1:]
 
     def _attach(self, pair: Pair, sample: Sample, meta: Mapping[str, Any]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, BinaryIO
 
@@ -17,7 +16,7 @@ from aligncurate.io import storage
 from aligncurate.io.content import image_format
 from aligncurate.io.files import readable
 from aligncurate.io.storage import MAX_IMAGE_BYTES
-from aligncurate.io.tar import tar_members
+from aligncurate.io.tar import HEADERS, Member, tar_members
 from aligncurate.sources.base import Shard, merge_extras
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.img2dataset import beside, extras_beside, not_downloaded, rows_beside
@@ -29,14 +28,14 @@ from aligncurate.sources.samples import (
     Image,
     Sample,
     SampleSource,
+    is_wanted,
     split_at_dots,
-    wanted_bytes,
 )
 
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's own rule: key, then all extensions
 _METADATA = re.compile(r"^__[^/]*__$")  # webdataset's rule for members that belong to no sample
 _FIRST_TARS = 20  # of these, the first that can be read decides on the extra columns
 _PEEK = 200  # samples that decide the types of the extra columns
+_AHEAD = 1 << 20  # bytes of a tar that are read at once where its images are wanted
 _KEPT = 1 << 26  # bytes of a remote sample's images that are kept when they are passed, to save requests
 
 
@@ -92,7 +91,7 @@ class WebDatasetSource(SampleSource):
                 )
             seen.add(sample.key)
             key = sample.key.removeprefix("./")
-            yield sample, rows.get(key) or rows.get(storage.basename(key), {})
+            yield sample, rows and (rows.get(key) or rows.get(storage.basename(key), {}))
 
     def _samples(self, uri: str, contents: Contents) -> Iterator[Sample]:
         """The samples of a tar. If it is damaged, the last one says how.
@@ -109,15 +108,17 @@ class _Tar:
 
     def __init__(self, file: BinaryIO, uri: str, endings: Endings, contents: Contents) -> None:
         self._file, self._uri, self._endings = file, uri, endings
-        self._texts = contents != "nothing"
+        self._contents = contents
         self._kept = _KEPT if contents == "all" and storage.is_remote(uri) else 0
         self._end = storage.size(uri)
+        self._is_image, self._is_text = (lru_cache(1024)(test) for test in (endings.is_image, endings.is_text))
 
     def samples(self) -> Iterator[Sample]:
-        """Neighbours with one key, grouped by webdataset's rule."""
+        """Neighbours with one key, grouped by webdataset's rule: a key ends at the first dot of the file's name."""
         sample: Sample | None = None
         unnamed = 0
-        for member in tar_members(self._file, self._uri):
+        ahead = _AHEAD if self._contents == "all" else HEADERS
+        for member in tar_members(self._file, self._uri, ahead):
             if isinstance(member, str):
                 if sample is None:
                     raise ShardError(f"{self._uri}: {member}")
@@ -126,56 +127,62 @@ class _Tar:
                 yield sample
                 sample = Sample(storage.basename(self._uri), fault=(Status.READ_ERROR, member))
                 break
-            match = _NAME.match(member.name)
-            if match is None or match[1].endswith("/") or member.isdir() or _METADATA.match(member.name):
-                unnamed += member.isfile()
+            path = readable(member.name)
+            folder, slash, name = path.rpartition("/")
+            stem, dot, ending = name.partition(".")
+            if not stem or not dot or member.kind == "folder" or (path.startswith("__") and _METADATA.match(path)):
+                unnamed += member.kind in ("file", "sparse")
                 continue
-            key, ending = readable(match[1]), readable(match[2]).lower()
+            key, ending = f"{folder}{slash}{stem}", ending.lower()
             if sample is None or sample.key != key or ending in sample.files:
                 if sample is not None:
                     yield sample
                 sample = Sample(key)
-            self._add(sample, ending, member)
+            sample.files[ending] = name
+            self._add(sample, ending, path, member)
         if sample is not None:
             yield sample
         elif unnamed:
             raise ShardError(f"{self._uri}: no file in the tar has a name with an ending, such as 0.jpg and 0.txt")
 
-    def _add(self, sample: Sample, ending: str, member: tarfile.TarInfo) -> None:
-        name, offset, size = readable(member.name), member.offset_data, member.size
-        sample.files[ending] = storage.basename(name)
-        is_image = self._endings.is_image(ending)
-        readable_text = not is_image and wanted_bytes(ending, size, self._endings)
-        if not member.isfile():
+    def _add(self, sample: Sample, ending: str, path: str, member: Member) -> None:
+        _, offset, size, kind, data = member
+        if kind == "sparse":
+            sample.fail(Status.READ_ERROR, f"{path} is stored as a sparse file; repack the tar without --sparse")
+        elif kind != "file":
             sample.fail(
                 Status.READ_ERROR,
-                f"{name} is a link or a device, not a file; repack the tar with --dereference --hard-dereference",
+                f"{path} is a link or a device, not a file; repack the tar with --dereference --hard-dereference",
             )
-        elif member.issparse():
-            sample.fail(Status.READ_ERROR, f"{name} is stored as a sparse file; repack the tar without --sparse")
         elif offset + size > self._end:
-            sample.fail(Status.READ_ERROR, f"the tar ends in the middle of {name}; copy it again")
-        elif is_image:
-            kept = size <= self._kept - sum(image.length or 0 for image in sample.images.values())
-            load = partial(storage.read_range, self._uri, offset, size)
+            sample.fail(Status.READ_ERROR, f"the tar ends in the middle of {path}; copy it again")
+        elif self._is_image(ending):
             if size > MAX_IMAGE_BYTES:
-                sample.fail(Status.TOO_LARGE, f"{name} has {size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
-            elif kept:
-                load = partial(bytes, self._read(offset, size))
-            sample.images[ending] = Image(name, load, offset, size)
-        elif self._is_unnamed_image(ending, offset):
-            sample.unnamed[ending] = Image(name, partial(storage.read_range, self._uri, offset, size), offset, size)
-        elif readable_text is None:
-            sample.fail(Status.TOO_LARGE, f"{name} has {size:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}")
-        elif readable_text and self._texts:
-            sample.texts[ending] = self._read(offset, size)
+                sample.fail(Status.TOO_LARGE, f"{path} has {size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
+            elif data is None and size <= self._kept - sum(image.length or 0 for image in sample.images.values()):
+                data = memoryview(self._read(member))
+            sample.images[ending] = self._image(path, member, data)
+        elif self._is_unnamed_image(ending, member):
+            sample.unnamed[ending] = self._image(path, member, data)
+        elif (wanted := is_wanted(size, text=self._is_text(ending))) is None:
+            sample.fail(Status.TOO_LARGE, f"{path} has {size:,} bytes, more than the limit of {MAX_TEXT_BYTES:,}")
+        elif wanted and self._contents != "nothing":
+            sample.texts[ending] = self._read(member)
 
-    def _is_unnamed_image(self, ending: str, offset: int) -> bool:
+    def _is_unnamed_image(self, ending: str, member: Member) -> bool:
         """Whether a member with an unusual ending, such as `.jpg_large`, is an image by its content."""
-        if self._endings.image is not None or self._endings.is_text(ending):
+        if self._endings.image is not None or self._is_text(ending):
             return False
-        return image_format(self._read(offset, 32)) is not None
+        return image_format(self._read(member, 32)) is not None
 
-    def _read(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        return self._file.read(size)
+    def _image(self, path: str, member: Member, data: memoryview | None) -> Image:
+        _, offset, size, _, _ = member
+        if data is None or self._contents != "all":
+            return Image(path, partial(storage.read_range, self._uri, offset, size), offset, size)
+        return Image(path, partial(bytes, data), offset, size)
+
+    def _read(self, member: Member, most: int | None = None) -> bytes:
+        if member.data is not None:
+            return bytes(member.data[:most])
+        self._file.seek(member.offset)
+        return self._file.read(member.size if most is None else most)

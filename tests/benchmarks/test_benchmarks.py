@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from benchmarks import common, export, levels, start
+from benchmarks import common, export, feed, levels, start
 
 
 @pytest.fixture
@@ -23,6 +23,10 @@ def run(monkeypatch, module, *arguments: str) -> None:
 
 def saved(results) -> dict:
     (file,) = results.glob("*.json")
+    return read(file)
+
+
+def read(file) -> dict:
     record = json.loads(file.read_text())
     assert {"benchmark", "date", "settings", "machine", "rows"} <= record.keys()
     return record
@@ -68,3 +72,31 @@ def test_start(results, monkeypatch) -> None:
     monkeypatch.setattr(start, "COMMANDS", {k: start.COMMANDS[k] for k in ("python, nothing", "import aligncurate")})
     run(monkeypatch, start)
     assert [row["command"] for row in saved(results)["rows"]] == ["python, nothing", "import aligncurate"]
+
+
+def test_feed(results, monkeypatch, data_root) -> None:
+    images = data_root / "coco"
+    run(monkeypatch, feed, "--images", str(images), "--edges", "160", "--pairs", "8", "--workers", "1", "--tries", "1")
+    records = {record["benchmark"]: record["rows"] for file in results.glob("*.json") for record in [read(file)]}
+    rates, stages, cores = (records[name] for name in ("feed", "feed-stages", "feed-cores"))
+    assert [row["variant"] for row in rates] == ["ours, exact", "ours, fast", "DataLoader, open_clip"]
+    assert {"open", "tokenize", "decode and resize, fast, to 224"} <= {row["stage"] for row in stages}
+    by_name = {row["encoder"]: row for row in cores}
+    assert by_name["ViT-L/14"]["assumed pairs/s"] == 2_400 and len(by_name) == len(feed.ENCODERS)
+
+
+def test_cores_are_the_pairs_per_second_times_their_cpu_time() -> None:
+    cpu = common.Spread(500.0, 400.0, 600.0, 3)
+    slow = common.Spread(900.0, 900.0, 900.0, 3)
+    rates = [
+        {"photos": 256, "variant": "ours, fast", "workers": 1, "CPU µs per pair": slow},
+        {"photos": 256, "variant": "ours, fast", "workers": 2, "CPU µs per pair": cpu},
+        {"photos": 256, "variant": "DataLoader, open_clip", "workers": 2, "CPU µs per pair": slow},
+    ]
+    decoding = {"to 224": 300.0, "to 336": 400.0, "to 224 (squash)": 1_300.0}
+    stages = [{"photos": 256, "stage": f"decode and resize, fast, {to}", "µs": µs} for to, µs in decoding.items()]
+    cores = {row["encoder"]: row["256 px, fast"] for row in feed.cores_needed(rates, stages)}
+    assert cores["ViT-B/32"] == 12_000 * 500 / 1e6
+    assert cores["ViT-L/14"] == 2_400 * 500 / 1e6
+    assert cores["ViT-L/14-336"] == pytest.approx(2_400 * 175.33 / 395.22 * (500 - 300 + 400) / 1e6, abs=0.1)
+    assert cores["SigLIP SO400M/14"] == pytest.approx(2_400 * 175.33 / 233.54 * (500 - 300 + 1_300) / 1e6, abs=0.1)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import aligncurate
 from aligncurate.sources.base import limit_shards
+from aligncurate.sources.captions import clean
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, ingested, jpeg, read_all, statuses, write_tar
@@ -446,3 +450,14 @@ def test_limits_count_captions_and_not_rows(tmp_path) -> None:
     for limit in (1, 30, 77, 500):
         shards = limit_shards(source, limit)
         assert sum(len(list(source.read(shard))) for shard in shards) == min(limit, sum(expected))
+
+
+INVISIBLE = r"\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufffe\0"
+
+
+@given(
+    st.text(st.one_of(st.sampled_from(" \t\n\x1c\x85\xa0\u2003\u200b\ufeff\0\u202eab<"), st.characters()), max_size=20)
+)
+def test_blanks_and_invisible_characters_at_the_ends_are_cut(text) -> None:
+    edges = re.compile(f"^[{INVISIBLE}]+|[{INVISIBLE}]+$")
+    assert clean(text) == edges.sub("", text.replace("\ufeff", ""))

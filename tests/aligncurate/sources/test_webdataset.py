@@ -207,6 +207,21 @@ def test_large_members_are_not_read(tmp_path, monkeypatch) -> None:
     assert statuses(frame) == ["too_large", "ok"] and "a.txt has 2,097,152 bytes" in frame["error"][0]
 
 
+@pytest.mark.parametrize("size", [40_000, 1_500_000])
+def test_memory_does_not_grow_with_the_images_that_were_read(tmp_path, size) -> None:
+    images = [jpeg(i).ljust(size, bytes([i % 256])) for i in range(30_000_000 // size)]
+    write_tar(tmp_path / "a.tar", {f"{i}": {"jpg": data, "txt": b"x"} for i, data in enumerate(images)})
+    source = open_source(str(tmp_path / "a.tar"))
+    tracemalloc.start()
+    try:
+        for number, pair in enumerate(source.read(source.shards[0])):
+            assert pair.load() == images[number]
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert number + 1 == len(images)
+
+
 def test_members_that_hold_no_bytes_of_their_own(tmp_path) -> None:
     """Links, and sparse files, whose bytes do not lie where the header says."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
