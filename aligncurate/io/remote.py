@@ -125,7 +125,8 @@ class _RemoteFile(io.RawIOBase):
         self._uri = uri
         self._position = 0
         self._length: int | None = None
-        self._file: Any = request(uri, self._open)
+        self._file: Any = None  # there for `close`, which is called even if opening fails
+        self._file = request(uri, self._open)
 
     def _open(self, filesystem: Any, path: str) -> Any:
         file = filesystem.open(path, "rb")

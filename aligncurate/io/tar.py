@@ -194,8 +194,10 @@ def tar_members(file: BinaryIO, uri: str, ahead: int = HEADERS) -> Iterator[Memb
     # tarfile treats a damaged header as the end, so check that there is an end marker.
     file.seek(tar.offset)
     rest = file.read(2 * tarfile.RECORDSIZE)
-    if rest[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
-        yield "the tar has no end marker, so it is damaged or truncated; copy it again"
+    if len(rest) < tarfile.BLOCKSIZE:
+        yield "the tar has no end marker, so it is truncated; copy it again"
+    elif any(rest[: tarfile.BLOCKSIZE]):
+        yield f"the tar is damaged (there is no valid header at byte {tar.offset:,}); copy it again"
     elif any(rest):
         yield "another tar or other data follows the end of this tar and is not read; split the file"
 

@@ -26,6 +26,13 @@ from tests.support.inputs import (
 )
 
 
+def extended_header(record: bytes) -> bytes:
+    """An extended header with one record, and a member and the end marker after it."""
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    return info.tobuf(tarfile.GNU_FORMAT) + record.ljust(512, b"\0") + tar_bytes([("b.txt", b"x")])
+
+
 def test_samples_without_an_image(tmp_path) -> None:
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     members = {
@@ -112,6 +119,24 @@ def test_a_tar_cut_in_the_middle(tmp_path, where) -> None:
         assert len(between) == 0
     again = ingested(tmp_path / "out", tmp_path / "again")
     assert statuses(again)[-1] == "read_error"
+
+
+@pytest.mark.parametrize(
+    ("after", "sentence"),
+    [
+        (b"", "the tar has no end marker, so it is truncated; copy it again"),
+        (bytes(300), "the tar has no end marker, so it is truncated; copy it again"),
+        (b"x" * 512 + bytes(1024), "the tar is damaged (there is no valid header at byte 2,048); copy it again"),
+        # Python 3.13 says so of every extended header with a record of a wrong length; earlier versions pass over most.
+        (extended_header(b"0 path=x\n"), "the tar is damaged (there is no valid header at byte 2,048); copy it again"),
+    ],
+    ids=["nothing", "half a block", "no header", "a record without a length"],
+)
+def test_what_follows_the_last_whole_member(tmp_path, after, sentence) -> None:
+    text, picture = tar_bytes([("a.txt", b"x")])[:1024], tar_bytes([("a.jpg", b"no picture")])[:1024]
+    (tmp_path / "a.tar").write_bytes(text + picture + after)
+    frame = ingested(tmp_path / "a.tar", tmp_path / "out")
+    assert frame["key"].to_list()[1:] == ["a.tar"] and frame["error"][-1] == sentence
 
 
 def test_a_member_that_claims_a_negative_size(tmp_path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,18 @@ def test_an_absent_image_is_a_row_and_an_absent_tar_fails_its_shard(web, tmp_pat
     result = cli("ingest", f"web://{web.address}/{{a,nothing}}.tar", "--out", tmp_path / "out")
     assert result.exit_code == 1 and "nothing.tar" in result.output
     assert list(parts(tmp_path / "out")) == ["part-00000.parquet"]  # the other shard went on
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_complaint_of_python_itself() -> None:
+    """From Python 3.13 on, and in development mode before, errors of a file that is thrown away are printed."""
+    opening = """
+from contextlib import suppress
+from aligncurate.io import storage
+with suppress(FileNotFoundError):
+    storage.open_file("memory://absent")
+"""
+    run = subprocess.run([sys.executable, "-X", "dev", "-c", opening], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
 
 
 def test_a_replaced_object_is_refused_by_name(web, tmp_path) -> None:

@@ -13,6 +13,9 @@ import torch
 from aligncurate.encoders.towers import Towers, batch_that_fits, causal_text_tower
 from aligncurate.errors import UserError
 
+# torch warns on Python 3.13.0 alone, whose bug makes compiled code check its guards more slowly.
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+
 CONFIG = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
