@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -75,7 +75,8 @@ def plan(
     config: ConfigFile = None,
     set: Sets = None,
     stage: Annotated[
-        str | None, typer.Option(help="pretrain or finetune.", show_default="finetune with --init, else pretrain")
+        Literal["pretrain", "finetune"] | None,
+        typer.Option(help="Stage to plan.", show_default="finetune with --init, else pretrain"),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     **options: Any,
