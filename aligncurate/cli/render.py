@@ -156,17 +156,19 @@ def _example_table(inspection: Inspection) -> Table:
 def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     """How a run of `score` or `ingest` ended; `done` is `scored` or `ingested`."""
     folder = safe_text(str(out))
+    whole = result.dataset is not None and result.dataset.rows == result.rows
     if result.resumed and not result.rows and not result.failures:
         lines = [Text(f"nothing to do: {count(result.resumed, 'part')} in {folder} from an earlier run")]
     else:
         rate = f" ({result.rows / result.seconds:,.0f}/s)" if result.rows and result.seconds else ""
-        lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {folder}")]
+        ran = f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {folder}"
+        lines = [Text(ran if whole else f"this run: {ran}")]
         if result.resumed:
             lines.append(Text(f"{count(result.resumed, 'part')} kept from an earlier run"))
     if result.rows:
         lines.append(_stage_times(result.times))
     if result.dataset is not None:
-        lines += _outcome(result.dataset, out)
+        lines += _outcome(result.dataset, out, whole=whole)
     return Group(*lines)
 
 
@@ -180,7 +182,8 @@ def render_dry_run(found: DryRun, out: Path, doing: str) -> Text:
     rows = "an unknown number of rows" if found.rows is None else count(found.rows, "row")
     lines.append(f"would {doing}: {rows} in {count(found.parts, 'part')} into {out}")
     if found.done:
-        lines.append(f"{count(found.done, 'part')} of them made by an earlier run, {found.parts - found.done:,} to do")
+        are = "is" if found.done == 1 else "are"
+        lines.append(f"{found.done:,} of {count(found.parts, 'part')} {are} there, {found.parts - found.done:,} to do")
     return Text("\n".join(safe_text(line) for line in lines))
 
 
@@ -192,12 +195,13 @@ def _stage_times(times: StageTimes) -> Text:
     return Text(f"time: {seconds}; bottleneck: {slowest}, {min(times.busy[slowest], 1.0):.0%}{threads} busy")
 
 
-def _outcome(dataset: Dataset, out: Path) -> list[Text]:
+def _outcome(dataset: Dataset, out: Path, *, whole: bool) -> list[Text]:
     """Rows by status, how far fast decoding strays, and where to see why rows failed."""
     if not dataset.rows:
         return [Text("the source has no pairs", style="yellow")]
     statuses = [(f"{status} {rows:,}", _STATUS_STYLES.get(status, "red")) for status, rows in dataset.statuses.items()]
-    lines = [Text("  ").join([Text(text, style=style) for text, style in statuses])]
+    label = "" if whole else f"all {count(dataset.rows, 'row')}: "  # the run may have made only some of them
+    lines = [Text(label).append_text(Text("  ").join([Text(text, style=style) for text, style in statuses]))]
     if changed := dataset.parts[0].facts.get("fast_against_exact"):
         lines.append(
             Text(
