@@ -62,7 +62,10 @@ def ingest(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = F
         _show_dry_run(sources, out, source, make(IngestOptions, options), "ingest")
         return
     result = run(sources, out, source=source, quiet=quiet, **options)
-    _end_of_run("ingested", result, out, f"aligncurate score {shlex.quote(str(out))} --out SCORED", quiet)
+    from aligncurate.cli.render import after_ingest
+
+    following = after_ingest(result.dataset, out) if result.dataset is not None else ""
+    _end_of_run("ingested", result, out, following, quiet)
 
 
 @app.command()

@@ -63,9 +63,9 @@ def _folders(inspection: Inspection) -> str:
 
 def _head(inspection: Inspection) -> Text:
     text = Text(safe_text(inspection.path), style="bold")
-    made_by = safe_text(inspection.made_by)
+    made_by = " and ".join(f"`{safe_text(verb)}`" for verb in inspection.made_by.split(", "))
     text.append(
-        f"\n{count(inspection.rows, 'row')} in {count(inspection.parts, 'part')}, made by `{made_by}`", style="not bold"
+        f"\n{count(inspection.rows, 'row')} in {count(inspection.parts, 'part')}, made by {made_by}", style="not bold"
     )
     if inspection.encoder:
         text.append(f"\nscored with {safe_text(inspection.encoder)}", style="not bold")
@@ -243,18 +243,30 @@ def render_joined(joined: Joined, out: Path) -> Text:
 
 def render_export(exported: Exported, out: Path, failures: str) -> Text:
     """What `export` wrote into `out`; `failures` is the file that lists images that could not be read."""
-    names = exported.files
+    names = exported.files if exported.nothing_new else exported.new_files
     files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
-    size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
+    size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes and not exported.kept else ""
     if exported.nothing_new:
         return Text(f"nothing to do: {count(exported.rows, 'row')} in {safe_text(str(out))}: {files}")
-    text = Text(f"exported {count(exported.rows, 'row')}{size} to {safe_text(str(out))}: {files}")
+    text = Text(f"exported {count(exported.rows - exported.kept, 'row')}{size} to {safe_text(str(out))}: {files}")
+    if exported.kept:
+        kept = count(len(exported.kept_files), "file")
+        text.append(f"\n{count(exported.kept, 'row')} in {kept} kept from an earlier run")
     if exported.skipped:
         text.append(f"\nskipped {count(exported.skipped, 'row')} that cannot be used; their status says why", "yellow")
     if exported.failed:
         listed = safe_text(str(out / failures))
         text.append(f"\n{count(len(exported.failed), 'image')} could not be read any more; see {listed}", "red")
     return text
+
+
+def after_ingest(dataset: Dataset, out: Path) -> str:
+    """The command that usually follows `ingest`; scores and levels may have come with the source."""
+    folder = shlex.quote(str(out))
+    if dataset.levels:
+        return f"aligncurate inspect {folder}"
+    scored = dataset.score_counts("score") is not None  # in all rows
+    return f"aligncurate bucket {folder} --out LEVELLED" if scored else f"aligncurate score {folder} --out SCORED"
 
 
 def after_filter(kept: Dataset, out: Path) -> str:

@@ -285,3 +285,25 @@ def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path, monkeypatch, folder)
     for place, sentence in ((".", "holds other files"), ("tiny.safetensors", "this is a file")):
         real = complaint(run("ingest", tar, "--out", place))
         assert sentence in real and complaint(run("ingest", tar, "--out", place, "--dry-run")) == real
+
+
+def test_what_follows_an_ingest_depends_on_what_the_source_brought(tmp_path, folder) -> None:
+    for number, (columns, following) in enumerate(
+        (
+            ("image,caption\n{}.jpg,c\n", "aligncurate score"),
+            ("image,caption,score\n{}.jpg,c,0.3\n", "aligncurate bucket"),
+            ("image,caption,score,level\n{}.jpg,c,0.3,2\n", "aligncurate inspect"),
+        )
+    ):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+        (tmp_path / f"{number}.csv").write_text(columns.format(number))
+        told = run("ingest", tmp_path / f"{number}.csv", "--out", tmp_path / f"out{number}").stdout
+        assert f"next: {following} " in told
+    assert "next: aligncurate bucket" in run("ingest", folder / "scored", "--out", tmp_path / "again").stdout
+
+
+def test_several_datasets_are_shown_as_made_by_their_own_verbs(tmp_path, folder) -> None:
+    assert run("filter", folder / "scored", "--min-score", 0.1, "--out", tmp_path / "kept").exit_code == 0
+    assert run("score", folder / "tars/00001.tar", "--model", "tiny", "--out", tmp_path / "more").exit_code == 0
+    assert "made by `score`\n" in run("inspect", folder / "scored").stdout
+    assert "made by `filter` and `score`\n" in run("inspect", tmp_path / "kept", tmp_path / "more").stdout

@@ -18,7 +18,7 @@ from aligncurate.dataset.record import COLUMNS, Status
 from aligncurate.errors import UserError
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
-from tests.support.inputs import ingested, jpeg, pairs, read_all, tar_bytes, write_tar
+from tests.support.inputs import cli, ingested, jpeg, pairs, read_all, tar_bytes, write_tar
 
 
 def facts(frame, *columns):
@@ -361,6 +361,14 @@ def test_coco_captions(tmp_path, images) -> None:
         ("99-103", "of no image", "missing_image", None),
     ]  # fmt: skip
     assert frame["sha256"].to_list() == [*digests(1, 0, 1), None]
+
+
+def test_the_first_caption_of_each_coco_image(tmp_path) -> None:
+    folder_of_images(tmp_path / "images", 0, 1)
+    run = cli("ingest", coco_file(tmp_path), "--captions", "first", "--out", tmp_path / "out")
+    assert "1 further caption of its images left out (--captions first)" in run.stderr
+    frame = aligncurate.open_dataset(tmp_path / "out").scan().collect()
+    assert facts(frame, "key", "caption") == [("1-100", "one"), ("0-101", "zero"), ("99-103", "of no image")]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
