@@ -154,10 +154,10 @@ def requested(models: str | None, pretrained: str | None, model_configs: Sequenc
     Raises UserError for lists that do not fit together.
     """
     configs = [Path(config) for config in model_configs]
-    names = models.split(",") if models else [config.stem for config in configs]
+    names = [name.strip() for name in models.split(",")] if models else [config.stem for config in configs]
     if len(names) < 2:
         return {"score": (models, pretrained, configs[0] if configs else None)}
-    weights = pretrained.split(",") if pretrained else [""] * len(names)
+    weights = [tag.strip() for tag in pretrained.split(",")] if pretrained else [""] * len(names)
     if len(weights) != len(names):
         raise UserError(
             f"--pretrained {pretrained}: {len(weights)} for {len(names)} models; give one for each, "
