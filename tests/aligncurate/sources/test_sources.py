@@ -439,6 +439,22 @@ def test_images_of_a_table_inside_tars(tmp_path) -> None:
     assert single["status"].to_list() == ["ok", "missing_image", "ok", "missing_image"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_images_from_a_tar_that_nobody_named_are_told(tmp_path, kind) -> None:
+    folder_of_images(tmp_path, 0)
+    for name, first in (("old.tar", 1), ("other.tar", 3)):
+        write_tar(tmp_path / name, pairs(2, first=first))
+    images = ["0.jpg", "s1.jpg", "s2.jpg", "s4.jpg", "gone.jpg"]
+    rows = [{"image": image, "caption": "c"} for image in images]
+    lines = [json.dumps(row) for row in rows] if kind == "jsonl" else ["image,caption", *(f"{i},c" for i in images)]
+    (tmp_path / f"a.{kind}").write_text("\n".join(lines) + "\n")
+    told = cli("ingest", tmp_path / f"a.{kind}", "--out", tmp_path / "out").stderr
+    tars = f"{tmp_path / 'old.tar'}, {tmp_path / 'other.tar'}"
+    assert f"a.{kind}: 3 images not found as files, taken from {tars}; pass --image-root" in told
+    named = cli("ingest", tmp_path / f"a.{kind}", "--image-root", tmp_path, "--out", tmp_path / "named").stderr
+    assert "taken from" not in named
+
+
 def test_an_image_root_that_is_not_there(tmp_path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n0.jpg,one\n")
     with pytest.raises(UserError, match=r"--image-root .*nowhere.*no such folder"):
