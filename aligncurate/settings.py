@@ -162,7 +162,13 @@ def parse(settings: type, name: str, text: str, *, clears: bool = True) -> Any:
             return {int(key): float(value) for key, value in (part.split(":") for part in parts)}
         return tuple(typing.get_args(kind)[0](part) for part in parts)
     except (ValueError, KeyError):
-        raise UserError(f"{option_name(name)} {text}: use {_describe(kind)}.") from None
+        raise UserError(refusal(option_name(name), text, kind)) from None
+
+
+def refusal(option: str, value: Any, kind: Any) -> str:
+    """A sentence for a value that is not of its option's type: what is allowed, and the closest choice."""
+    close = get_close_matches(str(value), choices(kind), n=1)
+    return f"{option} {value}: use {_describe(without_none(kind))}{f'; did you mean {close[0]}?' if close else '.'}"
 
 
 def without_none(kind: Any) -> Any:
@@ -224,4 +230,4 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
                 raise UserError(f"{option_name(name)} {text}: this is not UTF-8.")
             return value
     shown = value if isinstance(value, (str, int, float)) else repr(value)
-    raise UserError(f"{option_name(name)} {shown}: use {_describe(kind)}.")
+    raise UserError(refusal(option_name(name), shown, kind))

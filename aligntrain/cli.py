@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -75,7 +75,8 @@ def plan(
     config: ConfigFile = None,
     set: Sets = None,
     stage: Annotated[
-        str | None, typer.Option(help="pretrain or finetune.", show_default="finetune with --init, else pretrain")
+        Literal["pretrain", "finetune"] | None,
+        typer.Option(help="Stage to plan.", show_default="finetune with --init, else pretrain"),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     **options: Any,
@@ -298,12 +299,15 @@ def _show_preview(plan: Preview, config: StageConfig, ranks: int) -> None:
         "estimated time",
         f"{duration(plan.seconds)} for {plan.flops:.2e} FLOPs, at 40% of {plan.flops_per_s:.2e} FLOP/s ({how})",
     )
-    parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(plan.memory).items())
-    table.add_row("estimated memory", f"{plan.memory.total / 1e9:.1f} GB per device: {parts}")
+    size, unit = (1e9, "GB") if plan.memory.total >= 1e9 else (1e6, "MB")
+    parts = ", ".join(f"{name} {bytes / size:.1f}" for name, bytes in vars(plan.memory).items())
+    table.add_row("estimated memory", f"{plan.memory.total / size:.1f} {unit} per device: {parts}")
     _stdout.print(table)
-    counts = Table("level", "samples", box=box.SIMPLE_HEAD)
+    weighted = ["per epoch"] if config.level_weights else []
+    counts = Table("level", "samples", *weighted, box=box.SIMPLE_HEAD)
     for level, samples in sorted(facts.levels.items()):
-        counts.add_row(str(level or "none"), f"{samples:,}")
+        used = [f"{plan.levels[level]:,}"] if weighted else []
+        counts.add_row(str(level or "none"), f"{samples:,}", *used)
     _stdout.print(counts)
     if facts.skipped:
         skipped = Table("skipped rows", "cause", "such as", box=box.SIMPLE_HEAD)

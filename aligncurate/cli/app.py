@@ -14,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from aligncurate import __version__
-from aligncurate.cli import curate
+from aligncurate.cli import curate, usage
 from aligncurate.errors import NonFiniteError, RunError, UserError
 from aligncurate.progress import make_console, safe_text
 
@@ -28,6 +28,11 @@ def _one_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         _print_error(str(error))
+        raise typer.Exit(2) from None
+    except usage.UsageError as error:
+        if usage.shows_help(error):
+            raise
+        _print_error(usage.sentence(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
         what = f": {interrupt}." if str(interrupt) else ". Finished work is kept; rerun to resume."
@@ -55,6 +60,10 @@ def _print_error(sentence: str) -> None:
 
 class _Commands(TyperGroup):
     """All commands. Those of `aligntrain` are added when one of them, or the list, is asked for."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _one_sentence():
+            return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         with _one_sentence():

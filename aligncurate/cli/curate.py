@@ -45,8 +45,7 @@ def score(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = Fa
     if dry_run:
         made = make(ScoreOptions, options)
         configured = ", ".join(Path(config).stem for config in made.model_config or ())
-        doing = f"score with {made.model or configured or DEFAULT_MODEL}"
-        _show_dry_run(sources, out, source, made, doing)
+        _show_dry_run(sources, out, source, made, f"score with {made.model or configured or DEFAULT_MODEL}")
         return
     result = run(sources, out, source=source, quiet=quiet, **options)
     _end_of_run("scored", result, out, f"aligncurate bucket {shlex.quote(str(out))} --out LEVELLED", quiet)
@@ -63,7 +62,10 @@ def ingest(sources: Sources, out: Out, dry_run: DryRun = False, quiet: Quiet = F
         _show_dry_run(sources, out, source, make(IngestOptions, options), "ingest")
         return
     result = run(sources, out, source=source, quiet=quiet, **options)
-    _end_of_run("ingested", result, out, f"aligncurate score {shlex.quote(str(out))} --out SCORED", quiet)
+    from aligncurate.cli.render import after_ingest
+
+    following = after_ingest(result.dataset, out) if result.dataset is not None else ""
+    _end_of_run("ingested", result, out, following, quiet)
 
 
 @app.command()
@@ -220,7 +222,7 @@ def _show_dry_run(sources: list[str], out: Path, source: SourceOptions, options:
     from aligncurate.cli.render import render_dry_run
     from aligncurate.verbs.dry_run import dry_run
 
-    found = dry_run(sources, out, source, limit=options.limit)
+    found = dry_run(sources, out, options, source)
     for text in found.notices:
         notice(text)
     make_console().print(render_dry_run(found, out, doing), soft_wrap=True)

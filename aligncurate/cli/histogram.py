@@ -127,9 +127,9 @@ class HistogramDrawing:
             names[place : place + len(name)] = name
         yield Text(f"{pad}{''.join(ticks)}", style="dim")
         yield Text(f"{pad}{''.join(names).rstrip()}", style="dim")
-        edges = self._histogram.edges
-        outside = [f"down to {format_score(edges[0])}"] if edges[0] < axis.low else []
-        outside += [f"up to {format_score(edges[-1])}"] if edges[-1] > axis.high else []
+        edges, little = self._histogram.edges, 1e-3 * (axis.high - axis.low)  # more than rounding moves an edge
+        outside = [f"down to {format_score(edges[0])}"] if edges[0] < axis.low - little else []
+        outside += [f"up to {format_score(edges[-1])}"] if edges[-1] > axis.high + little else []
         if outside:
             yield Text(f"{pad}the end bins reach {' and '.join(outside)}", style="dim")
 

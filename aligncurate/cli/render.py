@@ -63,9 +63,9 @@ def _folders(inspection: Inspection) -> str:
 
 def _head(inspection: Inspection) -> Text:
     text = Text(safe_text(inspection.path), style="bold")
-    made_by = safe_text(inspection.made_by)
+    made_by = " and ".join(f"`{safe_text(verb)}`" for verb in inspection.made_by.split(", "))
     text.append(
-        f"\n{count(inspection.rows, 'row')} in {count(inspection.parts, 'part')}, made by `{made_by}`", style="not bold"
+        f"\n{count(inspection.rows, 'row')} in {count(inspection.parts, 'part')}, made by {made_by}", style="not bold"
     )
     if inspection.encoder:
         text.append(f"\nscored with {safe_text(inspection.encoder)}", style="not bold")
@@ -156,17 +156,19 @@ def _example_table(inspection: Inspection) -> Table:
 def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     """How a run of `score` or `ingest` ended; `done` is `scored` or `ingested`."""
     folder = safe_text(str(out))
+    whole = result.dataset is not None and result.dataset.rows == result.rows
     if result.resumed and not result.rows and not result.failures:
         lines = [Text(f"nothing to do: {count(result.resumed, 'part')} in {folder} from an earlier run")]
     else:
         rate = f" ({result.rows / result.seconds:,.0f}/s)" if result.rows and result.seconds else ""
-        lines = [Text(f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {folder}")]
+        ran = f"{done} {count(result.rows, 'row')} in {duration(result.seconds)}{rate} into {folder}"
+        lines = [Text(ran if whole else f"this run: {ran}")]
         if result.resumed:
             lines.append(Text(f"{count(result.resumed, 'part')} kept from an earlier run"))
     if result.rows:
         lines.append(_stage_times(result.times))
     if result.dataset is not None:
-        lines += _outcome(result.dataset, out)
+        lines += _outcome(result.dataset, out, whole=whole)
     return Group(*lines)
 
 
@@ -180,7 +182,8 @@ def render_dry_run(found: DryRun, out: Path, doing: str) -> Text:
     rows = "an unknown number of rows" if found.rows is None else count(found.rows, "row")
     lines.append(f"would {doing}: {rows} in {count(found.parts, 'part')} into {out}")
     if found.done:
-        lines.append(f"{count(found.done, 'part')} of them made by an earlier run, {found.parts - found.done:,} to do")
+        are = "is" if found.done == 1 else "are"
+        lines.append(f"{found.done:,} of {count(found.parts, 'part')} {are} there, {found.parts - found.done:,} to do")
     return Text("\n".join(safe_text(line) for line in lines))
 
 
@@ -192,12 +195,13 @@ def _stage_times(times: StageTimes) -> Text:
     return Text(f"time: {seconds}; bottleneck: {slowest}, {min(times.busy[slowest], 1.0):.0%}{threads} busy")
 
 
-def _outcome(dataset: Dataset, out: Path) -> list[Text]:
+def _outcome(dataset: Dataset, out: Path, *, whole: bool) -> list[Text]:
     """Rows by status, how far fast decoding strays, and where to see why rows failed."""
     if not dataset.rows:
         return [Text("the source has no pairs", style="yellow")]
     statuses = [(f"{status} {rows:,}", _STATUS_STYLES.get(status, "red")) for status, rows in dataset.statuses.items()]
-    lines = [Text("  ").join([Text(text, style=style) for text, style in statuses])]
+    label = "" if whole else f"all {count(dataset.rows, 'row')}: "  # the run may have made only some of them
+    lines = [Text(label).append_text(Text("  ").join([Text(text, style=style) for text, style in statuses]))]
     if changed := dataset.parts[0].facts.get("fast_against_exact"):
         lines.append(
             Text(
@@ -239,18 +243,30 @@ def render_joined(joined: Joined, out: Path) -> Text:
 
 def render_export(exported: Exported, out: Path, failures: str) -> Text:
     """What `export` wrote into `out`; `failures` is the file that lists images that could not be read."""
-    names = exported.files
+    names = exported.files if exported.nothing_new else exported.new_files
     files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
-    size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes else ""
+    size = f", {exported.bytes / 1e6:,.1f} MB of images" if exported.bytes and not exported.kept else ""
     if exported.nothing_new:
         return Text(f"nothing to do: {count(exported.rows, 'row')} in {safe_text(str(out))}: {files}")
-    text = Text(f"exported {count(exported.rows, 'row')}{size} to {safe_text(str(out))}: {files}")
+    text = Text(f"exported {count(exported.rows - exported.kept, 'row')}{size} to {safe_text(str(out))}: {files}")
+    if exported.kept:
+        kept = count(len(exported.kept_files), "file")
+        text.append(f"\n{count(exported.kept, 'row')} in {kept} kept from an earlier run")
     if exported.skipped:
         text.append(f"\nskipped {count(exported.skipped, 'row')} that cannot be used; their status says why", "yellow")
     if exported.failed:
         listed = safe_text(str(out / failures))
         text.append(f"\n{count(len(exported.failed), 'image')} could not be read any more; see {listed}", "red")
     return text
+
+
+def after_ingest(dataset: Dataset, out: Path) -> str:
+    """The command that usually follows `ingest`; scores and levels may have come with the source."""
+    folder = shlex.quote(str(out))
+    if dataset.levels:
+        return f"aligncurate inspect {folder}"
+    scored = dataset.score_counts("score") is not None  # in all rows
+    return f"aligncurate bucket {folder} --out LEVELLED" if scored else f"aligncurate score {folder} --out SCORED"
 
 
 def after_filter(kept: Dataset, out: Path) -> str:

@@ -32,7 +32,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             found += _encoder_differences(f"the {column} encoder", old, new)
     if changed("thresholds") and not options:  # other options give other thresholds
         found.append(_threshold_difference(before.get("thresholds") or {}, now))
-    found += _environment_differences(before.get("computed_with") or [], now.get("computed_with") or [])
+    if not _continued("computed_with", before, now):
+        found += _environment_differences(before.get("computed_with") or [], now.get("computed_with") or [])
     made_by = [manifest.get("written_with", {}).get("aligncurate") for manifest in (before, now)]
     if made_by[0] != made_by[1]:
         found.append(f"made with aligncurate {made_by[0]}, now {made_by[1]}")
@@ -40,8 +41,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         found += [
             f"column {column}: {old or 'absent'}, now {new or 'absent'}" for column, old, new in changed("columns")
         ]
-        found += [f"a different {name}" for name in now if name not in _NAMED and before.get(name) != now[name]]
+        others = [name for name in now if name not in _NAMED and before.get(name) != now[name]]
+        found += [f"a different {name}" for name in others if not _continued(name, before, now)]
     return found
+
+
+def _continued(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a list only grew at its end, as datasets that are added to the inputs bring their own history."""
+    old, new = before.get(name) or [], now.get(name) or []
+    grown = has_grown(before.get("inputs") or [], now["inputs"])
+    return name in ("history", "computed_with") and grown and bool(new[: len(old)] == old)
 
 
 def _option(name: str, old: Any, new: Any) -> str:

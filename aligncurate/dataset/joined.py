@@ -105,12 +105,17 @@ class JoinedDataset(Dataset):
         return self._completed(dataset.read(own, [n for n in names if n in dataset.schema.names], encoded), names)
 
     def groups(
-        self, index: int, columns: Sequence[str] | None = None, *, use_threads: bool = False
+        self,
+        index: int,
+        columns: Sequence[str] | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        use_threads: bool = False,
     ) -> Iterator[pa.Table]:
         dataset, own = self.home(index)
         names = self.schema.names if columns is None else columns
         stored = [name for name in names if name in dataset.schema.names]
-        for table in dataset.groups(own, stored, use_threads=use_threads):
+        for table in dataset.groups(own, stored, only=only, use_threads=use_threads):
             yield self._completed(table, names)
 
     def home(self, index: int) -> tuple[Dataset, int]:

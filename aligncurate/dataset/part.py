@@ -26,10 +26,19 @@ _INCOMPRESSIBLE = ("score", "sha256", "image", "status")  # random, compressed a
 _MEASURED = ("row", "width", "height", "score", "level", "status")  # columns whose range is worth knowing when scanning
 
 
-def row_groups(file: Path, columns: Sequence[str] | None = None, *, use_threads: bool = False) -> Iterator[pa.Table]:
-    """The row groups of a part, one at a time. Raises UserError when the file is damaged."""
+def row_groups(
+    file: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    only: Sequence[int] | None = None,
+    use_threads: bool = False,
+) -> Iterator[pa.Table]:
+    """The row groups of a part, or those with the numbers `only`, one at a time.
+
+    Raises UserError when the file is damaged.
+    """
     with open_part(file) as part:
-        for group in range(part.num_row_groups):
+        for group in range(part.num_row_groups) if only is None else only:
             yield part.read_row_group(group, columns=columns, use_threads=use_threads)
 
 

@@ -165,10 +165,18 @@ class Dataset:
             return part.read(columns=columns, use_threads=False)
 
     def groups(
-        self, index: int, columns: Sequence[str] | None = None, *, use_threads: bool = False
+        self,
+        index: int,
+        columns: Sequence[str] | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        use_threads: bool = False,
     ) -> Iterator[pa.Table]:
-        """The row groups of part `index`, one at a time. Raises UserError if the file is damaged."""
-        return row_groups(self.files[index], columns, use_threads=use_threads)
+        """The row groups of part `index`, or those with the numbers `only`, one at a time.
+
+        Raises UserError if the file is damaged.
+        """
+        return row_groups(self.files[index], columns, only=only, use_threads=use_threads)
 
     def fingerprint(self) -> dict[str, str]:
         """The dataset as an input in a manifest: its folder and the checksum of its manifest."""

@@ -59,7 +59,7 @@ class DatasetWriter:
         schema: of every part. A resumed run takes that of its dataset, if it has all these columns.
         shards: what each part is made from; a part that was made from something else is made again.
         retry_errors: accept that input files and the image root have changed since the parts were made; opening
-            the writer then sets `image_root_changed`.
+            the writer then sets `image_root_changed`, and `left_out` to the columns that the dataset has no place for.
         mixed_devices: accept scores that were computed on another kind of device.
     """
 
@@ -76,6 +76,7 @@ class DatasetWriter:
         self._retry_errors, self._mixed_devices = retry_errors, mixed_devices
         self._shards = shards
         self.image_root_changed = False
+        self.left_out: list[str] = []
         self.path = Path(os.path.abspath(path))
         self._use(head, schema)
 
@@ -144,19 +145,28 @@ class DatasetWriter:
         differing = differences(before, self.head)
         if differing:
             advice = "choose another --out, or delete the folder to start over."
-            if not differences(corrected, self.head):
+            schema = self._kept_schema(retry_errors=True)
+            if schema is not None and not differences(corrected, manifest_head(self.head, schema)):
                 advice = "add --retry-errors to redo only what failed or changed, or choose another --out."
             raise UserError(f"{self.path}: this folder holds a different dataset ({'; '.join(differing)}); {advice}")
 
     def _adopt(self) -> None:
         """Take the schema of the dataset that is resumed, and with `mixed_devices` the devices it names."""
-        schema, head = arrow_schema(self._before), dict(self.head)
-        if schema is None or any(f.name not in schema.names or schema.field(f.name) != f for f in self.schema):
-            schema = self.schema  # the difference is named
+        head = dict(self.head)
+        schema = self._kept_schema(retry_errors=self._retry_errors) or self.schema  # a difference is named
+        self.left_out = self.left_out or [name for name in self.schema.names if name not in schema.names]
         if self._mixed_devices:
             others, own = self._before.get("computed_with", []), head.get("computed_with", [])
             head["computed_with"] = [*others, *(environment for environment in own if environment not in others)]
         self._use(head, schema)
+
+    def _kept_schema(self, *, retry_errors: bool) -> pa.Schema | None:
+        """The schema of the dataset that is resumed, if this run's columns are among its; new ones may be left out."""
+        schema = arrow_schema(self._before)
+        if schema is None:
+            return None
+        same = all(schema.field(f.name) == f if f.name in schema.names else retry_errors for f in self.schema)
+        return schema if same else None
 
     def committed(self, count: int) -> dict[int, PartInfo]:
         """The parts of the first `count` shards that earlier runs committed, by number."""

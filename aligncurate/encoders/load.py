@@ -154,10 +154,10 @@ def requested(models: str | None, pretrained: str | None, model_configs: Sequenc
     Raises UserError for lists that do not fit together.
     """
     configs = [Path(config) for config in model_configs]
-    names = models.split(",") if models else [config.stem for config in configs]
+    names = [name.strip() for name in models.split(",")] if models else [config.stem for config in configs]
     if len(names) < 2:
         return {"score": (models, pretrained, configs[0] if configs else None)}
-    weights = pretrained.split(",") if pretrained else [""] * len(names)
+    weights = [tag.strip() for tag in pretrained.split(",")] if pretrained else [""] * len(names)
     if len(weights) != len(names):
         raise UserError(
             f"--pretrained {pretrained}: {len(weights)} for {len(names)} models; give one for each, "
@@ -177,18 +177,22 @@ def requested(models: str | None, pretrained: str | None, model_configs: Sequenc
     return found
 
 
-def would_load(request: Request, precision: Precision, compiled: bool, identity: Mapping[str, Any]) -> bool:
-    """Whether `load` would load the encoder with this identity. Hashes a weights file, and loads nothing."""
+def expected_identity(
+    request: Request, precision: Precision, compiled: bool, earlier: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The identity that `load` would give, as far as that shows without loading; the rest as in an `earlier` one.
+
+    Hashes a weights file.
+    """
     model, pretrained, config = resolve_names(*request)
-    named = (model, _public_name(pretrained), compiled) == (
-        identity["model"], identity["pretrained"], identity.get("compiled")
-    )  # fmt: skip
-    if not named or precision not in ("auto", identity["precision"]):
-        return False
-    if config is not None and json.loads(config.read_text("utf-8")) != identity.get("config"):
-        return False
-    file = Path(pretrained) if pretrained is not None else None
-    return file is None or not file.is_file() or _sha256(file) == identity["weights_sha256"]
+    found = {**earlier, "model": model, "pretrained": _public_name(pretrained), "compiled": compiled}
+    if precision != "auto":
+        found["precision"] = precision
+    if config is not None:
+        found["config"] = json.loads(config.read_text("utf-8"))
+    if pretrained is not None and Path(pretrained).is_file():
+        found["weights_sha256"] = _sha256(Path(pretrained))
+    return found
 
 
 def _why_not_loaded(error: Exception, model: str, pretrained: str | None, *, assumed: bool) -> str:

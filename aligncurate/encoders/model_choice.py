@@ -36,7 +36,7 @@ def resolve_names(
             )
         _check_config(file)
         return file.stem, pretrained, file
-    if model is None:
+    if model in (None, DEFAULT_MODEL):
         return DEFAULT_MODEL, pretrained or DEFAULT_PRETRAINED, None
     if model == TINY:
         return TINY, pretrained or str(TINY_FOLDER / "tiny.safetensors"), TINY_FOLDER / "tiny.json"

@@ -49,6 +49,22 @@ def refuse_remote(folder: Path) -> Path:
     return folder
 
 
+def check_free(folder: Path, own: Collection[str]) -> None:
+    """Raises UserError, as `claim` would, for an output folder that cannot be used; writes nothing."""
+    _check_folder(folder)
+    if folder.exists() and not any((folder / name).is_file() for name in own):
+        names = sorted(path.name for path in folder.iterdir())
+        others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
+        if others:
+            raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")
+
+
+def _check_folder(folder: Path) -> None:
+    refuse_remote(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: --out must be a folder, but this is a file.")
+
+
 @contextmanager
 def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
     """Create `folder` if needed and lock it for this run; delete the temporary files of a killed run.
@@ -60,16 +76,10 @@ def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
     """
-    refuse_remote(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: --out must be a folder, but this is a file.")
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
-        if not any((folder / name).is_file() for name in own):
-            names = sorted(path.name for path in folder.iterdir())
-            others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
-            if others:
-                raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")
+        check_free(folder, own)
         delete_unfinished(folder.glob(f"{TEMPORARY}*"))  # not below: other runs may write to folders inside this one
         yield
 

@@ -8,19 +8,32 @@ from typing import Any
 
 from aligncurate.dataset.record import Pair
 from aligncurate.errors import NoPairsError
+from aligncurate.progress import count
 from aligncurate.sources.captions import CAPTIONS
 from aligncurate.sources.coerce import infer_extras
 from aligncurate.sources.fields import IMAGES, TURNS, Naming
 from aligncurate.sources.json_rows import Broken, JsonRows
+from aligncurate.sources.options import Several
 from aligncurate.sources.rows import RowFile, RowReader, spread
 
 
 class AnnotationRows(RowFile):
-    """A JSON or JSONL file of captions or conversations. Raises UserError if it is not one."""
+    """A JSON or JSONL file of captions or conversations. Raises UserError if it is not one.
 
-    def __init__(self, uri: str, naming: Naming, rows_per_shard: int) -> None:
+    COCO has a caption per row; with `several` = `first`, the first of each image is read.
+    """
+
+    def __init__(self, uri: str, naming: Naming, rows_per_shard: int, several: Several = "all") -> None:
         self.uri = uri
         rows = JsonRows(uri, rows_per_shard)
+        if rows.whole is not None and several == "first" and _is_coco(rows.whole):
+            annotations = rows.whole["annotations"]
+            firsts: dict[object, Any] = {}
+            for item in annotations:
+                firsts.setdefault(_image_of(item), item)
+            rows.whole["annotations"] = list(firsts.values())
+            if left := len(annotations) - len(firsts):
+                self.notices = [f"{uri}: {count(left, 'further caption')} of its images left out (--captions first)"]
         self._rows = rows if rows.whole is None else _MemoryRows(_rows_of(uri, rows.whole))
         self.rows = self._rows.count
         if not self.rows:
@@ -59,7 +72,7 @@ class _MemoryRows:
 
 def _rows_of(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a file that is one object: COCO's, columns as lists, or rows by their keys."""
-    if isinstance(data.get("annotations"), list) and isinstance(data.get("images"), list):
+    if _is_coco(data):
         return _coco(uri, data)
     lists = {name: value for name, value in data.items() if isinstance(value, list)}
     if len(lists) == 1 and not next(iter(lists.values())):
@@ -72,6 +85,16 @@ def _rows_of(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     if not {*IMAGES, *texts}.isdisjoint(data):
         return [data]
     raise NoPairsError(f"{uri}: this JSON is neither a list of rows nor COCO captions.")
+
+
+def _is_coco(data: dict[str, Any]) -> bool:
+    return isinstance(data.get("annotations"), list) and isinstance(data.get("images"), list)
+
+
+def _image_of(annotation: Any) -> object:
+    """What tells the image of a COCO annotation; one that names none is an image of its own."""
+    number = annotation.get("image_id") if isinstance(annotation, dict) else None
+    return number if isinstance(number, (int, str)) else id(annotation)
 
 
 def _coco(uri: str, data: dict[str, Any]) -> list[dict[str, Any]]:

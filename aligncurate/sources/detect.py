@@ -245,7 +245,7 @@ class _Inputs:
         naming = Naming(options.caption_column, options.image_column, root)
         return {
             "parquet": lambda uri: ParquetRows(uri, naming),
-            "annotations": lambda uri: AnnotationRows(uri, naming, options.rows_per_shard),
+            "annotations": lambda uri: AnnotationRows(uri, naming, options.rows_per_shard, options.captions),
             "table": lambda uri: TableRows(uri, naming, options),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from errno import ENOENT
@@ -49,10 +50,14 @@ class ImageRoot:
         folders: where images are looked for.
         elsewhere: a folder that has some of them, for messages.
         given: the user named the folder, and so vouches for its links; otherwise links out of it are not followed.
+
+    Attributes:
+        unasked: how many images were taken from each tar that the user did not name.
     """
 
     def __init__(self, folders: Sequence[str], elsewhere: str | None = None, *, given: bool = False) -> None:
         self.folders, self.elsewhere, self._given = folders, elsewhere, given
+        self.unasked: Counter[str] = Counter()
         self._members: dict[str, Member] = {}
         self._unread: Iterator[None] | None = None
         self._faults: list[str] = []
@@ -109,6 +114,8 @@ class ImageRoot:
             pair.image_path, pair.load = files[0], partial(storage.read, files[0], storage.MAX_IMAGE_BYTES)
         elif member := None if files else self._member(local):
             tar, offset, length = member
+            with self._lock:
+                self.unasked[tar] += not self._given
             # `source` is now the tar, so the row number of the table no longer applies.
             pair.source, pair.row, pair.image_path = tar, None, name
             pair.image_offset, pair.image_length = offset, length

@@ -26,7 +26,9 @@ class SourceOptions:
         None,
         shown="next to the input file",
     )
-    captions: Several = setting("A row with several captions: a pair for each of them, or one for the first.", "all")
+    captions: Several = setting(
+        "Several captions of a row, or of an image in COCO: a pair for each of them, or one for the first.", "all"
+    )
     separator: str | None = setting("Column separator of CSV and TSV files.", None, shown="auto-detected")
     encoding: str | None = setting("Encoding of CSV and TSV files, e.g. cp1252.", None, shown="auto-detected")
     columns: tuple[str, ...] | None = setting(

@@ -18,6 +18,7 @@ from aligncurate.errors import AlignCurateError, UserError
 from aligncurate.images.formats import EXTENSIONS
 from aligncurate.io import storage
 from aligncurate.progress import count
+from aligncurate.sources import notes
 from aligncurate.sources.base import Shard, Source, merge_extras
 from aligncurate.sources.captions import captions_in, several_remark, text_of
 from aligncurate.sources.coerce import as_level, as_score
@@ -146,6 +147,10 @@ class RowSource(Source):
         remarks = [several_remark(several, self._several)] if several else []
         if repeated:
             remarks.append(f"{count(repeated, 'key')} occurred before; the row number was added to make them differ")
+        for file in self._files.values():
+            if unasked := +file.root.unasked:
+                where = f"taken from {notes.some(list(unasked))}; pass --image-root if they are elsewhere"
+                remarks.append(f"{file.uri}: {count(unasked.total(), 'image')} not found as files, {where}")
         return remarks
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from aligncurate.dataset.receipt import read_receipt
-from aligncurate.sources.base import limit_shards
+from aligncurate.dataset.manifest import MANIFEST, arrow_schema, read_manifest
+from aligncurate.dataset.receipt import RECEIPTS
+from aligncurate.dataset.record import IMAGE_EMBEDDING
+from aligncurate.encoders.device import find_device, scoring_environment
+from aligncurate.encoders.load import expected_identity, requested
+from aligncurate.encoders.model_choice import check_model, check_weights, resolve_names
+from aligncurate.io.files import check_free
+from aligncurate.scoring.options import IngestOptions, ScoreOptions
+from aligncurate.settings import recorded
 from aligncurate.sources.options import SourceOptions
-from aligncurate.verbs.from_sources import count_rows, open_sources, shard_identities
+from aligncurate.verbs.from_sources import count_rows, open_sources
+from aligncurate.verbs.output import dataset_writer, recorded_source
+from aligncurate.verbs.score import earlier_batch
 
 
 @dataclass(frozen=True)
@@ -47,20 +58,64 @@ class DryRun:
 
 
 def dry_run(
-    sources: str | Path | Sequence[str | Path], out: str | Path, options: SourceOptions, *, limit: int | None = None
+    sources: str | Path | Sequence[str | Path], out: str | Path, options: IngestOptions, source_options: SourceOptions
 ) -> DryRun:
-    """See what a run would do; nothing is written and no model is loaded. Raises UserError as the run would."""
-    source = open_sources(sources, options)
+    """See what `score`, given its options, or `ingest` would do; nothing is written and no model is loaded.
+
+    Raises UserError as the run would, also for an output folder that holds something else.
+    """
+    source = open_sources(sources, source_options)
     inputs = []
-    described = source.describe()
-    for line in described:
+    for line in source.describe():
         files = line.get("files", [line])
         sizes = [file.get("bytes") for file in files]
         total = None if None in sizes else sum(sizes)
         inputs.append(Input(line["kind"], [file["uri"] for file in files], total))
-    shards = limit_shards(source, limit)
-    done = 0
-    for shard, identity in zip(shards, shard_identities(shards, described), strict=True):
-        receipt = read_receipt(Path(out), shard.index)
-        done += receipt is not None and receipt.shard == identity
+    check_free(Path(os.path.abspath(out)), [MANIFEST])
+    before = read_manifest(Path(out)) if (Path(out) / MANIFEST).is_file() else {}
+    if isinstance(options, ScoreOptions):
+        verb, scoring, encoders = "score", options, _encoders(options, before)
+        options = replace(options, batch_size=options.batch_size or earlier_batch(out))
+        environment = scoring_environment(find_device(options.device)) if before else None
+    else:
+        verb, scoring, encoders, environment = "ingest", ScoreOptions(**vars(options)), {}, None
+    writer, shards, _ = dataset_writer(
+        verb,
+        source,
+        out,
+        encoders,
+        replace(scoring, embed_images=scoring.embed_images or source.inline),
+        recorded(options) | recorded_source(source_options),
+        environment=environment,
+        width=_width(before) if scoring.embeddings != "none" else 0,
+        quiet=False,
+    )
+    writer.finished()  # refuses what `open` would refuse
+    parts = writer.committed(len(shards)) if (Path(out) / RECEIPTS).is_dir() else {}
+    done = sum(not (options.retry_errors and part.failed) for part in parts.values())
     return DryRun(inputs, count_rows(source, shards), len(shards), done, list(source.notices))
+
+
+def _encoders(options: ScoreOptions, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Identities of the encoders, as far as they show without loading them, else as in an earlier manifest.
+
+    Raises UserError for a model or weights that do not exist.
+    """
+    earlier = before.get("encoders") or {"score": before.get("encoder")}
+    requests = requested(options.model, options.pretrained, options.model_config or ())
+    for request in requests.values():
+        model, weights, config = resolve_names(*request)
+        if config is None:
+            check_model(model)
+            check_weights(model, weights)
+    return {
+        column: expected_identity(request, options.precision, options.compiled, earlier.get(column) or {})
+        for column, request in requests.items()
+    }
+
+
+def _width(before: Mapping[str, Any]) -> int:
+    """Size of the embeddings in an earlier dataset; without any, the options differ."""
+    columns = arrow_schema(before)
+    stored = columns is not None and IMAGE_EMBEDDING in columns.names
+    return int(columns.field(IMAGE_EMBEDDING).type.list_size) if columns is not None and stored else 1

@@ -10,15 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from aligncurate import __version__
-from aligncurate.dataset.joined import open_datasets
 from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import SCORE_COUNTS
-from aligncurate.dataset.record import OWN_EMBEDDINGS, schema
-from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import scoring_environment
 from aligncurate.engines import threads
 from aligncurate.errors import ShardError
@@ -28,12 +23,10 @@ from aligncurate.progress import count, duration, meter, notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.scoring.run import DeviceRun
 from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
-from aligncurate.settings import recorded
-from aligncurate.sources.base import Shard, Source, limit_shards
-from aligncurate.sources.curated import CuratedSource
+from aligncurate.sources.base import Shard, Source
 from aligncurate.sources.detect import open_source
-from aligncurate.sources.notes import limit_taken
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.output import dataset_writer, recorded_source
 
 if TYPE_CHECKING:
     from aligncurate.encoders.load import Encoder
@@ -107,38 +100,16 @@ def make_dataset(
         notice("the input holds its images (base64), so the dataset keeps them too", quiet=quiet)
         options = replace(options, embed_images=True)
     first = next(iter(encoders.values()), None)
-    head: dict[str, Any] = {
-        "verb": verb,
-        "options": {**recorded_options, **_recorded_source(source_options)},
-        "inputs": source.describe(),
-        "encoder": first.identity if first else None,
-        "thresholds": None,
-        "history": [],
-    }
-    kept, counts = _provenance(verb, head["inputs"], quiet=quiet)
-    head |= kept
-    if first:
-        head["computed_with"] = [scoring_environment(first.device)]
-    if len(encoders) > 1:
-        head["encoders"] = {column: encoder.identity for column, encoder in encoders.items()}
-    width = _embedding_width(first) if first and options.embeddings != "none" else 0
-    score_columns = {column: pa.float32() for column in list(encoders)[1:]}
-    extras = dict(source.extras)
-    if encoders and any(line["kind"] == CuratedSource.kind for line in head["inputs"]):
-        stale = [name for name in OWN_EMBEDDINGS if extras.pop(name, None)]  # of the encoder that scored the dataset
-        if stale and not width:
-            notice(f"the dataset's {' and '.join(stale)} are not kept; --embeddings stores new ones", quiet=quiet)
-    columns = schema(extras | score_columns, embed_images=options.embed_images, embedding=width)
-    shards = limit_shards(source, options.limit)
-    if options.limit is not None and (taken := limit_taken(source, shards, options.limit)):
-        notice(taken, quiet=quiet)
-    writer = DatasetWriter(
+    writer, shards, counts = dataset_writer(
+        verb,
+        source,
         out,
-        head,
-        columns,
-        shard_identities(shards, head["inputs"]),
-        retry_errors=options.retry_errors,
-        mixed_devices=options.mixed_devices,
+        {column: encoder.identity for column, encoder in encoders.items()},
+        options,
+        {**recorded_options, **recorded_source(source_options)},
+        environment=scoring_environment(first.device) if first else None,
+        width=_embedding_width(first) if first and options.embeddings != "none" else 0,
+        quiet=quiet,
     )
     if finished := writer.finished():
         return nothing_to_do(finished)
@@ -151,6 +122,9 @@ def make_dataset(
         todo = [shard for shard in shards if shard.index not in parts]
         if todo:
             writer.reopen()
+        if writer.left_out:
+            what = f"{', '.join(writer.left_out)}: the dataset has no such column"
+            notice(f"{what}, so it is left out; `aligncurate join` can add it.", quiet=quiet)
         progress = stack.enter_context(meter(verb, count_rows(source, shards), quiet=quiet))
         progress.skip(sum(part.rows for part in parts.values()))
         run = DeviceRun(source, writer, encoders, options, progress)
@@ -188,34 +162,13 @@ def find_finished(
     if not (Path(out) / MANIFEST).is_file() or not read_manifest(Path(out))["complete"]:
         return None
     dataset = Dataset(out)
-    now: dict[str, Any] = {"verb": verb, "options": {**recorded_options, **_recorded_source(source_options)}}
+    now: dict[str, Any] = {"verb": verb, "options": {**recorded_options, **recorded_source(source_options)}}
     now |= {"inputs": json.loads(json.dumps(source.describe())), "schema_version": SCHEMA_VERSION}
     if any(dataset.manifest[name] != value for name, value in now.items()):
         return None
     if dataset.manifest.get("written_with", {}).get("aligncurate") != __version__ or not dataset.is_whole():
         return None
     return None if retry_errors and any(part.failed for part in dataset.parts) else dataset
-
-
-def _provenance(
-    verb: str, inputs: Sequence[Mapping[str, Any]], *, quiet: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the manifest takes over from the datasets among the inputs, and the counts of their scores.
-
-    `ingest` keeps scores and levels, so also where they come from. Raises UserError where the datasets contradict each
-    other.
-    """
-    folders = [line["uri"] for line in inputs if line["kind"] == CuratedSource.kind]
-    if verb == "ingest" and len(folders) == len(inputs) and folders:
-        datasets = open_datasets(folders)
-        return datasets.provenance(), datasets.manifest.get(SCORE_COUNTS, {})
-    if verb == "ingest" and (scored := [folder for folder in folders if Dataset(folder).manifest.get("encoder")]):
-        notice(
-            f"the scores of {scored[0]} are kept beside those of the other inputs, if they have any; score the new "
-            "dataset before you compare them.",
-            quiet=quiet,
-        )
-    return {"history": [step for folder in folders for step in Dataset(folder).provenance()["history"]]}, {}
 
 
 def _finish(run: DeviceRun, quiet: bool, running: Sequence[Shard]) -> bool:
@@ -231,22 +184,6 @@ def _finish(run: DeviceRun, quiet: bool, running: Sequence[Shard]) -> bool:
 def nothing_to_do(dataset: Dataset) -> ScoreResult:
     """The result of a run whose dataset an earlier run has finished."""
     return ScoreResult(dataset, 0, 0.0, len(dataset.parts), [], StageClock().times(0.0, dict.fromkeys(STAGES, 1)))
-
-
-def shard_identities(shards: Sequence[Shard], inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What each shard is, for its receipt: its file, as the source describes it, and its rows."""
-    files = {file["uri"]: file for line in inputs for file in line.get("files", [])}
-    return [
-        {**files.get(shard.uri, {}), "uri": shard.uri, "start": shard.start, "stop": shard.stop, "limit": shard.limit}
-        for shard in shards
-    ]
-
-
-def _recorded_source(options: SourceOptions) -> dict[str, Any]:
-    record = recorded(options)
-    if options.image_root is not None:  # the same folder, whatever the current folder is
-        record["image_root"] = storage.absolute(options.image_root)
-    return record
 
 
 def count_rows(source: Source, shards: Sequence[Shard]) -> int | None:

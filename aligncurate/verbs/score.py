@@ -68,7 +68,7 @@ def score(
         quiet=quiet,
     )
     check_decode(options, next(iter(encoders.values())))
-    batch = options.batch_size or _earlier_batch(out) or min(default_batch(encoder) for encoder in encoders.values())
+    batch = options.batch_size or earlier_batch(out) or min(default_batch(encoder) for encoder in encoders.values())
     for encoder in encoders.values():
         encoder.towers.batch = batch
     options = replace(options, batch_size=batch)
@@ -77,16 +77,17 @@ def score(
 
 def _find_scored(opened: Source, out: str | Path, options: ScoreOptions, source: SourceOptions) -> Dataset | None:
     """The dataset, if an earlier run has finished it; found without loading the encoder."""
-    from aligncurate.encoders.load import requested, would_load
+    from aligncurate.encoders.load import expected_identity, requested
 
-    settings = {**recorded(options), "batch_size": options.batch_size or _earlier_batch(out)}
+    settings = {**recorded(options), "batch_size": options.batch_size or earlier_batch(out)}
     dataset = find_finished("score", opened, out, settings, source, retry_errors=options.retry_errors)
     if dataset is None:
         return None
     requests = requested(options.model, options.pretrained, options.model_config or ())
     identities = {column: dataset.encoder_of(column) for column in requests}
     same = len(requests) == max(1, len(dataset.manifest.get("encoders", {}))) and all(
-        identity is not None and would_load(requests[column], options.precision, options.compiled, identity)
+        identity is not None
+        and expected_identity(requests[column], options.precision, options.compiled, identity) == identity
         for column, identity in identities.items()
     )
     return dataset if same else None
@@ -105,7 +106,7 @@ def default_batch(encoder: Encoder) -> int:
     return encoder.towers.fitting_batch(encoder.preprocess.size or 224, encoder.identity["context_length"])
 
 
-def _earlier_batch(out: str | Path) -> int | None:
+def earlier_batch(out: str | Path) -> int | None:
     """The batch size of the run that this one resumes: all parts of a dataset must share it."""
     try:
         return int(json.loads((Path(out) / MANIFEST).read_text("utf-8"))["options"]["batch_size"])

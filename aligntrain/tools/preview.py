@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from aligntrain.data.index import Facts
@@ -32,6 +33,7 @@ class Preview:
         micro_batches: per rank, in the first epoch.
         efficiency: of packing in the first epoch, see ``Plan.efficiency``.
         tokens, images: per epoch, after level weights.
+        levels: samples per epoch by level, after level weights; 0 without level.
         flops: of the whole stage, estimated as in ``training.flops``.
         seconds: estimated, at ASSUMED_UTILISATION of ``flops_per_s``.
         flops_per_s: peak of one device, from its data sheet if known, otherwise measured.
@@ -45,6 +47,7 @@ class Preview:
     efficiency: float
     tokens: int
     images: int
+    levels: dict[int, int]
     flops: float
     seconds: float
     flops_per_s: float
@@ -71,6 +74,7 @@ def preview(config: StageConfig, ranks: int = 1) -> Preview:
         steps = total_steps(config, len(epoch))
         taken = epoch.order
         tokens, images = int(index.lengths[taken].sum()), int(index.images[taken].sum())
+        used = dict(enumerate(np.bincount(index.levels[taken], minlength=max(index.facts.levels) + 1).tolist()))
         facts = index.facts
     warn_of_levels(config, facts, levels)
     with torch.device("meta"):
@@ -87,6 +91,7 @@ def preview(config: StageConfig, ranks: int = 1) -> Preview:
         efficiency=epoch.efficiency(),
         tokens=tokens,
         images=images,
+        levels={level: used[level] for level in sorted(facts.levels)},
         flops=flops,
         seconds=flops / (rate * ASSUMED_UTILISATION * ranks),
         flops_per_s=rate,

@@ -179,3 +179,45 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch) -> None:
         assert "UTF-8" in complaint(cli(*arguments, "--out", "out")), arguments
     assert "UTF-8" in complaint(cli("ingest", "a.tar", "--out", f"{bad}/out"))
     assert "UTF-8" in complaint(cli("inspect", f"{bad}/good"))
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (
+            "bucket d --method unifrom --out x",
+            "--method unifrom: use one of quantile, uniform; did you mean uniform?",
+        ),
+        ("score a --precision fp8 --out x", "--precision fp8: use one of auto, fp32, bf16."),
+        (
+            "train plan d --stage pretrian",
+            "--stage pretrian: use one of pretrain, finetune; did you mean pretrain?",
+        ),
+        ("train pretrain d --out x --set template=v2", "--template v2: use one of plain, v1, chat."),
+        ("bucket d --levels eight --out x", "--levels eight: use an integer."),
+        ("filter d --min-score high --out x", "--min-score high: use a number."),
+        ("demo --count 1e3", "--count 1e3: use an integer."),
+        ("generate m --prompt p --temperature -0.5", "--temperature -0.5: use a number of at least 0."),
+        ("chat m --max-new-tokens 0", "--max-new-tokens 0: use a number of at least 1."),
+        ("bucket d --mehtod x --out x", "--mehtod: there is no such option; did you mean --method?"),
+        ("ingest a --out x --frobnicate", "--frobnicate: there is no such option; `root ingest --help` lists them."),
+        ("inspect d -z", "-z: there is no such option; `root inspect --help` lists them."),
+        ("--foo", "--foo: there is no such option; `root --help` lists them."),
+        ("score a --out x --limit", "--limit needs a value."),
+        ("inspect d --json=yes", "--json does not take a value."),
+        ("merge a", "--out is missing; see `root merge --help`."),
+        ("bucket --out x", "DATASET is missing; see `root bucket --help`."),
+        ("convert a", "DST is missing; see `root convert --help`."),
+        ("models many", "got unexpected extra argument(s) (many); see `root models --help`."),
+        ("bukcet d", "bukcet: there is no such command; did you mean bucket?"),
+        ("train pretran d", "pretran: there is no such command; did you mean pretrain?"),
+        ("frobnicate", "frobnicate: there is no such command; `root --help` lists them."),
+    ],
+)
+def test_command_lines_that_cannot_be_used(command, sentence) -> None:
+    assert complaint(cli(*command.split())) == sentence
+
+
+def test_no_arguments_show_the_help() -> None:
+    for command in ((), ("train",)):
+        assert "Usage" in cli(*command).output

@@ -15,7 +15,7 @@ import aligncurate
 from aligncurate.errors import UserError
 from aligncurate.io import storage
 from aligncurate.sources.options import SourceOptions
-from tests.support.inputs import jpeg, pairs, write_tar
+from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
 
 
 def table_of(folder: Path, rows: dict[str, str]) -> Path:
@@ -131,6 +131,28 @@ def test_a_source_that_grew_or_shrank_is_noticed(tmp_path, rows) -> None:
     retried = aligncurate.ingest(file, tmp_path / "out", source=options, retry_errors=True, quiet=True).dataset
     assert frame_of(retried)["caption"].to_list() == ["caption"] * rows
     assert len(list((tmp_path / "out/data").iterdir())) == rows
+
+
+def test_a_retry_of_a_file_that_gained_a_column_leaves_it_out_and_says_so(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg())
+    file = tmp_path / "rows.csv"
+    file.write_text("image,caption,old\na.jpg,a,1\nb.jpg,b,2\nc.jpg,c,3\n")
+    assert cli("ingest", file, "--out", tmp_path / "out").exit_code == 0
+    (tmp_path / "c.jpg").write_bytes(jpeg())
+    file.write_text("image,caption,old,new\na.jpg,a,1,x\nb.jpg,b,2,y\nc.jpg,c,3,z\n")
+    assert "add --retry-errors" in complaint(cli("ingest", file, "--out", tmp_path / "out"))
+    run = cli("ingest", file, "--out", tmp_path / "out", "--retry-errors")
+    assert run.exit_code == 0 and run.stderr.count("new: the dataset has no such column, so it is left out") == 1
+    assert "this run: ingested 1 row" in run.stdout and "all 3 rows: ok 3" in run.stdout
+    frame = frame_of(aligncurate.open_dataset(tmp_path / "out"))
+    fresh = frame_of(aligncurate.ingest(file, tmp_path / "fresh", quiet=True).dataset)
+    assert frame.equals(fresh.drop("new"))
+    again = cli("ingest", file, "--out", tmp_path / "out", "--retry-errors")
+    assert "nothing to do" in again.stdout
+    file.write_text("image,caption,old\na.jpg,a,1\nb.jpg,b,2\nc.jpg,c,three\n")  # another type is no new column
+    found = complaint(cli("ingest", file, "--out", tmp_path / "out", "--retry-errors"))
+    assert "column old: int64, now string" in found
 
 
 def test_a_retry_that_fails_leaves_the_dataset_unfinished(tmp_path, monkeypatch) -> None:

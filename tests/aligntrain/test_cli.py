@@ -74,6 +74,11 @@ def test_plan(folder: Path, run: Run, tmp_path: Path) -> None:
                  "if the LLM supports it",
                  "8 │ 3" if "│" in words else "8 3", "18 no level", "6 no image, which pretraining needs"):  # fmt: skip
         assert part in words, (part, words)
+    rows = [line.replace("│", " ").split() for line in result.output.splitlines()]
+    assert [row for row in rows if row and row[0].isdecimal() and len(row) == 3 and int(row[0]) < 9] == [
+        [str(level), "3", "0" if level == 1 else "3"] for level in range(1, 9)
+    ]
+    assert " MB per device: weights " in words
     result = run("train", "plan", folder / "q.tar", "--init", folder / "first", *SMALL, "--template", "chat")
     assert "finetune" in result.output
     assert sorted(path.name for path in folder.iterdir()) == [

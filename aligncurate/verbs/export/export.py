@@ -13,7 +13,7 @@ from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, atomic_file, claim, delete_unfinished, read_json, write_json
 from aligncurate.progress import meter, notice
 from aligncurate.verbs.export.datacomp import write_datacomp
-from aligncurate.verbs.export.llava import write_llava
+from aligncurate.verbs.export.llava import images_in, write_llava
 from aligncurate.verbs.export.plan import count_exportable
 from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.export.webdataset import write_webdataset
@@ -95,6 +95,7 @@ def export(
                 "failed": len(done.failed),
                 "files": done.files,
                 "bytes": done.bytes,
+                **({"images": images_in(done.path)} if format == "llava-json" else {}),
             },
         )
     return done
@@ -111,9 +112,9 @@ def _write_failures(done: Exported) -> None:
 
 
 def _all_there(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether the files of a finished export still exist. LLaVA's images are looked at one by one by its writer."""
-    if record["format"] == "llava-json" or "files" not in record:  # an older record does not list them
-        return False
+    """Whether the files of a finished export still exist; of LLaVA's images, as many of the same size together."""
+    if "files" not in record or (record["format"] == "llava-json" and record.get("images") != images_in(folder)):
+        return False  # an older record does not list them
     tables = [f"{file.removesuffix('.tar')}.parquet" for file in record["files"] if file.endswith(".tar")]
     return all((folder / file).is_file() for file in [*record["files"], *tables])
 

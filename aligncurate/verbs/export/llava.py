@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from aligncurate.dataset.pointers import POINTER_COLUMNS, Pointer
 from aligncurate.dataset.reader import Dataset
-from aligncurate.io.files import atomic_file
+from aligncurate.io.files import TEMPORARY, atomic_file
 from aligncurate.progress import Meter
 from aligncurate.verbs.export.plan import exportable_rows
 from aligncurate.verbs.export.result import Exported
 from aligncurate.verbs.export.sample import free_name, image_ending, safe_name
 
 _COLUMNS = (*POINTER_COLUMNS, "image", "key", "caption", "conversations", "level")
+_IMAGES = "images"
 _PER_FOLDER = 10_000  # images in one folder
 _NAME_BYTES = 180  # of the key; most file systems allow names of 255 bytes
 
@@ -44,9 +47,21 @@ def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
     done.files.append("annotations.json")
 
 
+def images_in(folder: Path) -> list[int]:
+    """The number of images in the folder of an export, and the sum of their sizes."""
+    sizes = [
+        entry.stat().st_size
+        for below in sorted((folder / _IMAGES).glob("*"))
+        if below.is_dir()
+        for entry in os.scandir(below)
+        if not entry.name.startswith(TEMPORARY)
+    ]
+    return [len(sizes), sum(sizes)]
+
+
 def _write_image(row: dict[str, Any], data: bytes, done: Exported, names: set[str], number: int) -> str:
     """Write image `number`; return its path relative to the export's folder."""
-    folder = f"images/{number // _PER_FOLDER:05d}"
+    folder = f"{_IMAGES}/{number // _PER_FOLDER:05d}"
     stem = safe_name(row["key"]).replace("/", "_").encode()[:_NAME_BYTES].decode(errors="ignore")
     name = f"{free_name(f'{folder}/{stem}', names)}.{image_ending(row, data)}"
     path = done.path / name

@@ -17,6 +17,7 @@ class Exported:
         failed: key and error of the rows whose image could not be read; `failed.jsonl` lists them too.
         files: the files written, relative to `path`.
         bytes: size of the exported images.
+        kept_files, kept: of these, the tars that an earlier run had completed, and their number of pairs.
         nothing_new: an earlier run had finished this export, and nothing was written again.
     """
 
@@ -26,4 +27,12 @@ class Exported:
     failed: list[dict[str, str]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     bytes: int = 0
+    kept_files: list[str] = field(default_factory=list)
+    kept: int = 0
     nothing_new: bool = False
+
+    @property
+    def new_files(self) -> list[str]:
+        """The files that this run wrote."""
+        kept = set(self.kept_files)
+        return [file for file in self.files if file not in kept]

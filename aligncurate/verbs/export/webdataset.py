@@ -49,14 +49,17 @@ def write_webdataset(
     results = []
     for outcome in (processes if workers > 1 else threads).run(write, tars, workers=max(1, workers)):
         assert outcome.result is not None
-        tar, rows, size, failed = outcome.result
+        tar, rows, _, failed, _ = outcome.result
         progress.add(tar.rows, rows, len(failed))
         results.append(outcome.result)
-    for tar, rows, size, failed in sorted(results, key=lambda r: r[0].name):
+    for tar, rows, size, failed, kept in sorted(results, key=lambda r: r[0].name):
         done.rows += rows
         done.bytes += size
         done.failed += failed
         done.files.append(f"{tar.name}.tar")
+        if kept:
+            done.kept_files.append(done.files[-1])
+            done.kept += rows
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,15 @@ class _TarJob:
         beside = self.target / f"{tar.name}.parquet"
         complete = beside.is_file() and (self.target / f"{tar.name}.tar").is_file()
         # The Parquet file is written last, so a tar that has one is complete. Rows that failed are tried again.
-        if not complete or _note(beside)["failed"]:
+        kept = complete and not _note(beside)["failed"]
+        if not kept:
             _write_tar(self.dataset, tar, self.per_level, self.target, check)
         note = _note(beside)
-        return tar, note["rows"], note["bytes"], note["failed"]
+        return tar, note["rows"], note["bytes"], note["failed"], kept
 
 
-_Written = tuple[Tar, int, int, list[dict[str, str]]]
-"""A tar, its number of rows, the bytes of its images, and the rows whose image could not be read."""
+_Written = tuple[Tar, int, int, list[dict[str, str]], bool]
+"""A tar, its number of rows, the bytes of its images, the rows whose image could not be read, whether it was there."""
 
 
 def _note(beside: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from aligncurate.dataset.joined import Datasets, open_datasets
+from aligncurate.dataset.joined import Datasets, JoinedDataset, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import FINE
 from aligncurate.errors import UserError
@@ -63,7 +63,7 @@ def inspect(
         folders=[str(folder) for folder in opened.folders],
         rows=opened.rows,
         parts=len(opened.parts),
-        made_by=opened.manifest["verb"],
+        made_by=_made_by(opened),
         encoder=f"{encoder['model']} ({encoder['pretrained']}), {encoder['precision']}" if encoder else None,
         score_column=score_column,
         scored=measured.scored,
@@ -78,6 +78,12 @@ def inspect(
         cuts=measured.cuts,
         levels=[replace(each, examples=examples_of.get(each.level, [])) for each in measured.levels],
     )
+
+
+def _made_by(dataset: Dataset) -> str:
+    """The verb that made the dataset; those of several that are read as one."""
+    datasets = dataset.datasets if isinstance(dataset, JoinedDataset) else [dataset]
+    return ", ".join(dict.fromkeys(each.manifest["verb"] for each in datasets))
 
 
 def _frozen(dataset: Dataset) -> bool:

@@ -150,8 +150,10 @@ def _measure(dataset: Dataset, scan: _Scan, counts: Counts, thresholds: Floats, 
     ranks = [int(q * (total - 1)) for q in QUANTILES]
     values = order_statistics(lambda: pairs.watch(scan()), ranks, counts)
 
-    ends = np.asarray([low, high, values[0], values[-1], *mismatched])
-    edges = np.asarray([ends.min(), *inner, ends.max()])
+    ends = np.asarray([values[0], values[-1], *mismatched])  # the true ones, where no inner edge lies outside of them
+    first = ends.min() if not len(inner) or ends.min() < inner[0] else low
+    last = ends.max() if not len(inner) or ends.max() >= inner[-1] else high
+    edges = np.asarray([first, *inner, last])
     histogram = Histogram(
         edges=edges.tolist(),
         counts=pairs.histogram(inner),

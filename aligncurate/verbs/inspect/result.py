@@ -73,6 +73,7 @@ class Inspection:
 
     Attributes:
         path: the folder; of several datasets that were measured as one, all `folders`.
+        made_by: the verb that made it, or the verbs that made them.
         statuses: rows by status.
         errors: each status of failed rows with their number and an example, most frequent first.
         quantiles: exact scores at QUANTILES (rank floor(q * (n - 1))), empty without scores.

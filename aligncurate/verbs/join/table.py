@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from aligncurate.dataset.record import COLUMNS, EXTRA, OWN_EMBEDDINGS
 from aligncurate.errors import UserError
 from aligncurate.io.files import check_name
+from aligncurate.io.parquet import open_parquet
 from aligncurate.sources.arrow_types import storable
 from aligncurate.verbs.join.options import JoinOptions
 
@@ -32,10 +33,8 @@ class Table:
     """
 
     def __init__(self, path: Path, options: JoinOptions, *, taken: Sequence[str]) -> None:
-        frame = _scan(path, options.on)
         try:
-            names = frame.collect_schema().names()
-            wanted = _columns(path, names, options, taken)
+            frame, wanted = _read(path, options, taken)
             whole = frame.select(pl.col(options.on).cast(pl.String).alias("on"), pl.struct(wanted).alias("rows"))
             collected = whole.filter(pl.col("on").is_not_null()).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
@@ -91,7 +90,8 @@ def _hashes(values: pl.Series) -> NDArray[np.uint64]:
     return values.hash().to_numpy()
 
 
-def _scan(path: Path, on: str) -> pl.LazyFrame:
+def _read(path: Path, options: JoinOptions, taken: Sequence[str]) -> tuple[pl.LazyFrame, list[str]]:
+    """The table, and its columns to add."""
     check_name(str(path))
     if not path.exists():
         raise UserError(f"{path}: there is no such file.")
@@ -99,14 +99,19 @@ def _scan(path: Path, on: str) -> pl.LazyFrame:
         raise UserError(f"{path}: this is a folder; give a Parquet, CSV or TSV file.")
     with path.open("rb") as file:
         first = file.readline(_HEADER)
-    if first.startswith(b"PAR1"):
-        return pl.scan_parquet(path, glob=False)
+    if first.startswith(b"PAR1"):  # read by Arrow: of a damaged file, polars prints a panic
+        with open_parquet(str(path)) as parquet:
+            wanted = _columns(path, parquet.schema_arrow.names, options, taken)
+            table = parquet.read([options.on, *wanted])
+            table.validate(full=True)
+        return pl.DataFrame(table).lazy(), wanted
     if path.suffix.lower() not in (".csv", ".tsv"):
         raise UserError(f"{path}: neither a Parquet nor a CSV or TSV file.")
     separator = max("\t,;|", key=lambda sign: first.count(sign.encode()))
     # All rows decide on the types; what is looked up stays text, since 007 is not 7.
-    overrides = {on: pl.String}
-    return pl.scan_csv(path, separator=separator, glob=False, infer_schema_length=None, schema_overrides=overrides)
+    overrides = {options.on: pl.String}
+    frame = pl.scan_csv(path, separator=separator, glob=False, infer_schema_length=None, schema_overrides=overrides)
+    return frame, _columns(path, frame.collect_schema().names(), options, taken)
 
 
 def _columns(path: Path, names: Sequence[str], options: JoinOptions, taken: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from aligntrain.tools.convert.official import find_tower, load_official, save_of
 from aligntrain.tools.convert.processor import copy_sentencepiece, has_tokenizer, save_official_processor
 from aligntrain.tools.convert.projector import load_projector, save_projector
 from aligntrain.tools.convert.tensors import read_config
+from aligntrain.training.build import TINY
 
 
 def convert(
@@ -46,8 +47,13 @@ def convert(
     source, target = Path(source), Path(target)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder.")
-    for name in (llm, vision):
+    for option, name in (("--llm", llm), ("--vision", vision)):
         if name is not None:
+            if str(name) == TINY and not Path(TINY).is_dir():
+                raise UserError(
+                    f"{option} {TINY}: the built-in models are for new training only; "
+                    "pass the folder or the Hub name of the one that the checkpoint was trained with."
+                )
             check_model_exists(str(name))
     with model_errors(source), quiet_transformers():
         if target.suffix == ".bin":

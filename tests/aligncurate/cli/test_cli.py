@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 import aligncurate
 from aligncurate.cli.app import app
 from aligncurate.demo.scenes import write_tars
+from aligncurate.encoders.model_choice import TINY_FOLDER
 from aligncurate.io import storage
-from tests.support.inputs import cli, jpeg, pairs, write_tar
+from tests.support.inputs import cli, complaint, jpeg, pairs, write_tar
 
 AT_LEAST_LOADED = (
     "import sys; import {}; print(sorted(sys.modules.keys() & {{'torch','open_clip','polars','pyarrow'}}))"
@@ -246,8 +248,62 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, monkeypa
     assert "would score with tiny: 12 rows in 2 parts" in run(*command, "--limit", 12, "--dry-run").stdout
     assert run(*words, "--limit", 12).exit_code == 0
     after = sorted(tmp_path.rglob("*"))
-    assert "2 parts of them made by an earlier run, 0 to do" in run(*words, "--limit", 12, "--dry-run").stdout
-    # The second part has two of its ten rows, so it is made again.
-    assert "1 part of them made by an earlier run, 4 to do" in run(*words, "--dry-run").stdout
+    assert "2 of 2 parts are there, 0 to do" in run(*words, "--limit", 12, "--dry-run").stdout
     assert sorted(tmp_path.rglob("*")) == after
     assert "no such file" in run("score", "nothing.tar", "--out", "out", "--dry-run").stderr
+
+
+def test_a_dry_run_counts_the_parts_that_are_there(tmp_path, monkeypatch, folder) -> None:
+    monkeypatch.chdir(tmp_path)
+    tars = sorted((folder / "tars").glob("*.tar"))
+    for verb in (("ingest",), ("score", "--model", "tiny", "--embeddings", "fp16")):
+        out = f"out-{verb[0]}"
+        assert run(*verb, tars[0], "--out", out).exit_code == 0
+        assert "1 of 1 part is there, 0 to do" in run(*verb, tars[0], "--out", out, "--dry-run").stdout
+        assert "1 of 2 parts is there, 1 to do" in run(*verb, *tars[:2], "--out", out, "--dry-run").stdout
+        next(Path(out, ".receipts").iterdir()).unlink()
+        assert "there" not in run(*verb, tars[0], "--out", out, "--dry-run").stdout
+
+
+def test_a_dry_run_is_refused_as_the_run_would_be(tmp_path, monkeypatch, folder) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(TINY_FOLDER / "tiny.safetensors", tmp_path)
+    tar = write_tar(tmp_path / "a.tar", pairs(2))
+    for made, *others in (
+        ("ingest", "ingest --embed-images", "score --model tiny", "ingest --limit 1", "ingest --captions first"),
+        (
+            "score --model tiny", "score --model tiny --decode fast", "score --model tiny --embeddings fp16",
+            "score --model tiny --precision bf16", "score --model tiny --batch-size 7", "score --model tinny",
+            "score --model tiny,tiny --pretrained ,tiny.safetensors",
+        ),
+    ):  # fmt: skip
+        out = made.split()[0]
+        assert run(*made.split(), tar, "--out", out).exit_code == 0
+        for now in others:
+            real = complaint(run(*now.split(), tar, "--out", out))
+            assert complaint(run(*now.split(), tar, "--out", out, "--dry-run")) == real
+    for place, sentence in ((".", "holds other files"), ("tiny.safetensors", "this is a file")):
+        real = complaint(run("ingest", tar, "--out", place))
+        assert sentence in real and complaint(run("ingest", tar, "--out", place, "--dry-run")) == real
+
+
+def test_what_follows_an_ingest_depends_on_what_the_source_brought(tmp_path, folder) -> None:
+    for number, (columns, following) in enumerate(
+        (
+            ("image,caption\n{}.jpg,c\n", "aligncurate score"),
+            ("image,caption,score\n{}.jpg,c,0.3\n", "aligncurate bucket"),
+            ("image,caption,score,level\n{}.jpg,c,0.3,2\n", "aligncurate inspect"),
+        )
+    ):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+        (tmp_path / f"{number}.csv").write_text(columns.format(number))
+        told = run("ingest", tmp_path / f"{number}.csv", "--out", tmp_path / f"out{number}").stdout
+        assert f"next: {following} " in told
+    assert "next: aligncurate bucket" in run("ingest", folder / "scored", "--out", tmp_path / "again").stdout
+
+
+def test_several_datasets_are_shown_as_made_by_their_own_verbs(tmp_path, folder) -> None:
+    assert run("filter", folder / "scored", "--min-score", 0.1, "--out", tmp_path / "kept").exit_code == 0
+    assert run("score", folder / "tars/00001.tar", "--model", "tiny", "--out", tmp_path / "more").exit_code == 0
+    assert "made by `score`\n" in run("inspect", folder / "scored").stdout
+    assert "made by `filter` and `score`\n" in run("inspect", tmp_path / "kept", tmp_path / "more").stdout

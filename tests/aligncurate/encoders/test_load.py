@@ -9,7 +9,8 @@ import open_clip
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from aligncurate.encoders.load import load
+from aligncurate.encoders.load import load, requested
+from aligncurate.encoders.model_choice import DEFAULT_MODEL, DEFAULT_PRETRAINED, TINY_FOLDER, resolve_names
 from aligncurate.errors import UserError
 
 
@@ -62,3 +63,16 @@ def test_weights_that_do_not_fit_say_which_model_was_assumed(monkeypatch, tmp_pa
     )
     with pytest.raises(UserError, match="could not be loaded into model ViT-B-32 "):
         load("ViT-B-32", str(weights), device="cpu")
+
+
+def test_an_empty_entry_of_the_weights_is_the_models_default(mini) -> None:
+    config, weights = Path(mini["model_config"]), str(mini["pretrained"])
+    for models, given in ((f"tiny,{config.stem}", f",{weights}"), (f" tiny , {config.stem}", f" , {weights}")):
+        first, second = requested(models, given, [str(config)]).items()
+        assert first == ("score", ("tiny", None, None))
+        assert second == (f"score_{config.stem}", (config.stem, weights, config))
+    last = requested(f"{config.stem},tiny", f"{weights},", [str(config)])
+    assert last["score_tiny"] == ("tiny", None, None)
+    assert resolve_names("tiny", None, None)[1] == str(TINY_FOLDER / "tiny.safetensors")
+    for named in (None, DEFAULT_MODEL):
+        assert resolve_names(named, None, None) == (DEFAULT_MODEL, DEFAULT_PRETRAINED, None)

@@ -18,7 +18,7 @@ from aligncurate.dataset.record import COLUMNS, Status
 from aligncurate.errors import UserError
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
-from tests.support.inputs import ingested, jpeg, pairs, read_all, tar_bytes, write_tar
+from tests.support.inputs import cli, ingested, jpeg, pairs, read_all, tar_bytes, write_tar
 
 
 def facts(frame, *columns):
@@ -363,6 +363,14 @@ def test_coco_captions(tmp_path, images) -> None:
     assert frame["sha256"].to_list() == [*digests(1, 0, 1), None]
 
 
+def test_the_first_caption_of_each_coco_image(tmp_path) -> None:
+    folder_of_images(tmp_path / "images", 0, 1)
+    run = cli("ingest", coco_file(tmp_path), "--captions", "first", "--out", tmp_path / "out")
+    assert "1 further caption of its images left out (--captions first)" in run.stderr
+    frame = aligncurate.open_dataset(tmp_path / "out").scan().collect()
+    assert facts(frame, "key", "caption") == [("1-100", "one"), ("0-101", "zero"), ("99-103", "of no image")]
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 ROWS = [
@@ -429,6 +437,22 @@ def test_images_of_a_table_inside_tars(tmp_path) -> None:
     assert [Path(s).name for s in frame["source"]] == ["1.tar", "0.tar", "1.tar", "a.csv"]
     single = ingested(tmp_path / "a.csv", tmp_path / "single", image_root=str(root / "1.tar"))
     assert single["status"].to_list() == ["ok", "missing_image", "ok", "missing_image"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_images_from_a_tar_that_nobody_named_are_told(tmp_path, kind) -> None:
+    folder_of_images(tmp_path, 0)
+    for name, first in (("old.tar", 1), ("other.tar", 3)):
+        write_tar(tmp_path / name, pairs(2, first=first))
+    images = ["0.jpg", "s1.jpg", "s2.jpg", "s4.jpg", "gone.jpg"]
+    rows = [{"image": image, "caption": "c"} for image in images]
+    lines = [json.dumps(row) for row in rows] if kind == "jsonl" else ["image,caption", *(f"{i},c" for i in images)]
+    (tmp_path / f"a.{kind}").write_text("\n".join(lines) + "\n")
+    told = cli("ingest", tmp_path / f"a.{kind}", "--out", tmp_path / "out").stderr
+    tars = f"{tmp_path / 'old.tar'}, {tmp_path / 'other.tar'}"
+    assert f"a.{kind}: 3 images not found as files, taken from {tars}; pass --image-root" in told
+    named = cli("ingest", tmp_path / f"a.{kind}", "--image-root", tmp_path, "--out", tmp_path / "named").stderr
+    assert "taken from" not in named
 
 
 def test_an_image_root_that_is_not_there(tmp_path) -> None:

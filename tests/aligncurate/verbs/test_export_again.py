@@ -28,6 +28,33 @@ def test_an_export_that_is_done_says_so(dataset, tmp_path) -> None:
     assert "exported 6 rows" in cli(*command).output and (tmp_path / "out/00000.tar").is_file()
 
 
+def test_an_export_that_lacks_one_tar_says_what_it_wrote(dataset, tmp_path) -> None:
+    command = ("export", dataset.path, "--out", tmp_path / "out", "--shard-size", 4)
+    assert "exported 6 rows" in cli(*command).output
+    before = (tmp_path / "out/00000.tar").stat().st_mtime_ns
+    (tmp_path / "out/00001.tar").unlink()
+    told = cli(*command).output
+    assert f"exported 2 rows to {tmp_path / 'out'}: 00001.tar\n4 rows in 1 file kept from an earlier run" in told
+    assert (tmp_path / "out/00000.tar").stat().st_mtime_ns == before
+    assert "nothing to do: 6 rows" in cli(*command).output
+
+
+def test_a_llava_export_that_is_done_says_so(dataset, tmp_path) -> None:
+    command = ("export", dataset.path, "--out", tmp_path / "out", "--format", "llava-json", "-q")
+    assert cli(*command).exit_code == 0
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "out").rglob("*.jp*g")}
+    assert len(before) == 6
+    assert "nothing to do: 6 rows" in cli(*command[:-1]).output
+    for file in list(before)[:1]:
+        file.write_bytes(b"shorter")
+        assert "exported 6 rows" in cli(*command[:-1]).output and file.read_bytes() == before[file][1]
+        file.unlink()
+        assert "exported 6 rows" in cli(*command[:-1]).output and file.read_bytes() == before[file][1]
+    assert "nothing to do: 6 rows" in cli(*command[:-1]).output
+    (tmp_path / "out/annotations.json").unlink()
+    assert "exported 6 rows" in cli(*command[:-1]).output
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

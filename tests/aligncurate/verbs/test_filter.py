@@ -21,6 +21,7 @@ from aligncurate.verbs.filter.compact import regroup
 from aligncurate.verbs.filter.images import OnePerImage
 from aligncurate.verbs.filter.sample import row_hashes, smallest
 from aligncurate.verbs.filter.selection import parse_levels
+from aligncurate.verbs.filter.where import Where
 from tests.support.inputs import cli, complaint, jpeg
 
 
@@ -391,3 +392,21 @@ def test_parts_of_many_row_groups(tmp_path, levelled, monkeypatch) -> None:
         counts = kept.score_counts("score")
         assert counts is not None
         assert (counts.bins == Counts.of([expected["score"].to_numpy()]).bins).all()
+
+
+def test_small_parts_of_one_big_part_read_it_about_once(tmp_path, levelled, monkeypatch) -> None:
+    monkeypatch.setattr(compact, "ROWS_PER_GROUP", 50)
+    whole = aligncurate.filter(levelled, tmp_path / "whole", levels="1-8", rows_per_part=10_000, quiet=True)
+    masks, groups = [], []
+    mask, read = Where.mask, whole.groups
+    monkeypatch.setattr(Where, "mask", lambda self, index: masks.append(index) or mask(self, index))
+
+    def counted(index: int, *arguments, only=None, **options):
+        groups.extend(only or [])
+        return read(index, *arguments, only=only, **options)
+
+    monkeypatch.setattr(whole, "groups", counted)
+    kept = aligncurate.filter(whole, tmp_path / "out", where="score IS NOT NULL", rows_per_part=5, quiet=True)
+    assert rows(kept).equals(rows(whole)) and len(kept.parts) == -(-whole.rows // 5) > 50
+    assert len(masks) <= 3 and set(groups) == set(range(-(-whole.rows // 50)))
+    assert len(groups) <= 2 * len(set(groups))

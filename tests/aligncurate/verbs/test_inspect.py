@@ -54,6 +54,9 @@ def test_the_histogram_is_numpys(folder, name) -> None:
     assert len(found.histogram.edges) == 37
     widths = np.diff(found.histogram.edges)[1:-1]
     assert np.allclose(widths, widths[0], rtol=1e-3)
+    if found.mismatched is None:
+        assert (found.histogram.edges[0], found.histogram.edges[-1]) == (scores.min(), scores.max())
+        assert "end bins" not in drawn(found, 80)
     ranks = [int(q * 119) for q in QUANTILES]
     assert list(found.quantiles.values()) == np.sort(scores)[ranks].tolist()
     assert found.mean == pytest.approx(scores.mean(dtype=np.float64))

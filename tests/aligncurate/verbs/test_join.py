@@ -131,7 +131,7 @@ def test_mistakes_are_named(tmp_path, dataset) -> None:
         ("clash.parquet", ("--columns", "caption"), "rename them in the table"),
         ("none.parquet", (), "none of the 200 rows of"),
         ("bare.parquet", (), "no column to add besides key"),
-        ("damaged.parquet", (), "cannot be read as a table"),
+        ("damaged.parquet", (), "damaged, or not a Parquet file"),
         ("uneven.csv", (), "cannot be read as a table"),
         ("empty.csv", (), "cannot be read as a table"),
     ):
@@ -146,3 +146,26 @@ def test_integers_beyond_64_bits_are_added_as_text(tmp_path, dataset) -> None:
     (tmp_path / "t.csv").write_text("key,big\n" + "".join(f"{key},{number}\n" for key, number in big.items()))
     joined = aligncurate.join(dataset, tmp_path / "t.csv", tmp_path / "out", quiet=True)
     assert dict(joined.dataset.scan().drop_nulls("big").select("key", "big").collect().rows()) == big
+
+
+def test_a_damaged_parquet_file_is_one_sentence_without_a_panic(tmp_path, capfd) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg())
+    (tmp_path / "rows.csv").write_text("key,image,caption\n" + "".join(f"{n},{n}.jpg,x\n" for n in "abc"))
+    aligncurate.ingest(tmp_path / "rows.csv", tmp_path / "in", quiet=True)
+    table = pl.DataFrame({"key": list("abc"), "text": ["ö", "two", None], "tags": [["x"], [], ["y", "z"]]})
+    table.write_parquet(tmp_path / "t.parquet", compression="uncompressed")
+    good = (tmp_path / "t.parquet").read_bytes()
+    randomness = np.random.default_rng(5)
+    refused = 0
+    for number in range(80):
+        damaged = bytearray(good)
+        for place in randomness.integers(4, len(good), 1 + number % 3):
+            damaged[place] = randomness.integers(256)
+        (tmp_path / "t.parquet").write_bytes(damaged)
+        result = cli("join", tmp_path / "in", tmp_path / "t.parquet", "--out", tmp_path / f"out{number}", "-q")
+        if result.exit_code:
+            complaint(result)
+            refused += 1
+    assert refused > 20
+    assert "panicked" not in capfd.readouterr().err

@@ -85,3 +85,19 @@ def test_usage(scored, tmp_path) -> None:  # noqa: F811
     assert done.exit_code == 0 and "merged 8 rows in 2 parts into" in done.stdout
     assert "holds a different dataset" in complaint(cli("merge", b, a, "--out", tmp_path / "out"))
     assert json.loads((tmp_path / "out/manifest.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("verb", ["ingest", "score"])
+def test_a_dataset_that_is_added_to_the_inputs_becomes_further_parts(scored, tmp_path, mini, verb) -> None:  # noqa: F811
+    options = mini if verb == "score" else {}
+    run = getattr(aligncurate, verb)
+    a, b = scored["a"], scored["b"]
+    first = run([a], tmp_path / "out", **options, quiet=True).dataset
+    parts = [file.stat().st_ino for file in first.files]
+    grown = run([a, b], tmp_path / "out", **options, quiet=True)
+    assert grown.resumed == len(parts) and [f.stat().st_ino for f in grown.dataset.files[: len(parts)]] == parts
+    fresh = run([a, b], tmp_path / "fresh", **options, quiet=True).dataset
+    assert grown.dataset.scan().collect().equals(fresh.scan().collect())
+    assert grown.dataset.manifest == fresh.manifest
+    with pytest.raises(UserError, match="has been removed"):
+        run([b], tmp_path / "out", **options, quiet=True)

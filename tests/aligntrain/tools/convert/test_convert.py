@@ -378,3 +378,10 @@ def test_other_files_are_not_overwritten(official: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["projector.bin", "thesis.txt"]
     with pytest.raises(UserError, match="no such file or folder"):
         convert(tmp_path / "nothing", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("option", ["llm", "vision"])
+def test_the_built_in_models_convert_nothing(option: str, official: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"--{option} tiny: the built-in models are for new training only; pass the"):
+        convert(official, tmp_path / "out", **{option: "tiny"})
+    assert not (tmp_path / "out").exists()
