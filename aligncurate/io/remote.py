@@ -1,4 +1,4 @@
-"""Files that are read through fsspec (s3://, gs://, https://, memory://, …)."""
+"""Files that are read and written through fsspec (s3://, gs://, https://, memory://, …)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
@@ -21,28 +22,25 @@ _BUFFER = 1 << 16
 _TIMES = ("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created")
 
 
-def request(uri: str, call: Callable[[Any, str], Value]) -> Value:
-    """`call(file system, path in it)`, retried. Raises OSError, and UserError for an unknown kind of file system."""
-    return retries.remote(uri, lambda: call(*_filesystem(uri)))
+def request(uri: str, call: Callable[[Any, str], Value], size: int = 0) -> Value:
+    """`call(file system, path in it)`, retried. Raises OSError, and UserError for an unknown kind of file system.
+
+    `size`: bytes that it moves; more than 8 MiB get more time.
+    """
+    return retries.remote(uri, lambda: call(*_filesystem(uri)), patience=max(1.0, size / _MOST))
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    try:
-        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+    try:  # listings are not kept, since other machines write too
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri, use_listings_cache=False))
     except (ImportError, ValueError) as error:
         raise UserError(f"{uri}: {str(error).rstrip('.')}.") from None
 
 
-def info(uri: str, *, fresh: bool = False) -> dict[str, Any]:
-    """What the file system says of a file or folder; `fresh`: not from its cache."""
-
-    def look(filesystem: Any, path: str) -> dict[str, Any]:
-        if fresh:
-            filesystem.invalidate_cache(path.rpartition("/")[0])
-        found: dict[str, Any] = filesystem.info(path)
-        return found
-
-    return request(uri, look)
+def info(uri: str) -> dict[str, Any]:
+    """What the file system says of a file or folder."""
+    found: dict[str, Any] = request(uri, lambda filesystem, path: filesystem.info(path))
+    return found
 
 
 def is_folder(uri: str) -> bool:
@@ -58,6 +56,13 @@ def is_folder(uri: str) -> bool:
 def entries(folder: str) -> list[dict[str, Any]]:
     """What is in a folder: `name`, `type`, and what else the file system tells of each."""
     return request(folder, lambda filesystem, path: list(filesystem.ls(path, detail=True)))
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """The names of the files in a folder itself, and their bytes."""
+    return {
+        entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in entries(folder) if entry["type"] == "file"
+    }
 
 
 def pin_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +100,24 @@ def pins_in_folders(uris: Sequence[str]) -> dict[str, dict[str, Any]]:
                 if name in names:
                     found[names[name]] = pin_of(entry)
     return found
+
+
+def read(uri: str) -> bytes:
+    """All bytes of a file. Raises OSError, also if fewer arrive than it has."""
+    with open_file(uri) as file:
+        return file.read()
+
+
+def upload(uri: str, file: Path) -> None:
+    """Write a copy of a local file. Raises OSError; then nothing has changed, or all of it is there."""
+    if uri.startswith(("http://", "https://")):
+        raise UserError(f"{uri}: a web server can be read but not written to; use s3://, gs:// or a local folder.")
+    request(uri, lambda filesystem, path: filesystem.put_file(str(file), path), size=file.stat().st_size)
+
+
+def delete(uri: str) -> None:
+    """Delete a file. Raises OSError; where there is none, some file systems raise FileNotFoundError."""
+    request(uri, lambda filesystem, path: filesystem.rm_file(path))
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:

@@ -101,8 +101,13 @@ def local(call: Callable[[], Value]) -> Value:
     return call()
 
 
-def remote(uri: str, call: Callable[[], Value]) -> Value:
+def remote(uri: str, call: Callable[[], Value], *, patience: float = 1.0) -> Value:
     """The value of `call`, which makes a request about `uri`; retried, and given up when it takes too long.
+
+    Args:
+        uri: for messages.
+        call: makes the request.
+        patience: how many times longer than another request it may take.
 
     Raises:
         FileNotFoundError: there is no such file, for certain.
@@ -111,7 +116,7 @@ def remote(uri: str, call: Callable[[], Value]) -> Value:
     """
     for wait in (*WAITS, None):
         try:
-            return _in_time(call)
+            return _in_time(call, _timeout * patience)
         except (UserError, Stopped):
             raise
         except Exception as error:
@@ -127,7 +132,7 @@ def _pause(seconds: float) -> None:
         raise Stopped
 
 
-def _in_time(call: Callable[[], Value]) -> Value:
+def _in_time(call: Callable[[], Value], seconds: float) -> Value:
     """The value of `call`, made in a thread that is left behind if it takes too long.
 
     Not every file system has time-outs, and none of theirs can be interrupted.
@@ -149,13 +154,13 @@ def _in_time(call: Callable[[], Value]) -> Value:
         while True:
             if _stopped.is_set():
                 raise Stopped
-            left = began + _timeout - time.monotonic()
+            left = began + seconds - time.monotonic()
             try:
                 succeeded, value = answers.get(timeout=max(0.0, min(left, 0.2)))
                 break
             except Empty:
                 if left <= 0:
-                    raise TimeoutError(f"no answer within {_timeout:g} s") from None
+                    raise TimeoutError(f"no answer within {seconds:g} s") from None
     finally:
         with _lock:
             del _waiting[request]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aligncurate.dataset.receipt import read_receipt
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath
 from aligncurate.sources.base import limit_shards
 from aligncurate.sources.options import SourceOptions
 from aligncurate.verbs.from_sources import count_rows, open_sources, shard_identities
@@ -47,7 +49,7 @@ class DryRun:
 
 
 def dry_run(
-    sources: str | Path | Sequence[str | Path], out: str | Path, options: SourceOptions, *, limit: int | None = None
+    sources: str | Path | Sequence[str | Path], out: str | AnyPath, options: SourceOptions, *, limit: int | None = None
 ) -> DryRun:
     """See what a run would do; nothing is written and no model is loaded. Raises UserError as the run would."""
     source = open_sources(sources, options)
@@ -59,8 +61,8 @@ def dry_run(
         total = None if None in sizes else sum(sizes)
         inputs.append(Input(line["kind"], [file["uri"] for file in files], total))
     shards = limit_shards(source, limit)
-    done = 0
+    done, folder = 0, as_path(out)
     for shard, identity in zip(shards, shard_identities(shards, described), strict=True):
-        receipt = read_receipt(Path(out), shard.index)
+        receipt = read_receipt(folder, shard.index)
         done += receipt is not None and receipt.shard == identity
     return DryRun(inputs, count_rows(source, shards), len(shards), done, list(source.notices))

@@ -7,6 +7,7 @@ from typing import Any
 
 from aligncurate.dataset.pointers import POINTER_COLUMNS, Pointer
 from aligncurate.dataset.reader import Dataset
+from aligncurate.io import storage
 from aligncurate.io.files import atomic_file
 from aligncurate.progress import Meter
 from aligncurate.verbs.export.plan import exportable_rows
@@ -52,7 +53,7 @@ def _write_image(row: dict[str, Any], data: bytes, done: Exported, names: set[st
     path = done.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     # An interrupted run may have given this name to another image, if one that it could not read came before.
-    if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
+    if not (path.is_file() and storage.size(str(path)) == len(data) and path.read_bytes() == data):
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
     done.bytes += len(data)
