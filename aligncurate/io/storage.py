@@ -333,9 +333,7 @@ def _is_wildcard(uri: str) -> bool:
 def _matches(pattern: str) -> list[str]:
     """The files and folders that match a wildcard, sorted. Raises OSError, where fsspec's `glob` leaves out files."""
     if "**" in pattern:
-        filesystem, _ = fsspec.core.url_to_fs(pattern)
-        strip = filesystem.unstrip_protocol if is_remote(pattern) else str
-        return [strip(match) for match in remote.request(pattern, lambda files, path: sorted(files.glob(path)))]
+        return remote.glob(pattern) if is_remote(pattern) else sorted(fsspec.filesystem("file").glob(pattern))
     folder, _, name = pattern.rpartition("/")
     matches = re.compile(fnmatch.translate(name)).match
     found = []
