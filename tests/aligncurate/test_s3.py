@@ -12,6 +12,7 @@ import pytest
 import aligncurate
 from tests.support.inputs import cli, complaint, pairs, write_tar
 from tests.support.s3 import S3, serving
+from tests.support.s3_sweep import fill, sweep
 
 OUT = "s3://bucket/"
 
@@ -43,11 +44,11 @@ def test_scores_are_the_same_bytes_as_on_a_local_disk_and_a_rerun_has_nothing_to
     command = ("score", tars, "--model", "tiny", "--out")
     assert cli(*command, tmp_path / "out").exit_code == 0
     assert cli(*command, OUT + "scored").exit_code == 0
-    assert s3.files("scored") == local_files(tmp_path / "out")
-    before = s3.files("scored")
+    assert s3.files("scored/") == local_files(tmp_path / "out")
+    before = s3.files("scored/")
     again = cli(*command, OUT + "scored")
     assert "nothing to do: 3 parts in s3://bucket/scored" in again.stdout
-    assert s3.files("scored") == before
+    assert s3.files("scored/") == before
 
 
 def test_every_verb_reads_and_writes_there(s3, tars, tmp_path) -> None:
@@ -56,7 +57,7 @@ def test_every_verb_reads_and_writes_there(s3, tars, tmp_path) -> None:
     table.write_text("key,stars\ns1,3\ns5,4\n")
     aligncurate.score(tars, tmp_path / "scored", model="tiny", quiet=True)
     aligncurate.score(tars, OUT + "v/scored", model="tiny", quiet=True)
-    put(s3, "v/more.csv", table.read_bytes())
+    s3.put("v/more.csv", table.read_bytes())
     commands = [
         "bucket @scored --levels 3 --out @levelled",
         "bucket @scored --thresholds @levelled --out @frozen",
@@ -88,20 +89,12 @@ def test_every_verb_reads_and_writes_there(s3, tars, tmp_path) -> None:
         assert cli(*command).exit_code == 0
 
 
-def put(s3: S3, name: str, data: bytes) -> None:
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=f"http://{s3.upstream}", region_name="us-east-1")
-    client.put_object(Bucket="bucket", Key=name, Body=data)
-    client.close()
-
-
 def test_a_killed_run_goes_on_where_it_was(s3, tars, tmp_path) -> None:
     cli("ingest", tars, "--out", tmp_path / "out")
     right = local_files(tmp_path / "out")
     assert cli("ingest", tars, "--out", OUT + "killed").exit_code == 0
     put_requests = [n for n, request in enumerate(s3.requests) if request.startswith("PUT")]
-    for number in put_requests:
+    for number in put_requests[::4]:
         out = f"killed-{number}"
         s3.begin(dict.fromkeys(range(number, 10000), 403))
         assert cli("ingest", tars, "--out", OUT + out).exit_code != 0
@@ -121,10 +114,22 @@ def test_scores_and_levels_are_read_from_there_for_training(s3, tars, tmp_path) 
 
 
 def test_another_folder_is_refused_as_on_a_disk(s3, tars) -> None:
-    put(s3, "other/notes.txt", b"mine")
+    s3.put("other/notes.txt", b"mine")
     found = complaint(cli("ingest", tars, "--out", OUT + "other"))
     assert found == "s3://bucket/other: the output folder holds other files (notes.txt); choose a new folder."
     found = complaint(cli("ingest", tars, "--out", OUT + "other/notes.txt"))
     assert found == "s3://bucket/other/notes.txt: --out must be a folder, but this is a file."
     found = complaint(cli("inspect", OUT + "nothing"))
     assert found.startswith("s3://bucket/nothing: not a dataset: no such folder; give")
+
+
+@pytest.mark.parametrize(("fault", "every"), [(503, 9), ("reset", 17), ("lost", 17), ("short", 17), ("wrong", 17)])
+def test_a_fault_at_a_request_changes_nothing(s3, fault, every) -> None:
+    """All faults at every request: `python -m tests.support.s3_sweep`."""
+    fill(s3)
+    assert sweep(s3, fault, every=every)["at once"]
+
+
+def test_a_fault_that_stays_gives_a_sentence_and_a_rerun_goes_on(s3) -> None:
+    fill(s3)
+    assert sweep(s3, 503, every=19, steady=True)["by a rerun"]

@@ -39,6 +39,7 @@ class S3:
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.address = ""
+        self._client: Any = None
 
     def begin(self, faults: dict[int, int | str] | None = None) -> None:
         """Count requests from 0 again; stalled ones of earlier runs end."""
@@ -46,19 +47,35 @@ class S3:
         self.closing = threading.Event()
         self.requests, self.faults, self.always = [], faults or {}, None
 
-    def files(self, prefix: str = "") -> dict[str, bytes]:
-        """What lies under `s3://bucket/<prefix>`, asked of the server itself."""
+    @property
+    def client(self) -> Any:
+        """Speaks with the server itself."""
         import boto3
 
-        client = boto3.client("s3", endpoint_url=f"http://{self.upstream}", region_name="us-east-1")
+        if self._client is None:
+            self._client = boto3.client("s3", endpoint_url=f"http://{self.upstream}", region_name="us-east-1")
+        return self._client
+
+    def put(self, name: str, data: bytes) -> None:
+        self.client.put_object(Bucket=BUCKET, Key=name, Body=data)
+
+    def files(self, prefix: str = "") -> dict[str, bytes]:
+        """The files whose names begin with `prefix`, by the rest of their names."""
         found = {}
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix):
-            for entry in page.get("Contents", []):
-                body = client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"]
-                found[entry["Key"].removeprefix(prefix).lstrip("/")] = body.read()
-                body.close()
-        client.close()
+        for name in self._names(prefix):
+            body = self.client.get_object(Bucket=BUCKET, Key=name)["Body"]
+            found[name.removeprefix(prefix)] = body.read()
+            body.close()
         return found
+
+    def clear(self, prefix: str) -> None:
+        """Delete the files whose names begin with `prefix`."""
+        for name in self._names(prefix):
+            self.client.delete_object(Bucket=BUCKET, Key=name)
+
+    def _names(self, prefix: str) -> list[str]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
 
 def _handler(state: S3) -> type[BaseHTTPRequestHandler]:
@@ -153,6 +170,7 @@ def serving() -> Iterator[S3]:
         proxy.shutdown()
         proxy.server_close()
         thread.join()
+        state.client.close()
         moto.stop()
 
 
