@@ -145,10 +145,10 @@ def commit(folder: AnyPath, index: int, temporary: Path, receipt: Receipt) -> No
     """
     part, paper = folder / part_name(index), folder / receipt_name(index)
     before = _bytes_of(paper)
-    replaces = before is not None or part.exists()
-    if replaces and before != json_bytes(receipt.to_json(), one_line=True):
+    if before not in (None, json_bytes(receipt.to_json(), one_line=True)):
         paper.unlink(missing_ok=True)
         sync(paper.parent)
+    replaces = before is not None or (isinstance(part, Path) and part.exists())
     publish(temporary, part, durable=False)
     if replaces:
         sync(part.parent)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Self
 
@@ -76,6 +75,7 @@ class DatasetWriter:
         self._retry_errors, self._mixed_devices = retry_errors, mixed_devices
         self._shards = shards
         self.image_root_changed = False
+        self._before: dict[str, Any] | None = None  # the manifest of an earlier run
         self.path = absolute(as_path(path))
         self._use(head, schema)
 
@@ -84,22 +84,21 @@ class DatasetWriter:
         self.head = manifest_head(head, schema)
         self._digest = options_digest(self.head)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether an earlier run has begun the dataset."""
-        return (self.path / MANIFEST).is_file()
-
     def finished(self) -> Dataset | None:
         """The dataset, if an earlier run finished it and this one has nothing to add. Writes nothing.
 
         Raises:
             UserError: as `open`.
         """
-        if not self.has_begun:
+        before = self._before = self._read_manifest()
+        if before is None:
             return None
-        before = self._before
-        self._check()
-        if not before["complete"] or before["inputs"] != self._corrected["inputs"] or self.image_root_changed:
+        self._check(before)
+        if (
+            not before["complete"]
+            or before["inputs"] != with_corrections(before, self.head)["inputs"]
+            or self.image_root_changed
+        ):
             return None
         if has_grown(before["inputs"], self.head["inputs"]):
             return None
@@ -115,27 +114,25 @@ class DatasetWriter:
             UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
         with claim(self.path, [MANIFEST]):
-            if self.has_begun:
-                self.__dict__.pop("_before", None)  # another run may have ended since it was read
-                self._check()
+            self._before = self._read_manifest()  # again: another run may have ended since
+            if self._before is not None:
+                self._check(self._before)
             else:
                 self._write_manifest(complete=False, parts=[])
             for name in (DATA, RECEIPTS):
                 (self.path / name).mkdir(exist_ok=True)
             yield self
 
-    @cached_property
-    def _before(self) -> dict[str, Any]:
-        """The manifest as it was when this run started."""
-        return read_manifest(self.path)
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """The manifest as it is when this run starts; None if no earlier run has begun the dataset."""
+        try:
+            return read_manifest(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
-    @property
-    def _corrected(self) -> dict[str, Any]:
-        return with_corrections(self._before, self.head)
-
-    def _check(self) -> None:
-        self._adopt()
-        before, corrected = self._before, self._corrected
+    def _check(self, before: Mapping[str, Any]) -> None:
+        self._adopt(before)
+        corrected = with_corrections(before, self.head)
         if self._retry_errors:
             self.image_root_changed = before["options"].get(IMAGE_ROOT) != self.head["options"].get(IMAGE_ROOT)
             before = corrected
@@ -148,13 +145,13 @@ class DatasetWriter:
                 advice = "add --retry-errors to redo only what failed or changed, or choose another --out."
             raise UserError(f"{self.path}: this folder holds a different dataset ({'; '.join(differing)}); {advice}")
 
-    def _adopt(self) -> None:
+    def _adopt(self, before: Mapping[str, Any]) -> None:
         """Take the schema of the dataset that is resumed, and with `mixed_devices` the devices it names."""
-        schema, head = arrow_schema(self._before), dict(self.head)
+        schema, head = arrow_schema(before), dict(self.head)
         if schema is None or any(f.name not in schema.names or schema.field(f.name) != f for f in self.schema):
             schema = self.schema  # the difference is named
         if self._mixed_devices:
-            others, own = self._before.get("computed_with", []), head.get("computed_with", [])
+            others, own = before.get("computed_with", []), head.get("computed_with", [])
             head["computed_with"] = [*others, *(environment for environment in own if environment not in others)]
         self._use(head, schema)
 
@@ -220,7 +217,7 @@ class DatasetWriter:
     def reopen(self) -> None:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
         # With the earlier image root: until every part is done, a rerun must see that it has changed.
-        options = self._before["options"] if self.has_begun else self.head["options"]
+        options = (self._before or self.head)["options"]
         self._write_manifest(complete=False, parts=[], options=options)
 
     def finish(self, count: int, **facts: Any) -> Dataset:
@@ -276,7 +273,11 @@ class DatasetWriter:
         file = self.path / MANIFEST
         manifest = {**self.head, "complete": complete, **facts, "parts": [p.to_json() for p in parts]}
         # Datasets made from this one know it by the checksum of the file, so what says the same keeps its bytes.
-        if not file.is_file() or read_json(file) != json.loads(json.dumps(manifest)):
+        try:
+            unchanged = read_json(file) == json.loads(json.dumps(manifest))
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
             write_json(file, manifest)
 
 

@@ -73,13 +73,13 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Itera
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
     """
-    if folder.is_file():
-        raise UserError(f"{folder}: --out must be a folder, but this is a file.")
     if isinstance(folder, RemotePath):
         _check_own(folder, own)
         yield
         return
     check_name(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: --out must be a folder, but this is a file.")
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         _check_own(folder, own)
@@ -91,7 +91,10 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Itera
 
 def _check_own(folder: AnyPath, own: Collection[str]) -> None:
     """Raises UserError if `folder` holds other files and none of `own`."""
-    found = names(folder)
+    try:
+        found = names(folder)
+    except NotADirectoryError:
+        raise UserError(f"{folder}: --out must be a folder, but this is a file.") from None
     others = [name for name in found if name != LOCK and not name.startswith(TEMPORARY)]
     if others and not set(own).intersection(found):
         raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")

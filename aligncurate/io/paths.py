@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,7 +72,10 @@ class RemotePath:
 
     def iterdir(self) -> Iterator[RemotePath]:
         for entry in remote.entries(self.uri):
-            yield self / entry["name"].rstrip("/").rpartition("/")[2]
+            name = entry["name"].rstrip("/")
+            if entry["type"] == "file" and self.uri.endswith(name):  # an object store lists a file as itself
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.uri)
+            yield self / name.rpartition("/")[2]
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: writing a file makes its folders."""

@@ -122,9 +122,10 @@ def _earlier(folder: AnyPath, record: dict[str, Any]) -> dict[str, Any]:
     Raises UserError if the folder holds a different one.
     """
     file = folder / RECORD
-    if not file.is_file():
+    try:
+        before = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    before = read_json(file)
     different = [key for key, value in record.items() if before.get(key) != value]
     if different:
         hints = [_difference(key, before.get(key), record[key]) for key in different]
