@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from aligncurate.errors import UserError
-from aligncurate.io.files import refuse_remote
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import RemotePath
 from aligncurate.settings import check, check_names, setting
 from aligncurate.sources.options import Format
 
@@ -194,7 +195,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        refuse_remote(Path(self.out))
+        if isinstance(as_path(self.out), RemotePath):
+            raise UserError(f"--out {self.out}: models are written to local folders only; write to one and copy it.")
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise UserError(f"--{name} 1: use a number below 1.")

@@ -22,6 +22,7 @@ from aligncurate.cli.options import (
 )
 from aligncurate.encoders.model_choice import DEFAULT_MODEL
 from aligncurate.errors import ShardError
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import make_console, notice, safe_text
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types, make
@@ -218,7 +219,7 @@ def _source_options(options: dict[str, Any]) -> SourceOptions:
     return SourceOptions(**{name: options.pop(name) for name in field_types(SourceOptions) if name in options})
 
 
-def _show_dry_run(sources: list[str], out: Path, source: SourceOptions, options: IngestOptions, doing: str) -> None:
+def _show_dry_run(sources: list[str], out: AnyPath, source: SourceOptions, options: IngestOptions, doing: str) -> None:
     from aligncurate.cli.render import render_dry_run
     from aligncurate.verbs.dry_run import dry_run
 
@@ -233,7 +234,7 @@ def _print_next(command: str) -> None:
     make_console().print(Text(f"next: {safe_text(command)}", style="dim"), soft_wrap=True)
 
 
-def _end_of_run(done: str, result: Any, out: Path, following: str, quiet: bool) -> None:
+def _end_of_run(done: str, result: Any, out: AnyPath, following: str, quiet: bool) -> None:
     """Print how a run of `score` or `ingest` ended. Raises ShardError if shards could not be read."""
     from aligncurate.cli.render import render_run
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aligncurate.io.files import refuse_remote
+from aligncurate.io.files import as_path
 from aligncurate.settings import choices, field_types, option_name, parse, without_none
 
 Command = Callable[..., None]
@@ -25,13 +25,27 @@ Sources = Annotated[
         show_default=False,
     ),
 ]
-DatasetFolder = Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.", show_default=False)]
+DatasetFolder = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="Dataset folder.", show_default=False, callback=as_path)
+]
 DatasetFolders = Annotated[
-    list[Path], typer.Argument(metavar="DATASET...", help="Dataset folders.", show_default=False)
+    list[Path],
+    typer.Argument(
+        metavar="DATASET...",
+        help="Dataset folders.",
+        show_default=False,
+        callback=lambda folders: [as_path(folder) for folder in folders],
+    ),
 ]
 Out = Annotated[
     Path,
-    typer.Option("--out", "-o", help="Output folder; created if missing.", show_default=False, callback=refuse_remote),
+    typer.Option(
+        "--out",
+        "-o",
+        help="Output folder or URI (s3://, gs://, …); created if missing.",
+        show_default=False,
+        callback=as_path,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read and done; write nothing.")]

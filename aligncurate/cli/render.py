@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aligncurate.cli.histogram import HistogramDrawing, format_score, level_style
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import count, duration, safe_text
 from aligncurate.verbs.inspect.result import Inspection
 
@@ -153,7 +153,7 @@ def _example_table(inspection: Inspection) -> Table:
     return table
 
 
-def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
+def render_run(done: str, result: ScoreResult, out: AnyPath) -> RenderableType:
     """How a run of `score` or `ingest` ended; `done` is `scored` or `ingested`."""
     folder = safe_text(str(out))
     whole = result.dataset is not None and result.dataset.rows == result.rows
@@ -172,7 +172,7 @@ def render_run(done: str, result: ScoreResult, out: Path) -> RenderableType:
     return Group(*lines)
 
 
-def render_dry_run(found: DryRun, out: Path, doing: str) -> Text:
+def render_dry_run(found: DryRun, out: AnyPath, doing: str) -> Text:
     """What a run would do; `doing` says it in words, such as `score with tiny`."""
     lines = []
     for each in found.inputs:
@@ -195,7 +195,7 @@ def _stage_times(times: StageTimes) -> Text:
     return Text(f"time: {seconds}; bottleneck: {slowest}, {min(times.busy[slowest], 1.0):.0%}{threads} busy")
 
 
-def _outcome(dataset: Dataset, out: Path, *, whole: bool) -> list[Text]:
+def _outcome(dataset: Dataset, out: AnyPath, *, whole: bool) -> list[Text]:
     """Rows by status, how far fast decoding strays, and where to see why rows failed."""
     if not dataset.rows:
         return [Text("the source has no pairs", style="yellow")]
@@ -217,19 +217,19 @@ def _outcome(dataset: Dataset, out: Path, *, whole: bool) -> list[Text]:
     return lines
 
 
-def render_kept(kept: int, total: int, out: Path) -> Text:
+def render_kept(kept: int, total: int, out: AnyPath) -> Text:
     """What `filter` kept."""
     share = f" ({kept / total:.1%})" if total else ""
     text = Text(f"kept {kept:,} of {count(total, 'row')}{share} in {safe_text(str(out))}")
     return text if kept else text.append("\nno rows match", style="yellow")
 
 
-def render_merged(rows: int, parts: int, out: Path) -> Text:
+def render_merged(rows: int, parts: int, out: AnyPath) -> Text:
     """What `merge` made."""
     return Text(f"merged {count(rows, 'row')} in {count(parts, 'part')} into {out}")
 
 
-def render_joined(joined: Joined, out: Path) -> Text:
+def render_joined(joined: Joined, out: AnyPath) -> Text:
     """What `join` added."""
     rows = joined.matched + joined.unmatched
     columns, folder = safe_text(", ".join(joined.columns)), safe_text(str(out))
@@ -241,7 +241,7 @@ def render_joined(joined: Joined, out: Path) -> Text:
     return text
 
 
-def render_export(exported: Exported, out: Path, failures: str) -> Text:
+def render_export(exported: Exported, out: AnyPath, failures: str) -> Text:
     """What `export` wrote into `out`; `failures` is the file that lists images that could not be read."""
     names = exported.files if exported.nothing_new else exported.new_files
     files = f"{names[0]} … {names[-1]}" if len(names) > 1 else "".join(names) or "nothing"
@@ -260,7 +260,7 @@ def render_export(exported: Exported, out: Path, failures: str) -> Text:
     return text
 
 
-def after_ingest(dataset: Dataset, out: Path) -> str:
+def after_ingest(dataset: Dataset, out: AnyPath) -> str:
     """The command that usually follows `ingest`; scores and levels may have come with the source."""
     folder = shlex.quote(str(out))
     if dataset.levels:
@@ -269,7 +269,7 @@ def after_ingest(dataset: Dataset, out: Path) -> str:
     return f"aligncurate bucket {folder} --out LEVELLED" if scored else f"aligncurate score {folder} --out SCORED"
 
 
-def after_filter(kept: Dataset, out: Path) -> str:
+def after_filter(kept: Dataset, out: AnyPath) -> str:
     """The command that usually follows `filter`; pairs that are not downloaded have no images to export."""
     folder = shlex.quote(str(out))
     if any(status in kept.statuses for status in ("ok", "text_only")):
@@ -279,7 +279,7 @@ def after_filter(kept: Dataset, out: Path) -> str:
     return f"aligncurate inspect {folder}"
 
 
-def after_export(format: str, dataset: Dataset, out: Path) -> str:
+def after_export(format: str, dataset: Dataset, out: AnyPath) -> str:
     """The command that usually follows `export`."""
     folder = safe_text(shlex.quote(str(out)))
     if format == "datacomp-uids":

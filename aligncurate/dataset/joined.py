@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +14,9 @@ import pyarrow as pa
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.errors import UserError
+from aligncurate.io.paths import AnyPath, identity
 
-Datasets = Dataset | str | Path | Sequence[str | Path]
+Datasets = Dataset | str | AnyPath | Sequence[str | AnyPath]
 """What a verb takes: a dataset, its folder, or the folders of several that are read as one."""
 
 
@@ -33,7 +33,7 @@ def open_datasets(paths: Datasets, *, new_levels: bool = False) -> Dataset:
     """
     if isinstance(paths, Dataset):
         return paths
-    folders = [paths] if isinstance(paths, str | Path) else list(paths)
+    folders = [paths] if isinstance(paths, str | AnyPath) else list(paths)
     if not folders:
         raise UserError("no dataset given; name at least one dataset folder.")
     datasets = [Dataset(folder) for folder in folders]
@@ -72,11 +72,11 @@ class JoinedDataset(Dataset):
         return total
 
     @property
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[AnyPath]:
         return [dataset.path for dataset in self.datasets]
 
     @cached_property
-    def files(self) -> list[Path]:
+    def files(self) -> list[AnyPath]:
         return [file for dataset in self.datasets for file in dataset.files]
 
     @cached_property
@@ -151,11 +151,11 @@ class JoinedDataset(Dataset):
 
 def _check_alike(datasets: Sequence[Dataset], *, new_levels: bool) -> None:
     """Raises UserError for datasets whose scores or levels must not be mixed, or the same one twice."""
-    first, seen = datasets[0], {os.path.realpath(datasets[0].path)}
+    first, seen = datasets[0], {identity(datasets[0].path)}
     for dataset in datasets[1:]:
-        if os.path.realpath(dataset.path) in seen:
+        if identity(dataset.path) in seen:
             raise UserError(f"{dataset.path}: this dataset is given twice.")
-        seen.add(os.path.realpath(dataset.path))
+        seen.add(identity(dataset.path))
         if _encoders(dataset) != _encoders(first):
             raise UserError(
                 f"{dataset.path}: scored by {_names(dataset)}, but {first.path} by {_names(first)}; their scores "

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ from aligncurate.dataset.checked import check_depth, take, take_objects
 from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo
 from aligncurate.errors import UserError
 from aligncurate.io.files import read_json
+from aligncurate.io.paths import AnyPath
 from aligncurate.levels import Thresholds
 
 SCHEMA_VERSION = 2
@@ -70,7 +70,7 @@ def arrow_schema(manifest: Mapping[str, Any]) -> pa.Schema | None:
         raise ValueError(f"arrow_schema: {error}") from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: AnyPath) -> dict[str, Any]:
     """The manifest in `folder`, of any version that can be read, finished or not.
 
     Raises:
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check(manifest: Mapping[str, Any], file: Path) -> None:
+def _check(manifest: Mapping[str, Any], file: AnyPath) -> None:
     """Raises ValueError unless all fields that are read later have the right types."""
     check_depth(manifest)
     take(manifest, "complete", bool)

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 from aligncurate.dataset.receipt import PartInfo, Receipt, part_name, receipt_name
 from aligncurate.dataset.record import COLUMNS, is_stored_as
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY, sync, write_json
+from aligncurate.io import storage
+from aligncurate.io.files import json_bytes, publish, sync, unfinished, write_json
 from aligncurate.io.parquet import PARQUET_ERRORS, first_line, is_damage
+from aligncurate.io.paths import AnyPath
 
 _BUFFER = 1 << 20  # bytes that are hashed and written at once
 _BATCH = 10_000  # values that Arrow encodes at once; its 1,024 make more work
@@ -27,7 +29,7 @@ _MEASURED = ("row", "width", "height", "score", "level", "status")  # columns wh
 
 
 def row_groups(
-    file: Path,
+    file: AnyPath,
     columns: Sequence[str] | None = None,
     *,
     only: Sequence[int] | None = None,
@@ -43,7 +45,7 @@ def row_groups(
 
 
 @contextmanager
-def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+def open_part(file: AnyPath, encoded: Sequence[str] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
     """A part opened for reading, its pages' checksums verified; columns in `encoded` come as dictionaries.
 
     With a buffer of `buffer_size` bytes, if not 0, large columns of a row group are read in pieces.
@@ -51,13 +53,16 @@ def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) 
     Raises UserError when it is damaged or missing, or lacks a column that every dataset has.
     """
     try:
-        with pq.ParquetFile(
-            file,
-            read_dictionary=list(encoded),
-            buffer_size=buffer_size,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        ) as part:
+        with (
+            storage.open_for_arrow(str(file)) as source,
+            pq.ParquetFile(
+                source,
+                read_dictionary=list(encoded),
+                buffer_size=buffer_size,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            ) as part,
+        ):
             _check_columns(file, part.schema_arrow)
             yield part
     except PARQUET_ERRORS as error:
@@ -66,7 +71,7 @@ def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) 
         raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
 
 
-def _check_columns(file: Path, schema: pa.Schema) -> None:
+def _check_columns(file: AnyPath, schema: pa.Schema) -> None:
     """Raises UserError unless a part, which others may have written, has the columns of every dataset."""
     for name, kind in COLUMNS.items():
         found = schema.field(name).type if schema.names.count(name) == 1 else None
@@ -93,17 +98,17 @@ class PartWriter:
     """
 
     def __init__(
-        self, folder: Path, index: int, schema: pa.Schema, shard: Mapping[str, Any] | None = None, options: str = ""
+        self, folder: AnyPath, index: int, schema: pa.Schema, shard: Mapping[str, Any] | None = None, options: str = ""
     ) -> None:
         self.schema = schema
         self.facts: dict[str, Any] = {}
         self.info: PartInfo | None = None
         self._folder, self._index, self._shard, self._options = folder, index, dict(shard or {}), options
-        self._temporary = folder / f"{TEMPORARY}{Path(part_name(index)).name}"
         self._statuses: Counter[str] = Counter()
         self._parquet: pq.ParquetWriter | None = None
 
     def __enter__(self) -> Self:
+        self._temporary = unfinished(self._folder / part_name(self._index), self._folder)
         self._file = _HashingFile(self._temporary)
         # Arrow writes many small pieces; buffered, they reach Python as one call per MiB.
         self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, "w"), _BUFFER)
@@ -139,23 +144,31 @@ class PartWriter:
                         self._parquet.close()
 
 
-def commit(folder: Path, index: int, temporary: Path, receipt: Receipt) -> None:
+def commit(folder: AnyPath, index: int, temporary: Path, receipt: Receipt) -> None:
     """Publish part `index`, whose bytes are on disk as `temporary`, then its receipt.
 
     A power cut may lose what is not synced yet. A part without a receipt, or with an empty one, is made again, and a
     receipt without a part commits nothing, so receipts and the names of new parts are synced at the end
-    (`DatasetWriter.finish`); a part that replaces another must be on disk before its receipt is.
+    (`DatasetWriter.finish`). The receipt of another part goes first, and the new part must be on disk before its own
+    is; that of the same bytes stays, so that another run which is finishing the dataset always finds one.
     """
     part, paper = folder / part_name(index), folder / receipt_name(index)
-    replaces = part.exists() or paper.exists()
-    if replaces:
+    before = _bytes_of(paper)
+    if before not in (None, json_bytes(receipt.to_json(), one_line=True)):
         paper.unlink(missing_ok=True)
         sync(paper.parent)
-    temporary.replace(part)
+    replaces = before is not None or (isinstance(part, Path) and part.exists())
+    publish(temporary, part, durable=False)
     if replaces:
         sync(part.parent)
-    temporary = folder / f"{TEMPORARY}{paper.name}"
-    write_json(paper, receipt.to_json(), temporary=temporary, durable=False, one_line=True)
+    write_json(paper, receipt.to_json(), folder=folder, durable=False, one_line=True)
+
+
+def _bytes_of(file: AnyPath) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _parquet_writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:

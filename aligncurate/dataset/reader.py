@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,7 +14,8 @@ from aligncurate.dataset.manifest import MANIFEST, read_manifest
 from aligncurate.dataset.part import open_part, row_groups
 from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo
 from aligncurate.errors import UserError
-from aligncurate.io.files import check_name
+from aligncurate.io.files import absolute, as_path
+from aligncurate.io.paths import AnyPath, sizes
 from aligncurate.levels import Counts
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class Dataset:
     """A finished dataset, opened for reading.
 
     Attributes:
-        path: the folder.
+        path: the folder, local or remote.
         manifest: the parsed `manifest.json`.
         parts: what the manifest records of each part, in order.
 
@@ -35,21 +34,12 @@ class Dataset:
         UserError: the folder is not a dataset, is not finished, or has another schema version.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        check_name(str(self.path.absolute()))  # polars and the manifests of its children could not have it
-        file = self.path / MANIFEST
-        if not file.is_file():
-            if self.path.is_file():
-                raise UserError(
-                    f"{self.path}: this is a file, not a dataset folder; make a dataset from it with "
-                    f"`aligncurate score {self.path} --out DIR`."
-                )
-            what = "the folder has no manifest.json" if self.path.is_dir() else "no such folder"
-            raise UserError(
-                f"{self.path}: not a dataset: {what}; give a folder made by `aligncurate score` or `ingest`."
-            )
-        self.manifest = read_manifest(self.path)
+    def __init__(self, path: str | AnyPath) -> None:
+        self.path = as_path(path)
+        try:
+            self.manifest = read_manifest(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.path}: {_not_a_dataset(self.path)}") from None
         if not self.manifest["complete"]:
             raise UserError(
                 f"{self.path}: this dataset is not finished; run its `aligncurate {self.manifest['verb']}` "
@@ -63,7 +53,7 @@ class Dataset:
         return ", ".join(str(folder) for folder in self.folders)
 
     @property
-    def folders(self) -> list[Path]:
+    def folders(self) -> list[AnyPath]:
         """The folder; of several datasets opened as one, all of them."""
         return [self.path]
 
@@ -76,16 +66,16 @@ class Dataset:
             return part.schema_arrow
 
     @cached_property
-    def files(self) -> list[Path]:
+    def files(self) -> list[AnyPath]:
         """The parts' files, in order."""
         return [self.path / part.name for part in self.parts]
 
     def is_whole(self) -> bool:
         """Whether every part's file is there with its size."""
-        try:
-            return all(f.stat().st_size == part.bytes for f, part in zip(self.files, self.parts, strict=True))
-        except FileNotFoundError:
-            return False
+        there: dict[str, int] = {}
+        for folder in {file.parent for file in self.files}:
+            there |= {str(folder / name): size for name, size in sizes(folder).items()}
+        return all(there.get(str(file)) == part.bytes for file, part in zip(self.files, self.parts, strict=True))
 
     @property
     def rows(self) -> int:
@@ -183,7 +173,7 @@ class Dataset:
         data = (self.path / MANIFEST).read_bytes()
         return {
             "kind": "dataset",
-            "uri": os.path.abspath(self.path),
+            "uri": str(absolute(self.path)),
             "manifest_sha256": hashlib.sha256(data).hexdigest(),
         }
 
@@ -204,6 +194,16 @@ class Dataset:
         return head | self.provenance() | changes
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def _not_a_dataset(path: AnyPath) -> str:
+    """Why there is no manifest in `path`, and what to do."""
+    if path.is_file():
+        return (
+            f"this is a file, not a dataset folder; make a dataset from it with `aligncurate score {path} --out DIR`."
+        )
+    what = "the folder has no manifest.json" if path.is_dir() else "no such folder"
+    return f"not a dataset: {what}; give a folder made by `aligncurate score` or `ingest`."
+
+
+def open_dataset(path: str | AnyPath) -> Dataset:
     """Open the dataset in folder `path`. Raises UserError if it is not a dataset or not finished."""
     return Dataset(path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Self
 
 from aligncurate.dataset.checked import count, take
 from aligncurate.dataset.record import NOT_FAILED, Status
 from aligncurate.errors import UserError
-from aligncurate.io.files import read_json
+from aligncurate.io.files import parse_json
+from aligncurate.io.paths import AnyPath
 from aligncurate.levels import check_counts
 
 DATA = "data"
@@ -114,15 +114,17 @@ def receipt_name(index: int) -> str:
     return f"{RECEIPTS}/part-{index:05d}.json"
 
 
-def read_receipt(folder: Path, index: int) -> Receipt | None:
+def read_receipt(folder: AnyPath, index: int) -> Receipt | None:
     """The receipt of part `index`; None if there is none, or an empty one. Raises UserError when it is damaged."""
     file = folder / receipt_name(index)
     try:
-        if not file.stat().st_size:  # a power cut came before its bytes were on disk
-            return None
-        receipt = Receipt.from_json(read_json(file))
+        data = file.read_bytes()
     except FileNotFoundError:
         return None
+    if not data:  # a power cut came before its bytes were on disk
+        return None
+    try:
+        receipt = Receipt.from_json(parse_json(data, file))
     except UserError:
         raise
     except ValueError as error:

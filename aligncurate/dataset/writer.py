@@ -8,14 +8,11 @@ Nothing in the folder depends on time or on which run wrote it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any, Self
 
 import pyarrow as pa
@@ -43,7 +40,9 @@ from aligncurate.dataset.receipt import (
     receipt_name,
 )
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY, claim, read_json, sync, write_json
+from aligncurate.io import storage
+from aligncurate.io.files import absolute, as_path, claim, link_or_copy, read_json, sync, unfinished, write_json
+from aligncurate.io.paths import AnyPath, names, sizes
 from aligncurate.levels import Counts
 from aligncurate.progress import notice
 
@@ -65,7 +64,7 @@ class DatasetWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         head: Mapping[str, Any],
         schema: pa.Schema,
         shards: Sequence[Mapping[str, Any]] = (),
@@ -77,7 +76,8 @@ class DatasetWriter:
         self._shards = shards
         self.image_root_changed = False
         self.left_out: list[str] = []
-        self.path = Path(os.path.abspath(path))
+        self._before: dict[str, Any] | None = None  # the manifest of an earlier run
+        self.path = absolute(as_path(path))
         self._use(head, schema)
 
     def _use(self, head: Mapping[str, Any], schema: pa.Schema) -> None:
@@ -85,22 +85,21 @@ class DatasetWriter:
         self.head = manifest_head(head, schema)
         self._digest = options_digest(self.head)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether an earlier run has begun the dataset."""
-        return (self.path / MANIFEST).is_file()
-
     def finished(self) -> Dataset | None:
         """The dataset, if an earlier run finished it and this one has nothing to add. Writes nothing.
 
         Raises:
             UserError: as `open`.
         """
-        if not self.has_begun:
+        before = self._before = self._read_manifest()
+        if before is None:
             return None
-        before = self._before
-        self._check()
-        if not before["complete"] or before["inputs"] != self._corrected["inputs"] or self.image_root_changed:
+        self._check(before)
+        if (
+            not before["complete"]
+            or before["inputs"] != with_corrections(before, self.head)["inputs"]
+            or self.image_root_changed
+        ):
             return None
         if has_grown(before["inputs"], self.head["inputs"]):
             return None
@@ -116,27 +115,25 @@ class DatasetWriter:
             UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
         with claim(self.path, [MANIFEST]):
-            if self.has_begun:
-                self.__dict__.pop("_before", None)  # another run may have ended since it was read
-                self._check()
+            self._before = self._read_manifest()  # again: another run may have ended since
+            if self._before is not None:
+                self._check(self._before)
             else:
                 self._write_manifest(complete=False, parts=[])
             for name in (DATA, RECEIPTS):
                 (self.path / name).mkdir(exist_ok=True)
             yield self
 
-    @cached_property
-    def _before(self) -> dict[str, Any]:
-        """The manifest as it was when this run started."""
-        return read_manifest(self.path)
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """The manifest as it is when this run starts; None if no earlier run has begun the dataset."""
+        try:
+            return read_manifest(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
-    @property
-    def _corrected(self) -> dict[str, Any]:
-        return with_corrections(self._before, self.head)
-
-    def _check(self) -> None:
-        self._adopt()
-        before, corrected = self._before, self._corrected
+    def _check(self, before: Mapping[str, Any]) -> None:
+        self._adopt(before)
+        corrected = with_corrections(before, self.head)
         if self._retry_errors:
             self.image_root_changed = before["options"].get(IMAGE_ROOT) != self.head["options"].get(IMAGE_ROOT)
             before = corrected
@@ -145,24 +142,24 @@ class DatasetWriter:
         differing = differences(before, self.head)
         if differing:
             advice = "choose another --out, or delete the folder to start over."
-            schema = self._kept_schema(retry_errors=True)
+            schema = self._kept_schema(before, retry_errors=True)
             if schema is not None and not differences(corrected, manifest_head(self.head, schema)):
                 advice = "add --retry-errors to redo only what failed or changed, or choose another --out."
             raise UserError(f"{self.path}: this folder holds a different dataset ({'; '.join(differing)}); {advice}")
 
-    def _adopt(self) -> None:
+    def _adopt(self, before: Mapping[str, Any]) -> None:
         """Take the schema of the dataset that is resumed, and with `mixed_devices` the devices it names."""
         head = dict(self.head)
-        schema = self._kept_schema(retry_errors=self._retry_errors) or self.schema  # a difference is named
+        schema = self._kept_schema(before, retry_errors=self._retry_errors) or self.schema  # a difference is named
         self.left_out = self.left_out or [name for name in self.schema.names if name not in schema.names]
         if self._mixed_devices:
-            others, own = self._before.get("computed_with", []), head.get("computed_with", [])
+            others, own = before.get("computed_with", []), head.get("computed_with", [])
             head["computed_with"] = [*others, *(environment for environment in own if environment not in others)]
         self._use(head, schema)
 
-    def _kept_schema(self, *, retry_errors: bool) -> pa.Schema | None:
+    def _kept_schema(self, before: Mapping[str, Any], *, retry_errors: bool) -> pa.Schema | None:
         """The schema of the dataset that is resumed, if this run's columns are among its; new ones may be left out."""
-        schema = arrow_schema(self._before)
+        schema = arrow_schema(before)
         if schema is None:
             return None
         same = all(schema.field(f.name) == f if f.name in schema.names else retry_errors for f in self.schema)
@@ -170,24 +167,30 @@ class DatasetWriter:
 
     def committed(self, count: int) -> dict[int, PartInfo]:
         """The parts of the first `count` shards that earlier runs committed, by number."""
-        there = {file.name for file in (self.path / RECEIPTS).iterdir()}
-        indices = [index for index in range(count) if Path(receipt_name(index)).name in there]
+        receipts = set(names(self.path / RECEIPTS))
+        indices = [index for index in range(count) if PurePosixPath(receipt_name(index)).name in receipts]
+        there = sizes(self.path / DATA) if indices else {}
         with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
-            infos = zip(indices, pool.map(self._committed, indices), strict=True)
+            infos = zip(indices, pool.map(lambda index: self._committed(index, there), indices), strict=True)
             return {index: info for index, info in infos if info is not None}
 
-    def _committed(self, index: int) -> PartInfo | None:
-        receipt = self._receipt(index)
+    def _committed(self, index: int, there: Mapping[str, int]) -> PartInfo | None:
+        receipt = self._receipt(index, there)
         if receipt is None or receipt.shard != self._shard(index):
             return None
         return receipt.part.without_counts()
 
     def earlier(self, index: int) -> PartInfo | None:
         """The part that an earlier run with the same options committed as number `index`, even of another shard."""
-        receipt = self._receipt(index)
+        try:
+            size = storage.size(str(self.path / part_name(index)))
+        except FileNotFoundError:
+            return None
+        receipt = self._receipt(index, {PurePosixPath(part_name(index)).name: size})
         return receipt.part.without_counts() if receipt is not None else None
 
-    def _receipt(self, index: int) -> Receipt | None:
+    def _receipt(self, index: int, there: Mapping[str, int]) -> Receipt | None:
+        """The receipt of part `index`, if it belongs to this dataset and to the part that is there."""
         try:
             receipt = read_receipt(self.path, index)
         except UserError as error:
@@ -195,7 +198,8 @@ class DatasetWriter:
             return None
         if receipt is None or receipt.options != self._digest:
             return None
-        return receipt if _size(self.path / receipt.part.name) == receipt.part.bytes else None
+        name = PurePosixPath(receipt.part.name).name
+        return receipt if there.get(name) == receipt.part.bytes else None
 
     def _shard(self, index: int) -> dict[str, Any]:
         return dict(self._shards[index]) if index < len(self._shards) else {}
@@ -204,7 +208,7 @@ class DatasetWriter:
         """A writer for the part of shard `index`; it commits when its `with` block ends without an error."""
         return PartWriter(self.path, index, self.schema, self._shard(index), self._digest)
 
-    def take_over(self, index: int, file: Path, info: PartInfo) -> None:
+    def take_over(self, index: int, file: AnyPath, info: PartInfo) -> None:
         """Commit the part of another dataset as part `index`: a hard link where the file system has them, else a copy.
 
         Args:
@@ -212,19 +216,18 @@ class DatasetWriter:
             info: what it holds, from its own receipt or manifest.
         """
         name = part_name(index)
-        temporary = self.path / f"{TEMPORARY}{Path(name).name}"
-        temporary.unlink(missing_ok=True)
+        temporary = unfinished(self.path / name, self.path)
         try:
-            os.link(file, temporary)
-        except OSError:
-            shutil.copyfile(file, temporary)
-        sync(temporary)
-        commit(self.path, index, temporary, Receipt(replace(info, name=name), self._shard(index), self._digest))
+            link_or_copy(file, temporary)
+            sync(temporary)
+            commit(self.path, index, temporary, Receipt(replace(info, name=name), self._shard(index), self._digest))
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def reopen(self) -> None:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
         # With the earlier image root: until every part is done, a rerun must see that it has changed.
-        options = self._before["options"] if self.has_begun else self.head["options"]
+        options = (self._before or self.head)["options"]
         self._write_manifest(complete=False, parts=[], options=options)
 
     def finish(self, count: int, **facts: Any) -> Dataset:
@@ -249,22 +252,28 @@ class DatasetWriter:
 
     def _receipts(self, count: int) -> Iterator[Receipt]:
         """The receipts of all parts, now on disk: several at once, which costs a fraction of one by one."""
+        there = sizes(self.path / DATA)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="receipts") as pool:
-            for index, receipt in enumerate(pool.map(self._synced_receipt, range(count))):
+            for index, receipt in enumerate(pool.map(lambda index: self._synced_receipt(index, there), range(count))):
                 if receipt is None:
                     raise UserError(f"{self.path / part_name(index)}: something else has changed it; run again.")
                 yield receipt
 
-    def _synced_receipt(self, index: int) -> Receipt | None:
-        receipt = self._receipt(index)
+    def _synced_receipt(self, index: int, there: Mapping[str, int]) -> Receipt | None:
+        receipt = self._receipt(index, there)
         if receipt is not None:
             sync(self.path / receipt_name(index))
         return receipt
 
     def _delete_surplus(self, count: int) -> None:
         """Delete parts beyond the last shard: the input was longer in an earlier run."""
-        kept = {Path(part_name(index)).stem for index in range(count)}
-        files = [f for name in (RECEIPTS, DATA) for f in (self.path / name).glob("part-*") if f.stem not in kept]
+        kept = {PurePosixPath(part_name(index)).stem for index in range(count)}
+        there = [(folder, name) for folder in (RECEIPTS, DATA) for name in names(self.path / folder)]
+        files = [
+            self.path / folder / name
+            for folder, name in there
+            if name.startswith("part-") and PurePosixPath(name).stem not in kept
+        ]
         if files:
             self.reopen()
         for file in files:  # receipts first
@@ -274,15 +283,12 @@ class DatasetWriter:
         file = self.path / MANIFEST
         manifest = {**self.head, "complete": complete, **facts, "parts": [p.to_json() for p in parts]}
         # Datasets made from this one know it by the checksum of the file, so what says the same keeps its bytes.
-        if not file.is_file() or read_json(file) != json.loads(json.dumps(manifest)):
+        try:
+            unchanged = read_json(file) == json.loads(json.dumps(manifest))
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
             write_json(file, manifest)
-
-
-def _size(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 def _include_counts(total: dict[str, Counts] | None, part: PartInfo) -> dict[str, Counts]:

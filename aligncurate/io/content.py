@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import SEEK_END
 from pathlib import Path
 from typing import BinaryIO
 
@@ -119,7 +120,9 @@ def what_is(uri: str) -> Content:
     if not storage.is_remote(uri) and Path(uri).exists() and not Path(uri).is_file():
         return _SPECIAL
     with storage.open_file(uri) as file:
-        return content_of(file, storage.size(uri))
+        size = file.seek(0, SEEK_END)
+        file.seek(0)
+        return content_of(file, size)
 
 
 def content_of(file: BinaryIO, size: int) -> Content:

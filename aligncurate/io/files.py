@@ -7,18 +7,23 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkstemp
 from typing import Any
 
 from aligncurate.errors import UserError
+from aligncurate.io import remote
+from aligncurate.io.paths import AnyPath, RemotePath, names
 from aligncurate.progress import notice
 
 TEMPORARY = ".tmp-"
 """Prefix of unfinished files. A killed run leaves them behind; the next run deletes them."""
 
 LOCK = ".lock"
+_PIECE = 1 << 23  # bytes copied at a time
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # some network file systems
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
@@ -37,58 +42,69 @@ def check_name(path: str) -> str:
     return path
 
 
-def refuse_remote(folder: Path) -> Path:
-    """`folder`, if it is local. Raises UserError for a URI, of which a Path makes a folder called `s3:`."""
-    check_name(str(folder.absolute()))
-    scheme = next((part for part in folder.parts if _SCHEME.fullmatch(part)), None)
-    if scheme and not Path(*folder.parts[: folder.parts.index(scheme) + 1]).exists():
-        raise UserError(
-            f"--out {scheme}//{'/'.join(folder.parts[folder.parts.index(scheme) + 1 :])}: only local folders can be "
-            "written; write to one and copy it."
-        )
-    return folder
+def as_path(given: str | AnyPath) -> AnyPath:
+    """The path of a file or folder, local or remote. Raises UserError for a name that is not UTF-8."""
+    if isinstance(given, RemotePath):
+        return given
+    text = str(given).removeprefix("file://")
+    first, _, rest = text.partition("/")  # `Path("s3://bucket")` is `s3:/bucket`
+    if _SCHEME.fullmatch(first) and not Path(first).exists():
+        return RemotePath(check_name(f"{first}//{rest.lstrip('/')}"))
+    check_name(os.path.abspath(text))
+    return Path(text)
 
 
-def check_free(folder: Path, own: Collection[str]) -> None:
+def absolute(path: AnyPath) -> AnyPath:
+    """The path as datasets record it."""
+    return path if isinstance(path, RemotePath) else Path(os.path.abspath(path))
+
+
+def check_free(folder: AnyPath, own: Collection[str]) -> None:
     """Raises UserError, as `claim` would, for an output folder that cannot be used; writes nothing."""
     _check_folder(folder)
-    if folder.exists() and not any((folder / name).is_file() for name in own):
-        names = sorted(path.name for path in folder.iterdir())
-        others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
-        if others:
-            raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")
+    try:
+        found = names(folder)
+    except NotADirectoryError:
+        raise UserError(f"{folder}: --out must be a folder, but this is a file.") from None
+    others = [name for name in found if name != LOCK and not name.startswith(TEMPORARY)]
+    if others and not set(own).intersection(found):
+        raise UserError(f"{folder}: the output folder holds other files ({others[0]}); choose a new folder.")
 
 
-def _check_folder(folder: Path) -> None:
-    refuse_remote(folder)
+def _check_folder(folder: AnyPath) -> None:
+    if isinstance(folder, RemotePath):
+        return
+    check_name(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: --out must be a folder, but this is a file.")
 
 
 @contextmanager
-def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
-    """Create `folder` if needed and lock it for this run; delete the temporary files of a killed run.
+def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Iterator[None]:
+    """Take `folder`, created if needed, for this run; delete the temporary files of a killed run.
+
+    A local folder is locked. A remote one is not: two runs of one command write the same bytes.
 
     Args:
         folder: the output folder.
         own: record files such as `manifest.json`; a folder that holds one of them may be written to again.
+        deep: delete also those in the folders inside, which otherwise may belong to other runs.
 
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
     """
+    if isinstance(folder, RemotePath):
+        check_free(folder, own)
+        yield
+        return
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         check_free(folder, own)
-        delete_unfinished(folder.glob(f"{TEMPORARY}*"))  # not below: other runs may write to folders inside this one
+        for file in folder.rglob(f"{TEMPORARY}*") if deep else folder.glob(f"{TEMPORARY}*"):
+            if not file.is_dir():
+                file.unlink(missing_ok=True)
         yield
-
-
-def delete_unfinished(files: Iterable[Path]) -> None:
-    """Delete temporary files that a killed run left."""
-    for file in files:
-        if not file.is_dir():
-            file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -130,8 +146,10 @@ def _warn_no_locks(folder: Path) -> None:
     warned_no_locks = True
 
 
-def sync(path: Path) -> None:
+def sync(path: AnyPath) -> None:
     """Flush a file's bytes, or the names in a folder, to disk, so that they survive a power cut."""
+    if isinstance(path, RemotePath):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,39 +157,86 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def atomic_file(path: Path, *, temporary: Path | None = None, durable: bool = True) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends without an error.
+def unfinished(path: AnyPath, folder: AnyPath | None = None) -> Path:
+    """Where the bytes of `path` are gathered until `publish` makes them visible at once.
 
-    Args:
-        path: the file.
-        temporary: where to write first, on the same file system; by default beside `path`.
-        durable: wait until it is on disk; if False, a power cut soon after may leave no file, or an empty one.
+    A local file is gathered on the same file system, beside `path` or in `folder`; a remote one in the system's
+    temporary folder.
     """
-    temporary = temporary or path.with_name(f"{TEMPORARY}{path.name}")
+    if not isinstance(path, RemotePath):
+        return (folder if isinstance(folder, Path) else path.parent) / f"{TEMPORARY}{path.name}"
+    descriptor, name = mkstemp(prefix="aligncurate-", suffix=path.suffix)
+    os.close(descriptor)
+    return Path(name)
+
+
+def publish(temporary: Path, path: AnyPath, *, durable: bool = True) -> None:
+    """Make the file `temporary` the content of `path`: by renaming it, or with one upload.
+
+    With `durable`, wait until its bytes and its name are on disk; else a power cut soon after may leave no file, or an
+    empty one.
+    """
+    if isinstance(path, RemotePath):
+        path.write_from(temporary)
+        temporary.unlink()
+        return
+    if durable:
+        sync(temporary)
+    temporary.replace(path)
+    if durable:
+        sync(path.parent)
+
+
+def link_or_copy(file: AnyPath, target: Path) -> None:
+    """Make `target` a hard link to `file` where the file system has them, else a copy."""
+    target.unlink(missing_ok=True)
+    if isinstance(file, RemotePath):
+        with remote.open_file(file.uri) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, _PIECE)
+        return
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+@contextmanager
+def local_copy(file: AnyPath) -> Iterator[Path]:
+    """A local file with the bytes of `file`, for libraries that read no others: itself, if it is local."""
+    if not isinstance(file, RemotePath):
+        yield file
+        return
+    with TemporaryDirectory(prefix="aligncurate-") as folder:
+        copy = Path(folder) / file.name
+        link_or_copy(file, copy)
+        yield copy
+
+
+@contextmanager
+def atomic_file(path: AnyPath, *, folder: AnyPath | None = None, durable: bool = True) -> Iterator[Path]:
+    """A local temporary file that becomes `path` when the block ends without an error; see `unfinished`, `publish`."""
+    temporary = unfinished(path, folder)
     try:
         yield temporary
-        if durable:
-            sync(temporary)
-        temporary.replace(path)
-        if durable:
-            sync(path.parent)
+        publish(temporary, path, durable=durable)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_json(
-    path: Path, value: Any, *, temporary: Path | None = None, durable: bool = True, one_line: bool = False
+    path: AnyPath, value: Any, *, folder: AnyPath | None = None, durable: bool = True, one_line: bool = False
 ) -> None:
-    """Write `value` as JSON, indented and with lists of numbers on one line; other arguments as for `atomic_file`.
+    """Write `value` as JSON; arguments as for `atomic_file` and `json_bytes`."""
+    with atomic_file(path, folder=folder, durable=durable) as written:
+        written.write_bytes(json_bytes(value, one_line=one_line))
 
-    With `one_line`, all is on one line, which takes a tenth of the time.
-    """
+
+def json_bytes(value: Any, *, one_line: bool = False) -> bytes:
+    """JSON, indented and with lists of numbers on one line; all on one line takes a tenth of the time."""
     text = json.dumps(value, indent=None if one_line else 1, ensure_ascii=False)
     if not one_line:
         text = _LIST_OF_NUMBERS.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
-    with atomic_file(path, temporary=temporary, durable=durable) as written:
-        written.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))  # half a character is escaped as JSON does
+    return f"{text}\n".encode("utf-8", "backslashreplace")  # half a character is escaped as JSON does
 
 
 def use_umask(files: Iterable[Path]) -> None:
@@ -183,15 +248,15 @@ def use_umask(files: Iterable[Path]) -> None:
         probe.unlink()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """The JSON object in `path`. Raises UserError as `parse_json`, and OSError if the file cannot be read."""
+    return parse_json(path.read_bytes(), path)
 
-    Raises:
-        UserError: the file is damaged, or holds something other than an object.
-        OSError: the file cannot be read.
-    """
+
+def parse_json(data: bytes, path: AnyPath) -> dict[str, Any]:
+    """The JSON object that `path` holds. Raises UserError if it is damaged, or something other than an object."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: damaged, not a JSON file ({error}); restore it, or delete its folder and run again."

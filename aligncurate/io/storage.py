@@ -8,8 +8,9 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -101,6 +102,16 @@ def open_file(uri: str) -> BinaryIO:
     return remote.open_file(uri) if is_remote(uri) else io.BufferedReader(_LocalFile(uri))
 
 
+@contextmanager
+def open_for_arrow(uri: str) -> Iterator[str | BinaryIO]:
+    """What Arrow reads a file from: its path, or an open file."""
+    if not is_remote(uri):
+        yield uri
+        return
+    with remote.open_file(uri) as file:
+        yield file
+
+
 def size(uri: str) -> int:
     """Size of `uri` in bytes. Raises OSError."""
     if not is_remote(uri):
@@ -117,7 +128,7 @@ def pin(uri: str) -> dict[str, Any]:
     Locally `bytes`, `mtime_ns` and `inode`; remotely `bytes` and `etag`, or `modified` where there is no ETag.
     """
     if is_remote(uri):
-        return remote.pin_of(remote.info(uri, fresh=True))
+        return remote.pin_of(remote.info(uri))
     found = retries.local(lambda: os.stat(uri))
     return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "inode": found.st_ino}
 
@@ -322,9 +333,7 @@ def _is_wildcard(uri: str) -> bool:
 def _matches(pattern: str) -> list[str]:
     """The files and folders that match a wildcard, sorted. Raises OSError, where fsspec's `glob` leaves out files."""
     if "**" in pattern:
-        filesystem, _ = fsspec.core.url_to_fs(pattern)
-        strip = filesystem.unstrip_protocol if is_remote(pattern) else str
-        return [strip(match) for match in remote.request(pattern, lambda files, path: sorted(files.glob(path)))]
+        return remote.glob(pattern) if is_remote(pattern) else sorted(fsspec.filesystem("file").glob(pattern))
     folder, _, name = pattern.rpartition("/")
     matches = re.compile(fnmatch.translate(name)).match
     found = []

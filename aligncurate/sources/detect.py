@@ -183,8 +183,6 @@ class _Inputs:
         format = self._options.format
         for dataset in (path, storage.parent(path)) if storage.basename(path) == "data" else (path,):
             if format in (None, "dataset") and folders.is_dataset(dataset):
-                if storage.is_remote(path):
-                    raise UserError(f"{path}: a dataset can only be read from a local folder; copy it first.")
                 self._take("dataset", dataset, skip=False)
                 return
         skipped = len(self._skipped)

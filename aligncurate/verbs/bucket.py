@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,6 +14,8 @@ from aligncurate.dataset.manifest import THRESHOLDS
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import COLUMNS, usable_scores
 from aligncurate.errors import UserError
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath
 from aligncurate.levels import MAX_LEVELS, Counts, Floats, Method, Thresholds, WrongCounts, find_thresholds
 from aligncurate.progress import notice
 from aligncurate.verbs.rewrite import rewrite
@@ -23,11 +24,11 @@ from aligncurate.verbs.scores import check_score_column, iter_scores
 
 def bucket(
     dataset: Datasets,
-    out: str | Path,
+    out: str | AnyPath,
     *,
     levels: int | None = None,
     method: Method | None = None,
-    thresholds: str | Path | None = None,
+    thresholds: str | AnyPath | None = None,
     score_column: str = "score",
     quiet: bool = False,
 ) -> Dataset:
@@ -50,7 +51,7 @@ def bucket(
     if thresholds is not None and method is not None:
         raise UserError(f"--method {method}: the --thresholds file has its own method; drop one of the two options.")
     if thresholds is not None:
-        applied = _read_thresholds(Path(thresholds), opened, score_column, levels, quiet=quiet)
+        applied = _read_thresholds(as_path(thresholds), opened, score_column, levels, quiet=quiet)
     else:
         applied = fit_thresholds(opened, 8 if levels is None else levels, method or "quantile", score_column)
         used = 1 + len({value for value in applied.values if value > applied.minimum})
@@ -99,7 +100,9 @@ def fit_thresholds(dataset: Dataset, levels: int, method: Method, score_column: 
     return Thresholds(method, numbers, score_column, count, low, high, _encoder(dataset, score_column))
 
 
-def _read_thresholds(file: Path, dataset: Dataset, score_column: str, levels: int | None, *, quiet: bool) -> Thresholds:
+def _read_thresholds(
+    file: AnyPath, dataset: Dataset, score_column: str, levels: int | None, *, quiet: bool
+) -> Thresholds:
     if file.is_dir():
         file = file / THRESHOLDS
     try:

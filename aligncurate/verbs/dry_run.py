@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from aligncurate.dataset.manifest import MANIFEST, arrow_schema, read_manifest
-from aligncurate.dataset.receipt import RECEIPTS
 from aligncurate.dataset.record import IMAGE_EMBEDDING
 from aligncurate.encoders.device import find_device, scoring_environment
 from aligncurate.encoders.load import expected_identity, requested
 from aligncurate.encoders.model_choice import check_model, check_weights, resolve_names
-from aligncurate.io.files import check_free
+from aligncurate.io.files import as_path, check_free
+from aligncurate.io.paths import AnyPath
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import recorded
 from aligncurate.sources.options import SourceOptions
@@ -58,7 +57,10 @@ class DryRun:
 
 
 def dry_run(
-    sources: str | Path | Sequence[str | Path], out: str | Path, options: IngestOptions, source_options: SourceOptions
+    sources: str | Path | Sequence[str | Path],
+    out: str | AnyPath,
+    options: IngestOptions,
+    source_options: SourceOptions,
 ) -> DryRun:
     """See what `score`, given its options, or `ingest` would do; nothing is written and no model is loaded.
 
@@ -71,8 +73,9 @@ def dry_run(
         sizes = [file.get("bytes") for file in files]
         total = None if None in sizes else sum(sizes)
         inputs.append(Input(line["kind"], [file["uri"] for file in files], total))
-    check_free(Path(os.path.abspath(out)), [MANIFEST])
-    before = read_manifest(Path(out)) if (Path(out) / MANIFEST).is_file() else {}
+    folder = as_path(out)
+    check_free(folder, [MANIFEST])
+    before = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     if isinstance(options, ScoreOptions):
         verb, scoring, encoders = "score", options, _encoders(options, before)
         options = replace(options, batch_size=options.batch_size or earlier_batch(out))
@@ -91,7 +94,7 @@ def dry_run(
         quiet=False,
     )
     writer.finished()  # refuses what `open` would refuse
-    parts = writer.committed(len(shards)) if (Path(out) / RECEIPTS).is_dir() else {}
+    parts = writer.committed(len(shards)) if before else {}
     done = sum(not (options.retry_errors and part.failed) for part in parts.values())
     return DryRun(inputs, count_rows(source, shards), len(shards), done, list(source.notices))
 

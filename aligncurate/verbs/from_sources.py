@@ -19,6 +19,8 @@ from aligncurate.engines import threads
 from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.io import retries, storage
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import count, duration, meter, notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.scoring.run import DeviceRun
@@ -72,7 +74,7 @@ def open_sources(sources: str | Path | Sequence[str | Path], options: SourceOpti
 def make_dataset(
     verb: str,
     source: Source,
-    out: str | Path,
+    out: str | AnyPath,
     encoders: Mapping[str, Encoder],
     options: ScoreOptions,
     recorded_options: Mapping[str, Any],
@@ -149,7 +151,7 @@ def make_dataset(
 def find_finished(
     verb: str,
     source: Source,
-    out: str | Path,
+    out: str | AnyPath,
     recorded_options: Mapping[str, Any],
     source_options: SourceOptions,
     *,
@@ -159,7 +161,8 @@ def find_finished(
 
     Encoders are left to the caller, who may know them without loading them.
     """
-    if not (Path(out) / MANIFEST).is_file() or not read_manifest(Path(out))["complete"]:
+    folder = as_path(out)
+    if not (folder / MANIFEST).is_file() or not read_manifest(folder)["complete"]:
         return None
     dataset = Dataset(out)
     now: dict[str, Any] = {"verb": verb, "options": {**recorded_options, **recorded_source(source_options)}}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import notice
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded
@@ -19,7 +20,7 @@ _WINDOW = 256  # pairs that are read ahead of their writing
 @lists_settings(IngestOptions)
 def ingest(
     sources: str | Path | Sequence[str | Path],
-    out: str | Path,
+    out: str | AnyPath,
     *,
     source: SourceOptions | None = None,
     quiet: bool = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from aligncurate.dataset.joined import JoinedDataset, open_datasets
 from aligncurate.dataset.reader import Dataset
@@ -11,12 +10,13 @@ from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo, read_receipt
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import UserError
+from aligncurate.io.paths import AnyPath
 from aligncurate.verbs.rewrite import check_not_in_place, missing_parts
 
 _THREADS = 8  # they wait for the disk
 
 
-def merge(datasets: Sequence[str | Path], out: str | Path, *, quiet: bool = False) -> Dataset:
+def merge(datasets: Sequence[str | AnyPath], out: str | AnyPath, *, quiet: bool = False) -> Dataset:
     """Make one dataset of several. Images are not read and nothing is scored.
 
     Parts are hard links to those of the inputs, or copies on another disk. Where the inputs have different columns, the
@@ -30,7 +30,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path, *, quiet: bool = Fals
     Raises:
         UserError: the datasets cannot be used as one (see `open_datasets`), or `out` cannot be used.
     """
-    if isinstance(datasets, str | Path) or len(datasets) < 2:
+    if isinstance(datasets, str | AnyPath) or len(datasets) < 2:
         raise UserError("merge needs at least two datasets.")
     joined = open_datasets(datasets)
     assert isinstance(joined, JoinedDataset)

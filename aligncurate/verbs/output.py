@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from aligncurate.dataset.receipt import SCORE_COUNTS
 from aligncurate.dataset.record import OWN_EMBEDDINGS, schema
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.io import storage
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.settings import recorded
@@ -26,7 +26,7 @@ from aligncurate.sources.options import SourceOptions
 def dataset_writer(
     verb: str,
     source: Source,
-    out: str | Path,
+    out: str | AnyPath,
     encoders: Mapping[str, Mapping[str, Any]],
     options: ScoreOptions,
     recorded_options: Mapping[str, Any],

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
@@ -18,6 +17,8 @@ from aligncurate.dataset.record import usable_scores
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import UserError
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath, identity
 from aligncurate.levels import Counts, Floats
 from aligncurate.progress import Meter, meter
 
@@ -30,7 +31,7 @@ _THREADS = _CORES + (_CORES + 1) // 2  # while some wait for the disk to sync th
 
 def rewrite(
     dataset: Dataset,
-    out: str | Path,
+    out: str | AnyPath,
     head: Mapping[str, Any],
     change: Callable[[int, Iterable[pa.Table]], Iterable[pa.Table]],
     *,
@@ -113,9 +114,9 @@ def missing_parts(writer: DatasetWriter, rows: Sequence[int], *, quiet: bool) ->
             yield progress, todo
 
 
-def check_not_in_place(dataset: Dataset, out: str | Path) -> None:
+def check_not_in_place(dataset: Dataset, out: str | AnyPath) -> None:
     """Raises UserError if `out` is a folder of the dataset."""
-    if any(os.path.realpath(out) == os.path.realpath(folder) for folder in dataset.folders):
+    if any(identity(as_path(out)) == identity(folder) for folder in dataset.folders):
         raise UserError(f"{out}: --out is the dataset itself; nothing is changed in place, choose a new folder.")
 
 

@@ -12,6 +12,8 @@ from aligncurate.dataset.manifest import MANIFEST
 from aligncurate.dataset.reader import Dataset
 from aligncurate.encoders.model_choice import TINY
 from aligncurate.errors import UserError
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import notice
 from aligncurate.scoring.options import ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded
@@ -28,7 +30,7 @@ _CPU_BATCH = 32
 @lists_settings(ScoreOptions)
 def score(
     sources: str | Path | Sequence[str | Path],
-    out: str | Path,
+    out: str | AnyPath,
     *,
     source: SourceOptions | None = None,
     quiet: bool = False,
@@ -75,7 +77,7 @@ def score(
     return make_dataset("score", opened, out, encoders, options, recorded(options), source, quiet=quiet)
 
 
-def _find_scored(opened: Source, out: str | Path, options: ScoreOptions, source: SourceOptions) -> Dataset | None:
+def _find_scored(opened: Source, out: str | AnyPath, options: ScoreOptions, source: SourceOptions) -> Dataset | None:
     """The dataset, if an earlier run has finished it; found without loading the encoder."""
     from aligncurate.encoders.load import expected_identity, requested
 
@@ -106,9 +108,9 @@ def default_batch(encoder: Encoder) -> int:
     return encoder.towers.fitting_batch(encoder.preprocess.size or 224, encoder.identity["context_length"])
 
 
-def earlier_batch(out: str | Path) -> int | None:
+def earlier_batch(out: str | AnyPath) -> int | None:
     """The batch size of the run that this one resumes: all parts of a dataset must share it."""
     try:
-        return int(json.loads((Path(out) / MANIFEST).read_text("utf-8"))["options"]["batch_size"])
+        return int(json.loads((as_path(out) / MANIFEST).read_text("utf-8"))["options"]["batch_size"])
     except (OSError, ValueError, KeyError, TypeError):  # no earlier run, or none that can be resumed
         return None

@@ -6,7 +6,6 @@ A uid is 32 hex digits; in an array it is two u8, its first and its last 16 digi
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from tokenize import TokenError
 from typing import Any
 
@@ -16,6 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from aligncurate.errors import UserError
+from aligncurate.io.files import as_path, local_copy
+from aligncurate.io.paths import AnyPath
 
 Uids = NDArray[Any]
 
@@ -58,9 +59,10 @@ class UidList:
     Raises UserError if the file is not there or holds something else.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | AnyPath) -> None:
         try:
-            uids = np.lib.format.open_memmap(path, mode="r")
+            with local_copy(as_path(path)) as file:  # which stays readable when it has been deleted
+                uids = np.lib.format.open_memmap(file, mode="r")
         except FileNotFoundError:
             raise UserError(f"--uids {path}: there is no such file.") from None
         except IsADirectoryError:

@@ -65,7 +65,12 @@ class _Faulty(AbstractFileSystem):
         if "open" not in path:
             raise RuntimeError("connection\nlost.")
 
-    ls = glob = isdir = cat_file = lambda self, path, **_: self._break(path)
+    def cat_file(self, path: str, start: int = 0, end: int | None = None, **_: Any) -> bytes:
+        with self._open(path) as file:
+            file.seek(start)
+            return file.read(None if end is None else end - start)
+
+    ls = glob = isdir = lambda self, path, **_: self._break(path)
 
 
 @pytest.fixture

@@ -38,8 +38,10 @@ def members_by_tarfile(data: bytes) -> list[tuple[str, int, int, str] | str]:
         if tar.offset > member.offset_data and end > len(data):
             return [*found, f"the tar ends in the middle of {name} (of {member.size:,} bytes); copy it again"]
     rest = data[tar.offset :][: 2 * tarfile.RECORDSIZE]
-    if rest[:512] != bytes(512):
-        found.append("the tar has no end marker, so it is damaged or truncated; copy it again")
+    if len(rest) < 512:
+        found.append("the tar has no end marker, so it is truncated; copy it again")
+    elif rest[:512] != bytes(512):
+        found.append(f"the tar is damaged (there is no valid header at byte {tar.offset:,}); copy it again")
     elif any(rest):
         found.append("another tar or other data follows the end of this tar and is not read; split the file")
     return found

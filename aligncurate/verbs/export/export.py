@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.errors import UserError
-from aligncurate.io.files import TEMPORARY, atomic_file, claim, delete_unfinished, read_json, write_json
+from aligncurate.io.files import absolute, as_path, atomic_file, claim, read_json, write_json
+from aligncurate.io.paths import AnyPath
 from aligncurate.progress import meter, notice
 from aligncurate.verbs.export.datacomp import write_datacomp
 from aligncurate.verbs.export.llava import images_in, write_llava
@@ -26,7 +25,7 @@ FAILURES = "failed.jsonl"
 
 def export(
     dataset: Datasets,
-    out: str | Path,
+    out: str | AnyPath,
     *,
     format: Format = "webdataset",
     shard_size: int = 10_000,
@@ -66,7 +65,7 @@ def export(
             "the dataset has no levels, so the annotations get no `similarity`; run `aligncurate bucket` first.",
             quiet=quiet,
         )
-    done = Exported(Path(os.path.abspath(out)), skipped=opened.rows - count_exportable(opened))
+    done = Exported(absolute(as_path(out)), skipped=opened.rows - count_exportable(opened))
     record = {"format": format, "shard_size": shard_size, "per_level": per_level, "dataset": opened.fingerprint()}
     before = _earlier(done.path, record)
     if before.get("complete") and not before["failed"] and _all_there(done.path, before):
@@ -74,8 +73,7 @@ def export(
         done.bytes = before["bytes"]
         return done  # before anything is written: the disk may be read-only
     with ExitStack() as stack:
-        stack.enter_context(claim(done.path, [RECORD]))
-        delete_unfinished(done.path.rglob(f"{TEMPORARY}*"))  # levels and images have folders of their own
+        stack.enter_context(claim(done.path, [RECORD], deep=True))  # levels and images have folders of their own
         if not _earlier(done.path, record):
             write_json(done.path / RECORD, {**record, "complete": False})
         progress = stack.enter_context(meter("export", count_exportable(opened), quiet=quiet))
@@ -111,7 +109,7 @@ def _write_failures(done: Exported) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.failed), "utf-8")
 
 
-def _all_there(folder: Path, record: dict[str, Any]) -> bool:
+def _all_there(folder: AnyPath, record: dict[str, Any]) -> bool:
     """Whether the files of a finished export still exist; of LLaVA's images, as many of the same size together."""
     if "files" not in record or (record["format"] == "llava-json" and record.get("images") != images_in(folder)):
         return False  # an older record does not list them
@@ -119,15 +117,16 @@ def _all_there(folder: Path, record: dict[str, Any]) -> bool:
     return all((folder / file).is_file() for file in [*record["files"], *tables])
 
 
-def _earlier(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _earlier(folder: AnyPath, record: dict[str, Any]) -> dict[str, Any]:
     """What an earlier run recorded of this export; empty if there is none.
 
     Raises UserError if the folder holds a different one.
     """
     file = folder / RECORD
-    if not file.is_file():
+    try:
+        before = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    before = read_json(file)
     different = [key for key, value in record.items() if before.get(key) != value]
     if different:
         hints = [_difference(key, before.get(key), record[key]) for key in different]

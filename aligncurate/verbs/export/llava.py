@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from aligncurate.dataset.pointers import POINTER_COLUMNS, Pointer
 from aligncurate.dataset.reader import Dataset
+from aligncurate.io import storage
 from aligncurate.io.files import TEMPORARY, atomic_file
+from aligncurate.io.paths import AnyPath, names, sizes
 from aligncurate.progress import Meter
 from aligncurate.verbs.export.plan import exportable_rows
 from aligncurate.verbs.export.result import Exported
@@ -23,7 +23,7 @@ _NAME_BYTES = 180  # of the key; most file systems allow names of 255 bytes
 
 def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
     """Write the images and `annotations.json`; rows whose image cannot be read go to `done.failed`."""
-    names: set[str] = set()
+    taken: set[str] = set()
     images: dict[bytes, str] = {}  # sha256 -> path; an image that several rows share is written once
     with atomic_file(done.path / "annotations.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("[")
@@ -37,7 +37,7 @@ def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
                 progress.add(1, 0, 1)
                 continue
             if data is not None:
-                images[row["sha256"]] = _write_image(row, data, done, names, len(images))
+                images[row["sha256"]] = _write_image(row, data, done, taken, len(images))
             name = images[row["sha256"]] if pointer else None
             file.write(",\n" if done.rows else "\n")
             file.write(json.dumps(_annotation(row, name), ensure_ascii=False))
@@ -47,27 +47,26 @@ def write_llava(dataset: Dataset, done: Exported, progress: Meter) -> None:
     done.files.append("annotations.json")
 
 
-def images_in(folder: Path) -> list[int]:
+def images_in(folder: AnyPath) -> list[int]:
     """The number of images in the folder of an export, and the sum of their sizes."""
-    sizes = [
-        entry.stat().st_size
-        for below in sorted((folder / _IMAGES).glob("*"))
-        if below.is_dir()
-        for entry in os.scandir(below)
-        if not entry.name.startswith(TEMPORARY)
+    found = [
+        size
+        for below in names(folder / _IMAGES)
+        for name, size in sizes(folder / _IMAGES / below).items()
+        if not name.startswith(TEMPORARY)
     ]
-    return [len(sizes), sum(sizes)]
+    return [len(found), sum(found)]
 
 
-def _write_image(row: dict[str, Any], data: bytes, done: Exported, names: set[str], number: int) -> str:
+def _write_image(row: dict[str, Any], data: bytes, done: Exported, taken: set[str], number: int) -> str:
     """Write image `number`; return its path relative to the export's folder."""
     folder = f"{_IMAGES}/{number // _PER_FOLDER:05d}"
     stem = safe_name(row["key"]).replace("/", "_").encode()[:_NAME_BYTES].decode(errors="ignore")
-    name = f"{free_name(f'{folder}/{stem}', names)}.{image_ending(row, data)}"
+    name = f"{free_name(f'{folder}/{stem}', taken)}.{image_ending(row, data)}"
     path = done.path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     # An interrupted run may have given this name to another image, if one that it could not read came before.
-    if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
+    if not (path.is_file() and storage.size(str(path)) == len(data) and path.read_bytes() == data):
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
     done.bytes += len(data)

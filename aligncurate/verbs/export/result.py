@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from aligncurate.io.paths import AnyPath
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Exported:
         nothing_new: an earlier run had finished this export, and nothing was written again.
     """
 
-    path: Path
+    path: AnyPath
     rows: int = 0
     skipped: int = 0
     failed: list[dict[str, str]] = field(default_factory=list)

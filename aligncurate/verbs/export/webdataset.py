@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,8 +18,10 @@ from aligncurate.dataset.pointers import POINTER_COLUMNS, read_images
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING
 from aligncurate.engines import processes, threads
+from aligncurate.io import storage
 from aligncurate.io.files import atomic_file
 from aligncurate.io.parquet import page_buffer
+from aligncurate.io.paths import AnyPath
 from aligncurate.io.tar import Buffer, TarWriter
 from aligncurate.progress import Meter
 from aligncurate.verbs.export.plan import Tar, group_batches, is_exportable, plan_tars, without_views
@@ -67,7 +68,7 @@ class _TarJob:
     """Writes one tar of an export, unless an earlier run has; picklable, as worker processes need it."""
 
     dataset: Dataset
-    target: Path
+    target: AnyPath
     per_level: bool
 
     def __call__(self, tar: Tar, check: Callable[[], None] = lambda: None) -> _Written:
@@ -85,9 +86,10 @@ _Written = tuple[Tar, int, int, list[dict[str, str]], bool]
 """A tar, its number of rows, the bytes of its images, the rows whose image could not be read, whether it was there."""
 
 
-def _note(beside: Path) -> dict[str, Any]:
+def _note(beside: AnyPath) -> dict[str, Any]:
     """Rows, image bytes and failed rows of a tar, from the Parquet file beside it."""
-    metadata = pq.read_metadata(beside)
+    with storage.open_for_arrow(str(beside)) as file:
+        metadata = pq.read_metadata(file)
     return {"rows": metadata.num_rows, **json.loads(metadata.metadata[b"aligncurate.export"])}
 
 
@@ -117,7 +119,7 @@ def _matching(table: pa.Table, tar: Tar, per_level: bool) -> pa.ChunkedArray:
     return pc.and_(exported, pc.is_null(level) if tar.level is None else pc.equal(level, tar.level))
 
 
-def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: Path, check: Callable[[], None]) -> None:
+def _write_tar(dataset: Dataset, tar: Tar, per_level: bool, target: AnyPath, check: Callable[[], None]) -> None:
     schema = without_views(pa.schema([f for f in dataset.schema if f.name != "image"]))
     written: list[pa.RecordBatch] = []
     failed: list[dict[str, str]] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from aligncurate.dataset.part import open_part
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.writer import DatasetWriter
+from aligncurate.io.paths import AnyPath
 from aligncurate.scoring.rows import ROWS_PER_GROUP, ROWS_PER_GROUP_WITH_IMAGES
 from aligncurate.verbs.filter.masks import Mask, Selection
 from aligncurate.verbs.rewrite import Watch, check_not_in_place, write_parts
@@ -31,7 +31,13 @@ Piece = tuple[int, int, int]
 
 
 def write_compact(
-    dataset: Dataset, out: str | Path, head: Mapping[str, Any], selection: Selection, rows_per_part: int, *, quiet: bool
+    dataset: Dataset,
+    out: str | AnyPath,
+    head: Mapping[str, Any],
+    selection: Selection,
+    rows_per_part: int,
+    *,
+    quiet: bool,
 ) -> Dataset:
     """Write the selected rows, in order, into parts of `rows_per_part` rows; the last part has the rest.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
+from aligncurate.io import storage
+from aligncurate.io.paths import AnyPath
 from aligncurate.settings import lists_settings, make, recorded
 from aligncurate.verbs.filter.compact import write_compact
 from aligncurate.verbs.filter.options import FilterOptions
@@ -19,7 +20,7 @@ from aligncurate.verbs.rewrite import rewrite
 
 
 @lists_settings(FilterOptions)
-def filter(dataset: Datasets, out: str | Path, *, quiet: bool = False, **settings: Any) -> Dataset:
+def filter(dataset: Datasets, out: str | AnyPath, *, quiet: bool = False, **settings: Any) -> Dataset:
     """Keep some rows of a dataset.
 
     Args:
@@ -36,8 +37,9 @@ def filter(dataset: Datasets, out: str | Path, *, quiet: bool = False, **setting
     selection = select(opened, options, quiet=quiet)
     record = recorded(options) | {"seed": options.seed if options.sample is not None else None}
     if options.uids is not None:  # by its content, so that a resumed run has the same
-        with Path(options.uids).open("rb") as file:
-            record["uids"] = f"{Path(options.uids).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+        with storage.open_file(options.uids) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        record["uids"] = f"{storage.basename(options.uids)} (sha256 {digest})"
     head = opened.derived("filter", record)
     if options.rows_per_part is not None:
         return write_compact(opened, out, head, selection, options.rows_per_part, quiet=quiet)

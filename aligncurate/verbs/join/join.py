@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,9 @@ import pyarrow as pa
 from aligncurate.dataset.joined import Datasets, open_datasets
 from aligncurate.dataset.reader import Dataset
 from aligncurate.errors import UserError
+from aligncurate.io import storage
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath
 from aligncurate.settings import lists_settings, make, recorded
 from aligncurate.verbs.join.options import JoinOptions
 from aligncurate.verbs.join.table import Table
@@ -42,7 +44,9 @@ class Joined:
 
 
 @lists_settings(JoinOptions)
-def join(dataset: Datasets, table: str | Path, out: str | Path, *, quiet: bool = False, **settings: Any) -> Joined:
+def join(
+    dataset: Datasets, table: str | AnyPath, out: str | AnyPath, *, quiet: bool = False, **settings: Any
+) -> Joined:
     """Add columns of another table to a dataset. Rows without a match stay, with nulls in these columns.
 
     The table's chosen columns are held in memory, with 24 bytes more for each of its rows; the dataset is read part by
@@ -61,9 +65,10 @@ def join(dataset: Datasets, table: str | Path, out: str | Path, *, quiet: bool =
     options = make(JoinOptions, settings)
     opened = open_datasets(dataset)
     _check_column(opened, options.on)
-    added = Table(Path(table), options, taken=opened.schema.names)
-    with Path(table).open("rb") as file:
-        record = {"table": {"name": Path(table).name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}}
+    table = as_path(table)
+    added = Table(table, options, taken=opened.schema.names)
+    with storage.open_file(str(table)) as file:
+        record = {"table": {"name": table.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}}  # type: ignore[arg-type]
     columns = (
         [options.on] if options.on in opened.schema.names else [n for n in UID_COLUMNS if n in opened.schema.names]
     )

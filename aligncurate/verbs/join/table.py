@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from aligncurate.dataset.record import COLUMNS, EXTRA, OWN_EMBEDDINGS
 from aligncurate.errors import UserError
-from aligncurate.io.files import check_name
+from aligncurate.io.files import local_copy
 from aligncurate.io.parquet import open_parquet
+from aligncurate.io.paths import AnyPath
 from aligncurate.sources.arrow_types import storable
 from aligncurate.verbs.join.options import JoinOptions
 
@@ -32,11 +33,13 @@ class Table:
     Raises UserError if the file cannot be read, or lacks a column, or has a column that is `taken` already.
     """
 
-    def __init__(self, path: Path, options: JoinOptions, *, taken: Sequence[str]) -> None:
+    def __init__(self, path: AnyPath, options: JoinOptions, *, taken: Sequence[str]) -> None:
+        _check_file(path)
         try:
-            frame, wanted = _read(path, options, taken)
-            whole = frame.select(pl.col(options.on).cast(pl.String).alias("on"), pl.struct(wanted).alias("rows"))
-            collected = whole.filter(pl.col("on").is_not_null()).collect()
+            with local_copy(path) as file:
+                frame, wanted = _read(path, file, options, taken)
+                whole = frame.select(pl.col(options.on).cast(pl.String).alias("on"), pl.struct(wanted).alias("rows"))
+                collected = whole.filter(pl.col("on").is_not_null()).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise UserError(f"{path}: cannot be read as a table ({str(error).strip().splitlines()[0]}).") from None
         wide = pl.selectors.by_dtype(pl.Int128, pl.UInt128)  # integers beyond 64 bits, which Arrow does not have
@@ -90,17 +93,19 @@ def _hashes(values: pl.Series) -> NDArray[np.uint64]:
     return values.hash().to_numpy()
 
 
-def _read(path: Path, options: JoinOptions, taken: Sequence[str]) -> tuple[pl.LazyFrame, list[str]]:
-    """The table, and its columns to add."""
-    check_name(str(path))
+def _check_file(path: AnyPath) -> None:
     if not path.exists():
         raise UserError(f"{path}: there is no such file.")
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; give a Parquet, CSV or TSV file.")
-    with path.open("rb") as file:
-        first = file.readline(_HEADER)
+
+
+def _read(path: AnyPath, file: Path, options: JoinOptions, taken: Sequence[str]) -> tuple[pl.LazyFrame, list[str]]:
+    """The table in `file`, a local copy of `path`, and its columns to add."""
+    with file.open("rb") as opened:
+        first = opened.readline(_HEADER)
     if first.startswith(b"PAR1"):  # read by Arrow: of a damaged file, polars prints a panic
-        with open_parquet(str(path)) as parquet:
+        with open_parquet(str(file)) as parquet:
             wanted = _columns(path, parquet.schema_arrow.names, options, taken)
             table = parquet.read([options.on, *wanted])
             table.validate(full=True)
@@ -110,11 +115,11 @@ def _read(path: Path, options: JoinOptions, taken: Sequence[str]) -> tuple[pl.La
     separator = max("\t,;|", key=lambda sign: first.count(sign.encode()))
     # All rows decide on the types; what is looked up stays text, since 007 is not 7.
     overrides = {options.on: pl.String}
-    frame = pl.scan_csv(path, separator=separator, glob=False, infer_schema_length=None, schema_overrides=overrides)
+    frame = pl.scan_csv(file, separator=separator, glob=False, infer_schema_length=None, schema_overrides=overrides)
     return frame, _columns(path, frame.collect_schema().names(), options, taken)
 
 
-def _columns(path: Path, names: Sequence[str], options: JoinOptions, taken: Sequence[str]) -> list[str]:
+def _columns(path: AnyPath, names: Sequence[str], options: JoinOptions, taken: Sequence[str]) -> list[str]:
     """The columns to add."""
     for name in (options.on, *(options.columns or ())):
         if name not in names:

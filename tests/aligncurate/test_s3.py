@@ -1,0 +1,135 @@
+"""Every verb from and to an S3 server: the same bytes as on a local disk, after any fault."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import aligncurate
+from tests.support.inputs import cli, complaint, pairs, write_tar
+from tests.support.s3 import S3, serving
+from tests.support.s3_sweep import fill, sweep
+
+OUT = "s3://bucket/"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    with serving() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(server: S3) -> S3:
+    server.begin()
+    return server
+
+
+def local_files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", pairs(4, 4 * number))
+    return tmp_path / "*.tar"
+
+
+def test_scores_are_the_same_bytes_as_on_a_local_disk_and_a_rerun_has_nothing_to_do(s3, tars, tmp_path) -> None:
+    command = ("score", tars, "--model", "tiny", "--out")
+    assert cli(*command, tmp_path / "out").exit_code == 0
+    assert cli(*command, OUT + "scored").exit_code == 0
+    assert s3.files("scored/") == local_files(tmp_path / "out")
+    before = s3.files("scored/")
+    again = cli(*command, OUT + "scored")
+    assert "nothing to do: 3 parts in s3://bucket/scored" in again.stdout
+    assert s3.files("scored/") == before
+
+
+def test_every_verb_reads_and_writes_there(s3, tars, tmp_path) -> None:
+    """Each command runs on local folders and on the server; the outputs differ only in where their inputs are."""
+    table = tmp_path / "more.csv"
+    table.write_text("key,stars\ns1,3\ns5,4\n")
+    aligncurate.score(tars, tmp_path / "scored", model="tiny", quiet=True)
+    aligncurate.score(tars, OUT + "v/scored", model="tiny", quiet=True)
+    s3.put("v/more.csv", table.read_bytes())
+    commands = [
+        "bucket @scored --levels 3 --out @levelled",
+        "bucket @scored --thresholds @levelled --out @frozen",
+        "filter @levelled --levels 2-3 --out @best",
+        "filter @levelled --sample 5 --rows-per-part 3 --out @compact",
+        "merge @best @compact --out @merged",
+        "join @levelled @more.csv --out @joined",
+        "merge @joined @levelled --out @widened",
+        "ingest @levelled --out @ingested",
+        "export @levelled --out @tars --shard-size 5",
+        "export @levelled --per-level --out @by-level",
+        "export @levelled --format llava-json --out @llava",
+        "export @levelled --format datacomp-uids --out @uids",
+        "filter @levelled --uids @uids/uids.npy --out @listed",
+    ]
+    for command in commands:
+        out = re.findall("--out @([a-z-]+)", command)[0]
+        for root in (f"{tmp_path}/", OUT + "v/"):
+            result = cli(*command.replace("@", root).split())
+            assert result.exit_code == 0, (command, result.output)
+        here, there = local_files(tmp_path / out), s3.files(f"v/{out}/")
+        assert here.keys() == there.keys(), out
+        for name in here:  # where the inputs are is in the manifest, and in the receipts where parts are the shards
+            if name in ("manifest.json", "export.json") or (out == "ingested" and ".receipts" in name):
+                assert json.loads(here[name]).keys() == json.loads(there[name]).keys()
+            else:
+                assert here[name] == there[name], (out, name)
+    for command in (["inspect", OUT + "v/levelled"], ["inspect", OUT + "v/best", OUT + "v/levelled", "--json"]):
+        assert cli(*command).exit_code == 0
+
+
+def test_a_killed_run_goes_on_where_it_was(s3, tars, tmp_path) -> None:
+    cli("ingest", tars, "--out", tmp_path / "out")
+    right = local_files(tmp_path / "out")
+    assert cli("ingest", tars, "--out", OUT + "killed").exit_code == 0
+    put_requests = [n for n, request in enumerate(s3.requests) if request.startswith("PUT")]
+    for number in put_requests[::4]:
+        out = f"killed-{number}"
+        s3.begin(dict.fromkeys(range(number, 10000), 403))
+        assert cli("ingest", tars, "--out", OUT + out).exit_code != 0
+        s3.begin()
+        result = cli("ingest", tars, "--out", OUT + out)
+        assert result.exit_code == 0, result.output
+        assert s3.files(out + "/") == right
+
+
+def test_scores_and_levels_are_read_from_there_for_training(s3, tars, tmp_path) -> None:
+    from aligncurate.sources.detect import open_source
+
+    aligncurate.ingest(tars, OUT + "train", quiet=True)
+    source = open_source(OUT + "train")
+    rows = [pair for shard in source.shards for pair in source.read(shard)]
+    assert [row.key for row in rows] == [f"s{n}" for n in range(12)]
+
+
+def test_another_folder_is_refused_as_on_a_disk(s3, tars) -> None:
+    s3.put("other/notes.txt", b"mine")
+    found = complaint(cli("ingest", tars, "--out", OUT + "other"))
+    assert found == "s3://bucket/other: the output folder holds other files (notes.txt); choose a new folder."
+    found = complaint(cli("ingest", tars, "--out", OUT + "other/notes.txt"))
+    assert found == "s3://bucket/other/notes.txt: --out must be a folder, but this is a file."
+    found = complaint(cli("inspect", OUT + "nothing"))
+    assert found.startswith("s3://bucket/nothing: not a dataset: no such folder; give")
+
+
+@pytest.mark.parametrize(("fault", "every"), [(503, 9), ("reset", 17), ("lost", 17), ("short", 17), ("wrong", 17)])
+def test_a_fault_at_a_request_changes_nothing(s3, fault, every) -> None:
+    """All faults at every request: `python -m tests.support.s3_sweep`."""
+    fill(s3)
+    assert sweep(s3, fault, every=every)["at once"]
+
+
+def test_a_fault_that_stays_gives_a_sentence_and_a_rerun_goes_on(s3) -> None:
+    fill(s3)
+    assert sweep(s3, 503, every=19, steady=True)["by a rerun"]
