@@ -28,6 +28,9 @@ THRESHOLDS = "thresholds.json"
 IMAGE_ROOT = "image_root"
 """The one option that a run with --retry-errors may correct."""
 
+SEAL = "sha256"
+"""The field with the digest of all others, for `aligncurate verify`."""
+
 _SHARED = ("schema_version", "verb", "options", "encoder", "encoders", "thresholds", "columns")
 _WRITING = ("pyarrow", "polars")
 
@@ -57,6 +60,12 @@ def options_digest(head: Mapping[str, Any]) -> str:
     shared = {name: head.get(name) for name in _SHARED}
     shared["options"] = {k: v for k, v in head["options"].items() if k != IMAGE_ROOT}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """Digest of everything else in a manifest."""
+    others = {name: value for name, value in manifest.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def arrow_schema(manifest: Mapping[str, Any]) -> pa.Schema | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate.dataset.receipt import PartInfo, Receipt, part_name, receipt_name
+from aligncurate.dataset.receipt import DATA, PartInfo, Receipt, part_name, receipt_name
 from aligncurate.dataset.record import COLUMNS, is_stored_as
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, sync, write_json
@@ -63,7 +64,13 @@ def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) 
     except PARQUET_ERRORS as error:
         if not is_damage(error):
             raise UserError(f"{file}: the part cannot be read ({getattr(error, 'strerror', error)}).") from None
-        raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
+        raise UserError(f"{file}: the part is damaged ({first_line(error)}); {_mend(file)}.") from None
+
+
+def _mend(file: Path) -> str:
+    """What to do about a damaged part."""
+    folder = file.parent.parent if file.parent.name == DATA else file.parent  # earlier versions wrote parts on top
+    return f"mend it with `aligncurate verify {shlex.quote(str(folder))} --repair`"
 
 
 def _check_columns(file: Path, schema: pa.Schema) -> None:
@@ -72,11 +79,11 @@ def _check_columns(file: Path, schema: pa.Schema) -> None:
         found = schema.field(name).type if schema.names.count(name) == 1 else None
         if found is None and (name != "image" or name in schema.names):
             problem = "has column {} twice" if name in schema.names else "has no column {}"
-            raise UserError(f"{file}: the part {problem.format(name)}; make the dataset again.")
+            raise UserError(f"{file}: the part {problem.format(name)}; {_mend(file)}.")
         if found is not None and pa.types.is_null(found) and name != "status":
             continue  # a column without any value
         if found is not None and not is_stored_as(found, kind):
-            raise UserError(f"{file}: column {name} is {found}, not {kind}; make the dataset again.")
+            raise UserError(f"{file}: column {name} is {found}, not {kind}; {_mend(file)}.")
 
 
 class PartWriter:
@@ -154,6 +161,12 @@ def commit(folder: Path, index: int, temporary: Path, receipt: Receipt) -> None:
     temporary.replace(part)
     if replaces:
         sync(part.parent)
+    write_receipt(folder, index, receipt)
+
+
+def write_receipt(folder: Path, index: int, receipt: Receipt) -> None:
+    """Write the receipt of part `index`; it may not be on disk yet."""
+    paper = folder / receipt_name(index)
     temporary = folder / f"{TEMPORARY}{paper.name}"
     write_json(paper, receipt.to_json(), temporary=temporary, durable=False, one_line=True)
 

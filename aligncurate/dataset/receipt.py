@@ -22,6 +22,9 @@ RECEIPTS = ".receipts"
 
 SCORE_COUNTS = "score_counts"
 
+UNKNOWN_SHARD = {"unknown": True}
+"""The shard in a receipt that `verify --repair` wrote for an intact part; the run after it fills in the right one."""
+
 _PART_NAME = re.compile(r"(data/)?part-\d{5,19}\.parquet")  # earlier versions wrote parts on top
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KNOWN = ("name", "rows", "ok", "failed", "bytes", "sha256", "statuses")

@@ -24,18 +24,21 @@ from aligncurate.dataset.differences import differences, has_grown, with_correct
 from aligncurate.dataset.manifest import (
     IMAGE_ROOT,
     MANIFEST,
+    SEAL,
     THRESHOLDS,
     arrow_schema,
     manifest_head,
     options_digest,
     read_manifest,
+    seal,
 )
-from aligncurate.dataset.part import PartWriter, commit
+from aligncurate.dataset.part import PartWriter, commit, write_receipt
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import (
     DATA,
     RECEIPTS,
     SCORE_COUNTS,
+    UNKNOWN_SHARD,
     PartInfo,
     Receipt,
     part_name,
@@ -115,7 +118,7 @@ class DatasetWriter:
         Raises:
             UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
-        with claim(self.path, [MANIFEST]):
+        with claim(self.path, [MANIFEST, RECEIPTS]):  # a lost manifest is written again over the parts that are there
             if self.has_begun:
                 self.__dict__.pop("_before", None)  # another run may have ended since it was read
                 self._check()
@@ -178,6 +181,9 @@ class DatasetWriter:
 
     def _committed(self, index: int) -> PartInfo | None:
         receipt = self._receipt(index)
+        if receipt is not None and receipt.shard == UNKNOWN_SHARD:
+            receipt = replace(receipt, shard=self._shard(index))
+            write_receipt(self.path, index, receipt)
         if receipt is None or receipt.shard != self._shard(index):
             return None
         return receipt.part.without_counts()
@@ -273,6 +279,7 @@ class DatasetWriter:
     def _write_manifest(self, *, complete: bool, parts: Sequence[PartInfo], **facts: Any) -> None:
         file = self.path / MANIFEST
         manifest = {**self.head, "complete": complete, **facts, "parts": [p.to_json() for p in parts]}
+        manifest[SEAL] = seal(manifest)
         # Datasets made from this one know it by the checksum of the file, so what says the same keeps its bytes.
         if not file.is_file() or read_json(file) != json.loads(json.dumps(manifest)):
             write_json(file, manifest)

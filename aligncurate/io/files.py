@@ -52,7 +52,7 @@ def refuse_remote(folder: Path) -> Path:
 def check_free(folder: Path, own: Collection[str]) -> None:
     """Raises UserError, as `claim` would, for an output folder that cannot be used; writes nothing."""
     _check_folder(folder)
-    if folder.exists() and not any((folder / name).is_file() for name in own):
+    if folder.exists() and not any((folder / name).exists() for name in own):
         names = sorted(path.name for path in folder.iterdir())
         others = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
         if others:
@@ -71,7 +71,7 @@ def claim(folder: Path, own: Collection[str]) -> Iterator[None]:
 
     Args:
         folder: the output folder.
-        own: record files such as `manifest.json`; a folder that holds one of them may be written to again.
+        own: records such as `manifest.json`; a folder that holds one of them may be written to again.
 
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.

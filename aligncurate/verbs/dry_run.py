@@ -71,7 +71,7 @@ def dry_run(
         sizes = [file.get("bytes") for file in files]
         total = None if None in sizes else sum(sizes)
         inputs.append(Input(line["kind"], [file["uri"] for file in files], total))
-    check_free(Path(os.path.abspath(out)), [MANIFEST])
+    check_free(Path(os.path.abspath(out)), [MANIFEST, RECEIPTS])
     before = read_manifest(Path(out)) if (Path(out) / MANIFEST).is_file() else {}
     if isinstance(options, ScoreOptions):
         verb, scoring, encoders = "score", options, _encoders(options, before)
