@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate.dataset.receipt import DATA, PartInfo, Receipt, part_name, receipt_name
+from aligncurate.dataset.receipt import DATA, PartInfo, Receipt, mend, part_name, receipt_name
 from aligncurate.dataset.record import COLUMNS, is_stored_as
 from aligncurate.errors import UserError
 from aligncurate.io.files import TEMPORARY, sync, write_json
@@ -64,13 +63,12 @@ def open_part(file: Path, encoded: Sequence[str] = (), *, buffer_size: int = 0) 
     except PARQUET_ERRORS as error:
         if not is_damage(error):
             raise UserError(f"{file}: the part cannot be read ({getattr(error, 'strerror', error)}).") from None
-        raise UserError(f"{file}: the part is damaged ({first_line(error)}); {_mend(file)}.") from None
+        raise UserError(f"{file}: the part is damaged ({first_line(error)}); {mend(_folder(file))}.") from None
 
 
-def _mend(file: Path) -> str:
-    """What to do about a damaged part."""
-    folder = file.parent.parent if file.parent.name == DATA else file.parent  # earlier versions wrote parts on top
-    return f"mend it with `aligncurate verify {shlex.quote(str(folder))} --repair`"
+def _folder(part: Path) -> Path:
+    """The dataset's folder; earlier versions wrote parts on top."""
+    return part.parent.parent if part.parent.name == DATA else part.parent
 
 
 def _check_columns(file: Path, schema: pa.Schema) -> None:
@@ -79,11 +77,11 @@ def _check_columns(file: Path, schema: pa.Schema) -> None:
         found = schema.field(name).type if schema.names.count(name) == 1 else None
         if found is None and (name != "image" or name in schema.names):
             problem = "has column {} twice" if name in schema.names else "has no column {}"
-            raise UserError(f"{file}: the part {problem.format(name)}; {_mend(file)}.")
+            raise UserError(f"{file}: the part {problem.format(name)}; {mend(_folder(file))}.")
         if found is not None and pa.types.is_null(found) and name != "status":
             continue  # a column without any value
         if found is not None and not is_stored_as(found, kind):
-            raise UserError(f"{file}: column {name} is {found}, not {kind}; {_mend(file)}.")
+            raise UserError(f"{file}: column {name} is {found}, not {kind}; {mend(_folder(file))}.")
 
 
 class PartWriter:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aligncurate.dataset.manifest import (
+    LOST,
     MANIFEST,
     SEAL,
     THRESHOLDS,
@@ -32,9 +33,6 @@ from aligncurate.levels import Counts, Thresholds
 from aligncurate.progress import meter
 from aligncurate.verbs.verify.parts import PartCheck, Record, check_part
 from aligncurate.verbs.verify.result import BadImage, Damage, Mend
-
-LOST = "delete it and run the command that made the dataset again, which keeps the finished parts"
-"""What mends a manifest whose command is not known from it."""
 
 _NUMBER = re.compile(r"part-(\d{5,19})\.(?:parquet|json)")
 

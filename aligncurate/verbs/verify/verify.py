@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from aligncurate.dataset.manifest import MANIFEST
+from aligncurate.dataset.manifest import LOST, MANIFEST
 from aligncurate.errors import RunError, UserError
 from aligncurate.progress import notice
 from aligncurate.sources.curated import CuratedSource
-from aligncurate.verbs.verify.check import LOST, Checked, check_dataset
+from aligncurate.verbs.verify.check import Checked, check_dataset
 from aligncurate.verbs.verify.repair import repair_parts, write_thresholds
 from aligncurate.verbs.verify.rerun import rerun_of
 from aligncurate.verbs.verify.result import VerifyResult

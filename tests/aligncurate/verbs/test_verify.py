@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import aligncurate
+from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import cli, complaint, jpeg, write_tar
 
 PARTS, ROWS = 3, 6
@@ -483,3 +484,49 @@ def test_the_command_line(made: Path, tmp_path: Path) -> None:
     assert found.endswith(f"; mend it with `aligncurate verify '{folder}' --repair`.") and "part-00001" in found
     for arguments in ([tmp_path], [tmp_path / "no"], [folder, "--workers", 0], [folder, "--input", "x"]):
         assert complaint(cli("verify", *arguments)).endswith(".")
+
+
+def photos(folder: Path) -> Path:
+    for number in range(4):
+        place = folder / "photos" / ("a", "b")[number % 2] / "c"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(jpeg(number))
+        (place / f"{number}.txt").write_text(f"photo {number}")
+    return folder / "photos"
+
+
+def table(folder: Path) -> Path:
+    photos(folder)
+    rows = [f"{('a', 'b')[n % 2]}/c/{n}.jpg;photo {n}" for n in range(4)]
+    (folder / "rows.csv").write_text("\n".join(["picture;words", *rows]), "utf-16")
+    return folder / "rows.csv"
+
+
+RUNS: list[tuple[Callable[[Path], Any], dict[str, Any], dict[str, Any]]] = [
+    (photos, {}, {"embed_images": True, "embeddings": "fp16", "model": "tiny"}),
+    (
+        table,
+        {"image_root": "photos", "encoding": "utf-16", "separator": ";", "image_column": "picture",
+         "caption_column": "words", "rows_per_shard": 3},
+        {"decode": "fast", "batch_size": 2, "limit": 4, "model": "tiny"},
+    ),
+    (lambda folder: [photos(folder) / "a", folder / "photos/b"], {}, {"model": "tiny,mini-clip"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "source", "options"), RUNS, ids=["photos", "table", "several"])
+def test_every_option_of_a_run_is_used_again(
+    tmp_path: Path, mini: dict[str, Path], monkeypatch: pytest.MonkeyPatch, inputs: Any, source: Any, options: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "mini-clip" in options["model"]:
+        options = options | {"model_config": mini["model_config"], "pretrained": f",{mini['pretrained']}"}
+    out = tmp_path / "out"
+    aligncurate.score(inputs(tmp_path), out, source=SourceOptions(**source), **options, quiet=True)
+    before = contents(out)
+    last = max((out / "data").iterdir())
+    last.write_bytes(last.read_bytes()[:-9])
+    monkeypatch.chdir("/")
+    repaired = aligncurate.verify(out, repair=True, inputs=[mini["pretrained"]], quiet=True)
+    assert repaired.whole, repaired.notes
+    assert contents(out) == before
