@@ -226,6 +226,7 @@ class DatasetWriter:
             shutil.copyfile(file, temporary)
         sync(temporary)
         commit(self.path, index, temporary, Receipt(replace(info, name=name), self._shard(index), self._digest))
+        temporary.unlink(missing_ok=True)  # a link that replaces a link to the same file stays
 
     def reopen(self) -> None:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
