@@ -39,8 +39,10 @@ class Job:
 def main(words: list[str]) -> None:
     """Run a command in this process, which ends with its exit code."""
     from aligncurate.cli.app import main as run
+    from aligncurate.scoring import run as runs
 
     sys.argv = words
+    runs._MANY_ROWS = 0  # type: ignore[misc]  # --workers gives worker processes, however few rows there are
     run()
 
 
@@ -75,6 +77,7 @@ def jobs(folder: Path) -> list[Job]:
     return [
         Job("ingest", ["ingest", at("tars"), "--embed-images"]),
         Job("score", ["score", at("tars"), "--model", "tiny", "--batch-size", "8"]),
+        Job("score by workers", ["score", at("tars"), "--model", "tiny", "--batch-size", "8", "--workers", "2"]),
         Job("bucket", ["bucket", at("score"), "--levels", "4"]),
         Job("filter", ["filter", at("bucket"), "--where", "score < 2"]),
         Job("compact", ["filter", at("bucket"), "--sample", "100", "--rows-per-part", "15"]),
