@@ -1,7 +1,8 @@
 # Two commands on a fresh machine with Python 3.11 or newer and make:
 #   make demo   sets everything up and runs the whole job on built-in data, offline once installed
 #   make test   sets everything up with the test tools and checks everything
-# and make test-long, about an hour: damages thousands of inputs at random; its results are in tests/fuzz/results.json
+# and make test-long, about an hour and a half: damages thousands of inputs at random, and kills runs of every verb; its
+# results are in tests/fuzz/results.json and tests/kills/results.json
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +19,7 @@ test: lint
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m tests.fuzz --cases 10000 --save
+	$(BIN)/python -m tests.kills --kills 100 --save
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aligncurate.verbs.join.join import join
     from aligncurate.verbs.merge import merge
     from aligncurate.verbs.score import score
+    from aligncurate.verbs.verify.verify import verify
 
 # Importing torch and open_clip takes seconds; `import aligncurate` must not, so names load on first use.
 _HOMES = {
@@ -43,6 +44,7 @@ _HOMES = {
     "open_dataset": "dataset.reader",
     "open_source": "sources.detect",
     "score": "verbs.score",
+    "verify": "verbs.verify.verify",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "open_dataset",
     "open_source",
     "score",
+    "verify",
 ]
 
 

@@ -204,6 +204,44 @@ def export(
 
 
 @app.command()
+def verify(
+    datasets: DatasetFolders,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every image and compare it with its sha256.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make damaged parts again, with the command that made the dataset.")
+    ] = False,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="For --repair: weights, a joined table or a list of uids that the dataset was made with; its manifest "
+            "knows only their name and sha256. May be repeated.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Parts that are checked at once.", show_default="one per core")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that datasets are what was written: every part against its receipt, the manifest and the thresholds.
+
+    Exit code 0: whole; 1: damaged, each damaged file on a line.
+    """
+    from aligncurate.cli.verified import render_verified
+    from aligncurate.verbs.verify.verify import verify as run
+
+    result = run(datasets, deep=deep, repair=repair, inputs=inputs or (), workers=workers, quiet=quiet or as_json)
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    elif not (quiet and result.whole):
+        make_console().print(render_verified(result, repaired=repair), soft_wrap=True)
+    if not result.whole:
+        raise typer.Exit(1)
+
+
+@app.command()
 def models() -> None:
     """List the encoders that --model accepts, with input size, embedding width and weights."""
     from aligncurate.cli.render import render_models

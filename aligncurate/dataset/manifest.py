@@ -28,6 +28,12 @@ THRESHOLDS = "thresholds.json"
 IMAGE_ROOT = "image_root"
 """The one option that a run with --retry-errors may correct."""
 
+LOST = "delete it and run the command that made the dataset again, which keeps the finished parts"
+"""What to do about a damaged manifest, for the end of a sentence: it cannot say how it is made again."""
+
+SEAL = "sha256"
+"""The field with the digest of all others, for `aligncurate verify`."""
+
 _SHARED = ("schema_version", "verb", "options", "encoder", "encoders", "thresholds", "columns")
 _WRITING = ("pyarrow", "polars")
 
@@ -59,6 +65,12 @@ def options_digest(head: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
+def seal(manifest: Mapping[str, Any]) -> str:
+    """Digest of everything else in a manifest."""
+    others = {name: value for name, value in manifest.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
 def arrow_schema(manifest: Mapping[str, Any]) -> pa.Schema | None:
     """The schema of the parts; None if an earlier version wrote the manifest. Raises ValueError if it is damaged."""
     text = manifest.get("arrow_schema")
@@ -78,7 +90,10 @@ def read_manifest(folder: AnyPath) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     file = folder / MANIFEST
-    manifest = read_json(file)
+    try:
+        manifest = read_json(file)
+    except UserError as error:
+        raise UserError(f"{str(error).rpartition(';')[0]}; {LOST}.") from None
     found = manifest.get("schema_version")
     if found not in READABLE:
         raise UserError(
@@ -90,7 +105,7 @@ def read_manifest(folder: AnyPath) -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, pa.ArrowException) as error:
-        raise UserError(f"{file}: damaged ({error}); restore it, or delete its folder and run again.") from None
+        raise UserError(f"{file}: damaged ({error}); {LOST}.") from None
     return manifest
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from aligncurate.dataset.receipt import PartInfo, Receipt, part_name, receipt_name
+from aligncurate.dataset.receipt import DATA, PartInfo, Receipt, mend, part_name, receipt_name
 from aligncurate.dataset.record import COLUMNS, is_stored_as
 from aligncurate.errors import UserError
 from aligncurate.io import storage
@@ -68,7 +68,12 @@ def open_part(file: AnyPath, encoded: Sequence[str] = (), *, buffer_size: int = 
     except PARQUET_ERRORS as error:
         if not is_damage(error):
             raise UserError(f"{file}: the part cannot be read ({getattr(error, 'strerror', error)}).") from None
-        raise UserError(f"{file}: the part is damaged ({first_line(error)}); make the dataset again.") from None
+        raise UserError(f"{file}: the part is damaged ({first_line(error)}); {mend(_folder(file))}.") from None
+
+
+def _folder(part: AnyPath) -> AnyPath:
+    """The dataset's folder; earlier versions wrote parts on top."""
+    return part.parent.parent if part.parent.name == DATA else part.parent
 
 
 def _check_columns(file: AnyPath, schema: pa.Schema) -> None:
@@ -77,11 +82,11 @@ def _check_columns(file: AnyPath, schema: pa.Schema) -> None:
         found = schema.field(name).type if schema.names.count(name) == 1 else None
         if found is None and (name != "image" or name in schema.names):
             problem = "has column {} twice" if name in schema.names else "has no column {}"
-            raise UserError(f"{file}: the part {problem.format(name)}; make the dataset again.")
+            raise UserError(f"{file}: the part {problem.format(name)}; {mend(_folder(file))}.")
         if found is not None and pa.types.is_null(found) and name != "status":
             continue  # a column without any value
         if found is not None and not is_stored_as(found, kind):
-            raise UserError(f"{file}: column {name} is {found}, not {kind}; make the dataset again.")
+            raise UserError(f"{file}: column {name} is {found}, not {kind}; {mend(_folder(file))}.")
 
 
 class PartWriter:
@@ -161,7 +166,12 @@ def commit(folder: AnyPath, index: int, temporary: Path, receipt: Receipt) -> No
     publish(temporary, part, durable=False)
     if replaces:
         sync(part.parent)
-    write_json(paper, receipt.to_json(), folder=folder, durable=False, one_line=True)
+    write_receipt(folder, index, receipt)
+
+
+def write_receipt(folder: AnyPath, index: int, receipt: Receipt) -> None:
+    """Write the receipt of part `index`; it may not be on disk yet."""
+    write_json(folder / receipt_name(index), receipt.to_json(), folder=folder, durable=False, one_line=True)
 
 
 def _bytes_of(file: AnyPath) -> bytes | None:

@@ -47,6 +47,10 @@ _HELD = 128 << 20  # bytes of Parquet row groups kept for images still to be rea
 _AT_ONCE = 128 << 20  # bytes of images in a row group that is read at once; a larger one is read batch by batch
 
 
+class ChangedImageError(OSError):
+    """The bytes are there, but are not those that the row was made from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pointer:
     """Where the original bytes of a row's image are.
@@ -84,6 +88,14 @@ class Pointer:
     def end(self) -> int:
         """Where the bytes end in the tar."""
         return self.offset + self.length
+
+    @property
+    def file(self) -> str:
+        """The file that holds the bytes: the image's own, or `source`; empty if they are embedded in the row."""
+        if self.image is not None:
+            return ""
+        own = self.offset < 0 and (storage.is_remote(self.path) or self.path.startswith("/"))
+        return self.path if own else self.source
 
     def read(self, *, needs_sha256: bool = True) -> bytes:
         """The image's original bytes.
@@ -126,7 +138,7 @@ class Pointer:
     def check(self, data: bytes | memoryview) -> None:
         """Raises OSError unless `data` has the pointer's sha256, if that is known."""
         if self.sha256 is not None and hashlib.sha256(data).digest() != self.sha256:
-            raise OSError(f"{self.source}: the image {self.path} is not the one that was scored")
+            raise ChangedImageError(f"{self.source}: the image {self.path} is not the one that was scored")
 
 
 def _fault(row: Mapping[str, Any]) -> str | None:

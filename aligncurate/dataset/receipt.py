@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -21,6 +22,9 @@ RECEIPTS = ".receipts"
 """Hidden, because Hugging Face `datasets` would read it as data."""
 
 SCORE_COUNTS = "score_counts"
+
+UNKNOWN_SHARD = {"unknown": True}
+"""The shard in a receipt that `verify --repair` wrote for an intact part; the run after it fills in the right one."""
 
 _PART_NAME = re.compile(r"(data/)?part-\d{5,19}\.parquet")  # earlier versions wrote parts on top
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,6 +118,11 @@ def receipt_name(index: int) -> str:
     return f"{RECEIPTS}/part-{index:05d}.json"
 
 
+def mend(folder: AnyPath) -> str:
+    """What to do about a damaged file of the dataset in `folder`, for the end of a sentence."""
+    return f"mend it with `aligncurate verify {shlex.quote(str(folder))} --repair`"
+
+
 def read_receipt(folder: AnyPath, index: int) -> Receipt | None:
     """The receipt of part `index`; None if there is none, or an empty one. Raises UserError when it is damaged."""
     file = folder / receipt_name(index)
@@ -125,10 +134,10 @@ def read_receipt(folder: AnyPath, index: int) -> Receipt | None:
         return None
     try:
         receipt = Receipt.from_json(parse_json(data, file))
-    except UserError:
-        raise
+    except UserError as error:  # no JSON object
+        raise UserError(f"{str(error).rpartition(';')[0]}; {mend(folder)}.") from None
     except ValueError as error:
-        raise UserError(f"{file}: damaged ({error}); delete it and run again.") from None
+        raise UserError(f"{file}: damaged ({error}); {mend(folder)}.") from None
     if receipt.part.name != part_name(index):
-        raise UserError(f"{file}: damaged (it names {receipt.part.name}); delete it and run again.")
+        raise UserError(f"{file}: damaged (it names {receipt.part.name}); {mend(folder)}.")
     return receipt

@@ -21,18 +21,21 @@ from aligncurate.dataset.differences import differences, has_grown, with_correct
 from aligncurate.dataset.manifest import (
     IMAGE_ROOT,
     MANIFEST,
+    SEAL,
     THRESHOLDS,
     arrow_schema,
     manifest_head,
     options_digest,
     read_manifest,
+    seal,
 )
-from aligncurate.dataset.part import PartWriter, commit
+from aligncurate.dataset.part import PartWriter, commit, write_receipt
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import (
     DATA,
     RECEIPTS,
     SCORE_COUNTS,
+    UNKNOWN_SHARD,
     PartInfo,
     Receipt,
     part_name,
@@ -114,7 +117,8 @@ class DatasetWriter:
         Raises:
             UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
-        with claim(self.path, [MANIFEST]):
+        # A lost manifest is written again over the parts that are there.
+        with claim(self.path, [MANIFEST, RECEIPTS]):
             self._before = self._read_manifest()  # again: another run may have ended since
             if self._before is not None:
                 self._check(self._before)
@@ -176,6 +180,9 @@ class DatasetWriter:
 
     def _committed(self, index: int, there: Mapping[str, int]) -> PartInfo | None:
         receipt = self._receipt(index, there)
+        if receipt is not None and receipt.shard == UNKNOWN_SHARD:
+            receipt = replace(receipt, shard=self._shard(index))
+            write_receipt(self.path, index, receipt)
         if receipt is None or receipt.shard != self._shard(index):
             return None
         return receipt.part.without_counts()
@@ -282,6 +289,7 @@ class DatasetWriter:
     def _write_manifest(self, *, complete: bool, parts: Sequence[PartInfo], **facts: Any) -> None:
         file = self.path / MANIFEST
         manifest = {**self.head, "complete": complete, **facts, "parts": [p.to_json() for p in parts]}
+        manifest[SEAL] = seal(manifest)
         # Datasets made from this one know it by the checksum of the file, so what says the same keeps its bytes.
         try:
             unchanged = read_json(file) == json.loads(json.dumps(manifest))

@@ -87,7 +87,7 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Itera
 
     Args:
         folder: the output folder.
-        own: record files such as `manifest.json`; a folder that holds one of them may be written to again.
+        own: records such as `manifest.json`; a folder that holds one of them may be written to again.
         deep: delete also those in the folders inside, which otherwise may belong to other runs.
 
     Raises:

@@ -102,7 +102,7 @@ class ImageFolderSource(SampleSource):
             size = sum((pin or {}).get("bytes") or 0 for pin in found.values())
             digest = sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
             files.append({"uri": folder, "bytes": size, "pins_sha256": digest})
-        return [{"kind": self.kind, "files": files}]
+        return [{"kind": self.kind, "root": self._root, "files": files}]
 
     def samples(self, shard: Shard, contents: Contents) -> Iterator[tuple[Sample, Mapping[str, Any]]]:
         rows = {} if contents == "nothing" else rows_beside(shard.uri)

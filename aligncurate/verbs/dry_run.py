@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aligncurate.dataset.manifest import MANIFEST, arrow_schema, read_manifest
+from aligncurate.dataset.receipt import RECEIPTS
 from aligncurate.dataset.record import IMAGE_EMBEDDING
 from aligncurate.encoders.device import find_device, scoring_environment
 from aligncurate.encoders.load import expected_identity, requested
@@ -74,7 +75,7 @@ def dry_run(
         total = None if None in sizes else sum(sizes)
         inputs.append(Input(line["kind"], [file["uri"] for file in files], total))
     folder = as_path(out)
-    check_free(folder, [MANIFEST])
+    check_free(folder, [MANIFEST, RECEIPTS])
     before = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     if isinstance(options, ScoreOptions):
         verb, scoring, encoders = "score", options, _encoders(options, before)

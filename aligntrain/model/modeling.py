@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -361,8 +362,14 @@ class AlignGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):  # typ
         return suppress_placeholders(generator, (self.config.image_token_id, self.config.align_token_id))
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; also writes the model's code, and a model card if there is none yet."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """As in transformers; also writes the model's code, and a model card if there is none yet.
+
+        Raises OSError if the weights cannot be written, as on a full disk.
+        """
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"{save_directory}: the model cannot be written ({error})") from None
         if kwargs.get("is_main_process", True):
             write_code(Path(save_directory))
             write_card(Path(save_directory), self.config)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import subprocess
 import sys
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -191,3 +193,27 @@ def test_a_dead_worker_process_ends_a_command_with_one_sentence(tmp_path, monkey
     monkeypatch.setattr(exporting, "export", blunder)
     with pytest.raises(AssertionError, match="a traceback instead of a sentence"):
         cli("export", tmp_path / "in", "--out", tmp_path / "out")
+
+
+SMALL_DISK = """
+import resource, signal, sys
+from aligncurate import export
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    export(sys.argv[1], sys.argv[2], format="datacomp-uids", quiet=True)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize("size", [300, 500, 1_000])
+def test_a_uid_list_that_does_not_fit_on_the_disk_is_an_error(tmp_path, size) -> None:
+    write_tar(tmp_path / "a.tar", pairs(80))
+    aligncurate.ingest(tmp_path / "a.tar", tmp_path / "in", quiet=True)
+    command = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "in"), str(tmp_path / "out"), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "File too large\n", done.stderr
+    assert not (tmp_path / "out/uids.npy").exists()
+    assert aligncurate.export(tmp_path / "in", tmp_path / "out", format="datacomp-uids", quiet=True).rows == 80
+    assert len(np.load(tmp_path / "out/uids.npy")) == 80

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +27,7 @@ def write_datacomp(dataset: Dataset, done: Exported, progress: Meter) -> None:
             progress.add(len(found[-1]), len(found[-1]), 0)
     uids = np.sort(np.concatenate(found))
     with atomic_file(done.path / "uids.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, uids)
+        # Given a real file, numpy writes past Python and does not notice a disk that is full at the end.
+        np.save(SimpleNamespace(write=file.write), uids)
     done.rows, done.skipped = len(uids), dataset.rows - len(uids)
     done.files.append("uids.npy")

@@ -132,9 +132,8 @@ def test_a_damaged_part_is_named(tmp_path) -> None:
         dataset.read(1)
     run = aligncurate.ingest(dataset.path, tmp_path / "again", quiet=True)
     assert run.rows == 2 and len(run.failures) == 1
-    assert re.fullmatch(
-        r"\S+/part-00001.parquet: the part is damaged \(.*\); make the dataset again", run.failures[0].error
-    )
+    mend = f"mend it with `aligncurate verify {re.escape(str(dataset.path))} --repair`"
+    assert re.fullmatch(rf"\S+/part-00001.parquet: the part is damaged \(.*\); {mend}", run.failures[0].error)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 nothing PAR1", b"PAR1" + bytes(range(64)) + b"\x20\0\0\0PAR1"])

@@ -65,7 +65,7 @@ def earlier_version(dataset: aligncurate.Dataset, target: Path) -> Path:
         del part["failed"]
         shutil.copy(file, target / file.name)
     manifest |= {"schema_version": 1, "versions": manifest.pop("written_with")}
-    for name in ("arrow_schema", "computed_with"):
+    for name in ("arrow_schema", "computed_with", "sha256"):
         manifest.pop(name, None)
     if manifest["encoder"]:
         manifest["encoder"]["device"] = "cpu"

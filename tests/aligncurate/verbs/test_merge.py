@@ -101,3 +101,12 @@ def test_a_dataset_that_is_added_to_the_inputs_becomes_further_parts(scored, tmp
     assert grown.dataset.manifest == fresh.manifest
     with pytest.raises(UserError, match="has been removed"):
         run([b], tmp_path / "out", **options, quiet=True)
+
+
+def test_a_part_that_a_killed_run_linked_leaves_no_temporary_file(scored, tmp_path) -> None:  # noqa: F811
+    folders = [scored["a"], scored["b"]]
+    merged = merge(folders, tmp_path / "out", quiet=True).path
+    (merged / ".receipts/part-00001.json").unlink()  # the run was killed before it wrote it
+    (merged / "data/part-00000.parquet").unlink()  # so that there is something to do
+    merge(folders, merged, quiet=True)
+    assert not list(merged.rglob(".tmp-*"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -72,3 +73,20 @@ def test_generation_settings_that_transformers_would_not_save(folder: Path, tmp_
     train(pretraining(start, captions(tmp_path / "c.tar", 8), tmp_path / "out"))
     saved = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (saved.temperature, saved.top_p) == (0.9, 0.6)
+
+
+def test_a_model_that_does_not_fit_on_the_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, no model that looks complete, and a rerun that writes it."""
+    start = {"llm": str(folder / "llm"), "vision": str(folder / "vision")}
+    config = pretraining(start, captions(tmp_path / "c.tar", 8), tmp_path / "out")
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match=r"the model cannot be written \(.*No space left on device\)"):
+        train(config)
+    assert not (tmp_path / "out/config.json").exists()
+    monkeypatch.undo()
+    train(config)
+    assert (tmp_path / "out/model.safetensors").is_file()

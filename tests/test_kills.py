@@ -1,0 +1,13 @@
+"""A few kills of a few verbs; `python -m tests.kills` runs many of all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_killed_verbs_end_in_the_same_bytes() -> None:
+    command = [sys.executable, "-m", "tests.kills", "--kills", "6", "--jobs", "score", "filter", "export"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
