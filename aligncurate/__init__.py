@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from aligncurate.verbs.bucket import bucket
     from aligncurate.verbs.export.export import export
     from aligncurate.verbs.filter.filter import filter
+    from aligncurate.verbs.finish import finish
     from aligncurate.verbs.ingest import ingest
     from aligncurate.verbs.inspect.inspect import inspect
     from aligncurate.verbs.join.join import join
@@ -37,6 +38,7 @@ _HOMES = {
     "bucket": "verbs.bucket",
     "export": "verbs.export.export",
     "filter": "verbs.filter.filter",
+    "finish": "verbs.finish",
     "ingest": "verbs.ingest",
     "inspect": "verbs.inspect.inspect",
     "join": "verbs.join.join",
@@ -53,6 +55,7 @@ __all__ = [
     "bucket",
     "export",
     "filter",
+    "finish",
     "ingest",
     "inspect",
     "join",

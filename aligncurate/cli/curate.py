@@ -23,7 +23,7 @@ from aligncurate.cli.options import (
 from aligncurate.encoders.model_choice import DEFAULT_MODEL
 from aligncurate.errors import ShardError
 from aligncurate.io.paths import AnyPath
-from aligncurate.progress import make_console, notice, safe_text
+from aligncurate.progress import count, make_console, notice, safe_text
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types, make
 from aligncurate.sources.options import SourceOptions
@@ -239,6 +239,17 @@ def verify(
         make_console().print(render_verified(result, repaired=repair), soft_wrap=True)
     if not result.whole:
         raise typer.Exit(1)
+
+
+@app.command()
+def finish(dataset: Annotated[str, typer.Argument(help="Folder of the dataset.", show_default=False)]) -> None:
+    """Finish a dataset that several runs made with --partition: writes its manifest once all parts are there."""
+    from aligncurate.verbs.finish import finish as run
+
+    finished = run(dataset)
+    console = make_console()
+    console.print(f"{safe_text(dataset)}: {count(len(finished.parts), 'part')}, {count(finished.rows, 'row')}")
+    _print_next(f"aligncurate inspect {shlex.quote(dataset)}")
 
 
 @app.command()

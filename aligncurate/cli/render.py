@@ -169,6 +169,13 @@ def render_run(done: str, result: ScoreResult, out: AnyPath) -> RenderableType:
         lines.append(_stage_times(result.times))
     if result.dataset is not None:
         lines += _outcome(result.dataset, out, whole=whole)
+    elif result.missing:
+        lines.append(
+            Text(
+                f"{count(result.missing, 'part')} of other partitions missing; the run that makes the last"
+                " one finishes the dataset"
+            )
+        )
     return Group(*lines)
 
 

@@ -31,6 +31,9 @@ IMAGE_ROOT = "image_root"
 LOST = "delete it and run the command that made the dataset again, which keeps the finished parts"
 """What to do about a damaged manifest, for the end of a sentence: it cannot say how it is made again."""
 
+SHARDS = "shards"
+"""How many parts an unfinished dataset will have."""
+
 SEAL = "sha256"
 """The field with the digest of all others, for `aligncurate verify`."""
 

@@ -22,6 +22,7 @@ from aligncurate.dataset.manifest import (
     IMAGE_ROOT,
     MANIFEST,
     SEAL,
+    SHARDS,
     THRESHOLDS,
     arrow_schema,
     manifest_head,
@@ -111,19 +112,19 @@ class DatasetWriter:
         return dataset if dataset.is_whole() and not to_retry else None
 
     @contextmanager
-    def open(self) -> Iterator[Self]:
-        """Claim the folder for this run and check that the parts in it were made with the same options.
+    def open(self, *, shared: bool = False) -> Iterator[Self]:
+        """Claim the folder for this run, or for several, and check that its parts were made with the same options.
 
         Raises:
             UserError: the folder is in use, holds other files, or parts made from other inputs or options.
         """
         # A lost manifest is written again over the parts that are there.
-        with claim(self.path, [MANIFEST, RECEIPTS]):
+        with claim(self.path, [MANIFEST, RECEIPTS], shared=shared):
             self._before = self._read_manifest()  # again: another run may have ended since
             if self._before is not None:
                 self._check(self._before)
             else:
-                self._write_manifest(complete=False, parts=[])
+                self._write_manifest(complete=False, parts=[], **self._shard_count())
             for name in (DATA, RECEIPTS):
                 (self.path / name).mkdir(exist_ok=True)
             yield self
@@ -235,7 +236,16 @@ class DatasetWriter:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""
         # With the earlier image root: until every part is done, a rerun must see that it has changed.
         options = (self._before or self.head)["options"]
-        self._write_manifest(complete=False, parts=[], options=options)
+        self._write_manifest(complete=False, parts=[], options=options, **self._shard_count())
+
+    def _shard_count(self) -> dict[str, int]:
+        """For `finish` of a run that many processes share: how many parts there will be."""
+        return {SHARDS: len(self._shards)} if self._shards else {}
+
+    def has_all(self, count: int) -> bool:
+        """Whether every one of `count` parts has a receipt."""
+        found = set(names(self.path / RECEIPTS))
+        return all(PurePosixPath(receipt_name(index)).name in found for index in range(count))
 
     def finish(self, count: int, **facts: Any) -> Dataset:
         """Write the final manifest of `count` parts from their receipts, and open the dataset.

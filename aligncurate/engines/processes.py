@@ -35,7 +35,10 @@ Memories = Sequence[SharedMemory]
 _TRIES = 3  # for a shard whose worker dies
 _STOP_SECONDS = 1.0  # that workers have to clean up after a run was stopped
 _EXIT_SECONDS = 5  # that a process has to end after it closed its pipe
-_START = "import sys; sys.path[:] = {path!r}; from aligncurate.engines.processes import serve; serve({descriptors})"
+_START = """import sys
+sys.path[:] = {path!r}
+from aligncurate.engines.processes import serve
+serve({number}, {descriptors})"""
 
 
 def run(
@@ -63,7 +66,7 @@ def run(
         answer: called with what a worker asks and its memories, in one thread per worker.
         finish: after Ctrl-C, whether the shards in hand are waited for.
     """
-    processes = [_Worker(memories, heard, answer) for _ in range(workers)]
+    processes = [_Worker(number, memories, heard, answer) for number in range(workers)]
     free: SimpleQueue[_Worker] = SimpleQueue()
     for worker in processes:
         free.put(worker)
@@ -111,8 +114,13 @@ class _Worker:
     """The parent's side of a process that calls one function."""
 
     def __init__(
-        self, memories: int, heard: Callable[[Any], None], answer: Callable[[Any, Memories], Future[Any]] | None
+        self,
+        number: int,
+        memories: int,
+        heard: Callable[[Any], None],
+        answer: Callable[[Any, Memories], Future[Any]] | None,
     ) -> None:
+        self._number = number
         self._memories = [SharedMemory() for _ in range(memories)]
         self._heard, self._answer = heard, answer
         self._sending = Lock()
@@ -121,7 +129,7 @@ class _Worker:
     def start(self) -> None:
         """Start the process, or a new one in place of one that died."""
         descriptors = [memory.descriptor for memory in self._memories]
-        command = [sys.executable, "-c", _START.format(path=sys.path, descriptors=descriptors)]
+        command = [sys.executable, "-c", _START.format(path=sys.path, number=self._number, descriptors=descriptors)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -202,9 +210,10 @@ class _Worker:
 
 
 class Parent:
-    """A worker's side of the connection to its parent."""
+    """A worker's side of the connection to its parent; `number` is that of the worker, from 0."""
 
-    def __init__(self, answers: BinaryIO, memories: Memories) -> None:
+    def __init__(self, answers: BinaryIO, number: int, memories: Memories) -> None:
+        self.number = number
         self.memories = memories
         self._to = answers
         self._sending = Lock()
@@ -249,11 +258,11 @@ def parent() -> Parent:
     return _parent
 
 
-def serve(descriptors: Sequence[int]) -> None:
+def serve(number: int, descriptors: Sequence[int]) -> None:
     """A worker's main loop: receives a function, then shards, and sends what the function returns or raises."""
     global _parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    _parent = Parent(os.fdopen(os.dup(1), "wb"), [SharedMemory(descriptor) for descriptor in descriptors])
+    _parent = Parent(os.fdopen(os.dup(1), "wb"), number, [SharedMemory(descriptor) for descriptor in descriptors])
     os.dup2(2, 1)  # what a library prints must not end up among the answers
     stopped = Event()
     received: SimpleQueue[Any] = SimpleQueue()

@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory, mkstemp
 from typing import Any
 
@@ -27,6 +28,8 @@ _PIECE = 1 << 23  # bytes copied at a time
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # some network file systems
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\de]+,\n\s*)*[-+.\de]+)\n\s*\]")  # strings have no line breaks
+_PROCESS = token_hex(4)
+
 warned_no_locks = False  # one notice per process is enough
 
 
@@ -80,7 +83,7 @@ def _check_folder(folder: AnyPath) -> None:
 
 
 @contextmanager
-def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Iterator[None]:
+def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False, shared: bool = False) -> Iterator[None]:
     """Take `folder`, created if needed, for this run; delete the temporary files of a killed run.
 
     A local folder is locked. A remote one is not: two runs of one command write the same bytes.
@@ -89,6 +92,7 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Itera
         folder: the output folder.
         own: records such as `manifest.json`; a folder that holds one of them may be written to again.
         deep: delete also those in the folders inside, which otherwise may belong to other runs.
+        shared: with other runs that share it, whose temporary files are left alone.
 
     Raises:
         UserError: the path is a file, another run holds the folder, or it holds other files and none of `own`.
@@ -99,8 +103,11 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Itera
         return
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder):
+    with lock(folder, shared=shared):
         check_free(folder, own)
+        if shared:
+            yield
+            return
         for file in folder.rglob(f"{TEMPORARY}*") if deep else folder.glob(f"{TEMPORARY}*"):
             if not file.is_dir():
                 file.unlink(missing_ok=True)
@@ -108,8 +115,8 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False) -> Itera
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Lock `folder` for one run; the kernel releases the lock even if the run is killed.
+def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Lock `folder` for one run, or for all that share it; the kernel releases the lock even if a run is killed.
 
     On a file system without locks, a notice asks the user to start only one run.
 
@@ -121,7 +128,7 @@ def lock(folder: Path) -> Iterator[None]:
         with path.open("w") as file:
             locked = True
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{folder}: another run is writing to this folder; wait for it to end.") from None
             except OSError as error:
@@ -135,7 +142,10 @@ def lock(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # others share it: the last one deletes it
+                    if shared and locked:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink(missing_ok=True)
             return
 
 
@@ -161,10 +171,10 @@ def unfinished(path: AnyPath, folder: AnyPath | None = None) -> Path:
     """Where the bytes of `path` are gathered until `publish` makes them visible at once.
 
     A local file is gathered on the same file system, beside `path` or in `folder`; a remote one in the system's
-    temporary folder.
+    temporary folder. No other process uses its name, which matters where machines share a folder.
     """
     if not isinstance(path, RemotePath):
-        return (folder if isinstance(folder, Path) else path.parent) / f"{TEMPORARY}{path.name}"
+        return (folder if isinstance(folder, Path) else path.parent) / f"{TEMPORARY}{_PROCESS}-{path.name}"
     descriptor, name = mkstemp(prefix="aligncurate-", suffix=path.suffix)
     os.close(descriptor)
     return Path(name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from aligncurate.encoders.device import Precision
+from aligncurate.errors import UserError
 from aligncurate.images.formats import DecodeMode
 from aligncurate.settings import check, setting
 
@@ -23,9 +25,33 @@ class IngestOptions:
     embed_images: bool = setting("Copy the image bytes into the dataset.", False)
     limit: int | None = setting("Process at most N pairs.", None, at_least=1, shown="all")
     retry_errors: bool = setting("Process the failed rows of an earlier run again.", False, recorded=False)
+    partition: str | None = setting(
+        "I/N: only every N-th shard, beginning with the I-th (from 1); N such runs may share --out.",
+        None,
+        shown="all",
+        recorded=False,
+    )
+    allow_missing: int | None = setting(
+        "Finish without up to N shards that cannot be read; each becomes one row.",
+        None,
+        at_least=0,
+        shown="none",
+        recorded=False,
+    )
 
     def __post_init__(self) -> None:
         check(self)
+        self.part_of  # noqa: B018, raises
+
+    @property
+    def part_of(self) -> tuple[int, int]:
+        """Which shards: those whose number from 0, modulo the second, is the first. Raises UserError."""
+        if self.partition is None:
+            return 0, 1
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.partition)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"--partition {self.partition}: use I/N with I from 1 to N, such as 1/8.")
+        return int(match[1]) - 1, int(match[2])
 
     @property
     def worker_count(self) -> int:
@@ -55,6 +81,12 @@ class ScoreOptions(IngestOptions):
         "open_clip JSON config for a model of your own, named like the file. May be repeated.", None, recorded=False
     )
     device: str = setting("auto, cpu, cuda or cuda:0.", "auto", recorded=False)
+    devices: str | None = setting(
+        "Several GPUs of this machine, each in a process of its own: all, or numbers such as 0,1.",
+        None,
+        shown="only --device",
+        recorded=False,
+    )
     mixed_devices: bool = setting(
         "Resume a run that began on another kind of device; its scores differ in the last digits.",
         False,
@@ -80,4 +112,4 @@ class ScoreOptions(IngestOptions):
     def __post_init__(self) -> None:
         if isinstance(self.model_config, str) or hasattr(self.model_config, "__fspath__"):
             object.__setattr__(self, "model_config", (self.model_config,))
-        check(self)
+        super().__post_init__()

@@ -169,6 +169,10 @@ class DeviceRun:
                 return None
         return rows if shard.limit is None else min(rows, shard.limit)
 
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds by stage since the last call."""
+        return self._clock.take()
+
     def times(self, shards: int) -> StageTimes:
         """How long the stages took, for a run over so many shards."""
         crew = self._crew

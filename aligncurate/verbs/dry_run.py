@@ -80,9 +80,9 @@ def dry_run(
     if isinstance(options, ScoreOptions):
         verb, scoring, encoders = "score", options, _encoders(options, before)
         options = replace(options, batch_size=options.batch_size or earlier_batch(out))
-        environment = scoring_environment(find_device(options.device)) if before else None
+        environments = [scoring_environment(find_device(options.device))] if before else []
     else:
-        verb, scoring, encoders, environment = "ingest", ScoreOptions(**vars(options)), {}, None
+        verb, scoring, encoders, environments = "ingest", ScoreOptions(**vars(options)), {}, []
     writer, shards, _ = dataset_writer(
         verb,
         source,
@@ -90,7 +90,7 @@ def dry_run(
         encoders,
         replace(scoring, embed_images=scoring.embed_images or source.inline),
         recorded(options) | recorded_source(source_options),
-        environment=environment,
+        environments=environments,
         width=_width(before) if scoring.embeddings != "none" else 0,
         quiet=False,
     )

@@ -14,7 +14,8 @@ from aligncurate import __version__
 from aligncurate.dataset.manifest import MANIFEST, SCHEMA_VERSION, read_manifest
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.receipt import SCORE_COUNTS
-from aligncurate.encoders.device import scoring_environment
+from aligncurate.dataset.record import Pair, Status, to_table
+from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.engines import threads
 from aligncurate.errors import ShardError
 from aligncurate.images.decode import no_decoder_warnings
@@ -28,6 +29,7 @@ from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.sources.base import Shard, Source
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.devices import DevicesRun, environments
 from aligncurate.verbs.output import dataset_writer, recorded_source
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class ScoreResult:
         resumed: number of parts that earlier runs committed.
         failures: shards that could not be read.
         times: how long each stage of this run took.
+        missing: parts that the runs of other partitions have to make.
     """
 
     dataset: Dataset | None
@@ -62,6 +65,7 @@ class ScoreResult:
     resumed: int
     failures: list[Failure]
     times: StageTimes
+    missing: int = 0
 
 
 def open_sources(sources: str | Path | Sequence[str | Path], options: SourceOptions) -> Source:
@@ -75,11 +79,12 @@ def make_dataset(
     verb: str,
     source: Source,
     out: str | AnyPath,
-    encoders: Mapping[str, Encoder],
+    encoders: dict[str, Encoder],
     options: ScoreOptions,
     recorded_options: Mapping[str, Any],
     source_options: SourceOptions,
     *,
+    devices: Sequence[str] = (),
     quiet: bool,
 ) -> ScoreResult:
     """Make the parts of a dataset that an earlier run has not committed, then its manifest.
@@ -92,6 +97,7 @@ def make_dataset(
         options: with `batch_size` set.
         recorded_options: what the manifest records of them.
         source_options: how `source` is read.
+        devices: score on these, in processes of their own; by default with `encoders`, in this one.
         quiet: no progress and notices.
 
     Raises UserError if the folder holds something else.
@@ -109,7 +115,7 @@ def make_dataset(
         {column: encoder.identity for column, encoder in encoders.items()},
         options,
         {**recorded_options, **recorded_source(source_options)},
-        environment=scoring_environment(first.device) if first else None,
+        environments=environments(devices or [str(first.device)], mixed=options.mixed_devices) if first else [],
         width=_embedding_width(first) if first and options.embeddings != "none" else 0,
         quiet=quiet,
     )
@@ -117,35 +123,53 @@ def make_dataset(
         return nothing_to_do(finished)
     with ExitStack() as stack:
         stack.enter_context(no_decoder_warnings())
-        stack.enter_context(writer.open())
+        stack.enter_context(writer.open(shared=options.partition is not None))
         parts = writer.committed(len(shards))
         if options.retry_errors:
             parts = {index: part for index, part in parts.items() if not part.failed}
-        todo = [shard for shard in shards if shard.index not in parts]
+        own, of = options.part_of
+        todo = [shard for shard in shards if shard.index not in parts and shard.index % of == own]
         if todo:
             writer.reopen()
         if writer.left_out:
             what = f"{', '.join(writer.left_out)}: the dataset has no such column"
             notice(f"{what}, so it is left out; `aligncurate join` can add it.", quiet=quiet)
-        progress = stack.enter_context(meter(verb, count_rows(source, shards), quiet=quiet))
-        progress.skip(sum(part.rows for part in parts.values()))
-        run = DeviceRun(source, writer, encoders, options, progress)
+        mine = [shard for shard in shards if shard.index % of == own]
+        progress = stack.enter_context(meter(verb, count_rows(source, mine), quiet=quiet))
+        progress.skip(sum(part.rows for index, part in parts.items() if index % of == own))
+        run: DeviceRun | DevicesRun
+        if devices:
+            first = None
+            encoders.clear()  # frees the device: they are loaded again, in a process for each
+            run = DevicesRun(source, writer, options, progress, devices)
+        else:
+            run = DeviceRun(source, writer, encoders, options, progress)
         stack.push(lambda kind, *_: run.close(wait=kind is not KeyboardInterrupt))
-        failures = []
+        failures, failed = [], []
         saved = progress.skipped
         try:
             for outcome in run.parts(todo, partial(_finish, run, quiet)):
                 if outcome.result is None:
+                    failed.append(outcome)
                     failures.append(Failure(str(outcome.shard), str(outcome.error)))
                 else:
                     saved += outcome.result.rows
         except KeyboardInterrupt:
             share = f"{saved:,} of {progress.total:,}" if progress.total is not None else f"{saved:,}"
             raise KeyboardInterrupt(f"{share} pairs saved in {out}; rerun the same command to resume") from None
-        dataset = None if failures else writer.finish(len(shards), **{SCORE_COUNTS: counts})
+        if failures and len(failures) <= (options.allow_missing or 0):
+            for outcome in failed:
+                _write_missing(writer, outcome.shard, str(outcome.error))
+            left = f"{count(len(failures), 'shard')} could not be read"
+            notice(f"{left}: a row of status read_error stands for each; --retry-errors tries again.", quiet=quiet)
+            failures = []
+        whole = not failures and (of == 1 or writer.has_all(len(shards)))
+        dataset = writer.finish(len(shards), **{SCORE_COUNTS: counts}) if whole else None
         for text in source.remarks:
             notice(text, quiet=quiet)
-        return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, run.times(len(todo)))
+        missing = 0 if dataset else len(shards) - len(writer.committed(len(shards))) - len(failures)
+        times = run.times(len(todo))
+        return ScoreResult(dataset, progress.done, progress.seconds, len(parts), failures, times, missing)
 
 
 def find_finished(
@@ -174,7 +198,15 @@ def find_finished(
     return None if retry_errors and any(part.failed for part in dataset.parts) else dataset
 
 
-def _finish(run: DeviceRun, quiet: bool, running: Sequence[Shard]) -> bool:
+def _write_missing(writer: DatasetWriter, shard: Shard, cause: str) -> None:
+    """Commit a part of one row for a shard that cannot be read."""
+    pair = Pair(str(shard), shard.uri)
+    pair.fail(Status.READ_ERROR, cause)
+    with writer.part(shard.index) as part:
+        part.write(to_table([pair], part.schema))
+
+
+def _finish(run: DeviceRun | DevicesRun, quiet: bool, running: Sequence[Shard]) -> bool:
     """Whether shards in hand are worth finishing after Ctrl-C; says so."""
     seconds = run.seconds_left(running)
     if seconds is None or seconds > threads.GRACE:

@@ -31,7 +31,7 @@ def dataset_writer(
     options: ScoreOptions,
     recorded_options: Mapping[str, Any],
     *,
-    environment: Mapping[str, Any] | None,
+    environments: Sequence[Mapping[str, Any]],
     width: int,
     quiet: bool,
 ) -> tuple[DatasetWriter, list[Shard], dict[str, Any]]:
@@ -41,7 +41,7 @@ def dataset_writer(
         verb, source, out, options: as for `make_dataset`.
         encoders: their identities, by the column for their scores.
         recorded_options: what the manifest records of all options.
-        environment: where scores are computed.
+        environments: where scores are computed; none for `ingest`.
         width: of the embeddings that are stored; 0 for none.
         quiet: no notices.
     """
@@ -55,8 +55,8 @@ def dataset_writer(
     }
     kept, counts = _provenance(verb, head["inputs"], quiet=quiet)
     head |= kept
-    if environment:
-        head["computed_with"] = [environment]
+    if environments:
+        head["computed_with"] = list(environments)
     if len(encoders) > 1:
         head["encoders"] = dict(encoders)
     score_columns = {column: pa.float32() for column in list(encoders)[1:]}

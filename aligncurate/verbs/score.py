@@ -19,6 +19,7 @@ from aligncurate.scoring.options import ScoreOptions
 from aligncurate.settings import lists_settings, make, recorded
 from aligncurate.sources.base import Source
 from aligncurate.sources.options import SourceOptions
+from aligncurate.verbs.devices import device_names
 from aligncurate.verbs.from_sources import ScoreResult, find_finished, make_dataset, nothing_to_do, open_sources
 
 if TYPE_CHECKING:
@@ -60,11 +61,12 @@ def score(
         )
     if finished := _find_scored(opened, out, options, source):
         return nothing_to_do(finished)
+    devices = device_names(options.devices) if options.devices is not None else []
     encoders = load_all(
         options.model,
         options.pretrained,
         options.model_config or (),
-        options.device,
+        devices[0] if devices else options.device,
         options.precision,
         compiled=options.compiled,
         quiet=quiet,
@@ -74,7 +76,10 @@ def score(
     for encoder in encoders.values():
         encoder.towers.batch = batch
     options = replace(options, batch_size=batch)
-    return make_dataset("score", opened, out, encoders, options, recorded(options), source, quiet=quiet)
+    several = devices if len(devices) > 1 else []
+    return make_dataset(
+        "score", opened, out, encoders, options, recorded(options), source, devices=several, quiet=quiet
+    )
 
 
 def _find_scored(opened: Source, out: str | AnyPath, options: ScoreOptions, source: SourceOptions) -> Dataset | None:

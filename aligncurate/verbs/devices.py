@@ -1,0 +1,197 @@
+"""Scoring on several devices of a machine: a process for each, which takes some shards at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
+
+from aligncurate.dataset.receipt import PartInfo
+from aligncurate.dataset.writer import DatasetWriter
+from aligncurate.encoders.device import find_device, scoring_environment
+from aligncurate.encoders.load import load_all
+from aligncurate.engines import processes
+from aligncurate.engines.contract import Check, Outcome
+from aligncurate.errors import ShardError, UserError
+from aligncurate.images.decode import no_decoder_warnings
+from aligncurate.io import retries
+from aligncurate.progress import Meter
+from aligncurate.scoring.options import ScoreOptions
+from aligncurate.scoring.run import DeviceRun
+from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
+from aligncurate.sources.base import Shard, Source
+
+_CHUNKS = 8  # for each device: small enough to share the work well, large enough to start worker processes for
+
+
+def device_names(given: str) -> list[str]:
+    """The devices that `--devices` names. Raises UserError for those that this machine does not have."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if given == "all":
+        if not count:
+            raise UserError("--devices all: this machine has no GPU.")
+        return [f"cuda:{i}" for i in range(count)]
+    names = [f"cuda:{name}" if name.isdecimal() else name for name in given.replace(" ", "").split(",")]
+    for name in names:
+        try:
+            find_device(name)
+        except UserError:
+            raise UserError(f"--devices {given}: this machine has no {name} ({count} GPUs found).") from None
+    return names
+
+
+def environments(devices: Sequence[str], *, mixed: bool) -> list[dict[str, Any]]:
+    """What scores depend on, of each kind of device among these.
+
+    Raises UserError for devices of several kinds, unless `mixed`.
+    """
+    kinds: list[dict[str, Any]] = []
+    for name in devices:
+        if (kind := scoring_environment(find_device(name))) not in kinds:
+            kinds.append(kind)
+    if len(kinds) > 1 and not mixed:
+        raise UserError(
+            f"--devices {','.join(devices)}: these are of {len(kinds)} kinds, whose scores differ in the last digits; "
+            "add --mixed-devices, or use those of one kind."
+        )
+    return kinds
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some shards that a device process makes the parts of."""
+
+    shards: tuple[Shard, ...]
+
+    def __str__(self) -> str:
+        first, last = self.shards[0], self.shards[-1]
+        return str(first) if first == last else f"{first} to {last}"
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """What became of a chunk: parts by shard, errors by shard, seconds by stage, and what was counted."""
+
+    parts: dict[int, PartInfo]
+    errors: dict[int, str]
+    seconds: dict[str, float]
+    counted: list[Any]
+
+
+class _Telling(Meter):
+    """Passes on what is done to the parent of a device process."""
+
+    def __init__(self) -> None:
+        super().__init__("score", None)
+
+    def skip(self, rows: int) -> None:
+        super().skip(rows)
+        processes.parent().tell(("skip", rows))
+
+    def add(self, rows: int, ok: int, failed: int) -> None:
+        super().add(rows, ok, failed)
+        processes.parent().tell(("add", rows, ok, failed))
+
+
+@dataclass
+class DeviceJob:
+    """Makes the parts of chunks in a process of its own, with the encoders on one of `devices`, by its number."""
+
+    source: Source
+    writer: DatasetWriter
+    options: ScoreOptions
+    devices: Sequence[str]
+    timeout: float
+    _run: DeviceRun | None = field(default=None, init=False)
+
+    def __call__(self, chunk: Chunk, check: Check) -> Chunked:
+        if self._run is None:
+            self._run = self._begin()
+        parts, errors = {}, {}
+        with no_decoder_warnings():
+            for outcome in self._run.parts(chunk.shards, lambda running: False):
+                check()
+                if outcome.result is not None:
+                    parts[outcome.shard.index] = outcome.result
+                else:
+                    errors[outcome.shard.index] = str(outcome.error)
+        return Chunked(parts, errors, self._run.take_seconds(), self.source.take_counts())
+
+    def _begin(self) -> DeviceRun:
+        import torch
+
+        retries.set_timeout(self.timeout)
+        options = self.options
+        device = self.devices[processes.parent().number % len(self.devices)]
+        if device == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // len(self.devices)))
+        environment = scoring_environment(find_device(device))
+        if environment not in self.writer.head["computed_with"]:
+            raise UserError(f"{device} is of another kind than the run's first device; add --mixed-devices.")
+        encoders = load_all(
+            options.model,
+            options.pretrained,
+            options.model_config or (),
+            device,
+            options.precision,
+            compiled=options.compiled,
+        )
+        for encoder in encoders.values():
+            encoder.towers.batch = options.batch_size or encoder.towers.batch
+        return DeviceRun(self.source, self.writer, encoders, options, _Telling())
+
+
+class DevicesRun:
+    """Makes parts on several devices; has the methods of `DeviceRun`.
+
+    Args:
+        source, writer, options, meter: as for `DeviceRun`.
+        devices: a process for each.
+    """
+
+    def __init__(
+        self, source: Source, writer: DatasetWriter, options: ScoreOptions, meter: Meter, devices: Sequence[str]
+    ) -> None:
+        each = max(1, options.worker_count // len(devices))
+        self._source, self._meter, self._devices = source, meter, devices
+        self._job = DeviceJob(source, writer, replace(options, workers=each), devices, retries.timeout())
+        self._clock = StageClock()
+
+    def parts(
+        self, shards: Sequence[Shard], finish: Callable[[Sequence[Shard]], bool]
+    ) -> Iterator[Outcome[Shard, PartInfo]]:
+        """Make and commit the parts of some shards; see `DeviceRun.parts`. After Ctrl-C none are waited for."""
+        size = max(1, ceil(len(shards) / (len(self._devices) * _CHUNKS)))
+        chunks = [Chunk(tuple(shards[i : i + size])) for i in range(0, len(shards), size)]
+        number = min(len(self._devices), len(chunks))
+        if not number:
+            return
+        for outcome in processes.run(self._job, chunks, workers=number, heard=self._hear):
+            made = outcome.result or Chunked({}, {s.index: str(outcome.error) for s in outcome.shard.shards}, {}, [])
+            self._clock.add(made.seconds)
+            if made.counted:
+                self._source.add_counts(made.counted)
+            for shard in outcome.shard.shards:
+                error = made.errors.get(shard.index)
+                yield Outcome(shard, made.parts.get(shard.index), None if error is None else ShardError(error))
+
+    def _hear(self, message: tuple[Any, ...]) -> None:
+        what, *numbers = message
+        (self._meter.skip if what == "skip" else self._meter.add)(*numbers)
+
+    def seconds_left(self, shards: Sequence[Shard]) -> float | None:
+        """Not known."""
+        return None
+
+    def times(self, shards: int) -> StageTimes:
+        """How long the stages took on all devices together."""
+        number = len(self._devices)
+        each = self._job.options.worker_count
+        counts = dict.fromkeys(STAGES, number * each) | {"encode": number}
+        return self._clock.times(self._meter.seconds, counts)
+
+    def close(self, *, wait: bool = True) -> None:
+        """Nothing is left to end."""
