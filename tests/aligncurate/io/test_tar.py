@@ -130,7 +130,7 @@ def check_members(path: Path, data: bytes, ahead: int) -> None:
             assert member.data == data[member.offset :][: member.size] and len(member.data) == member.size
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(members(), max_size=12),
     st.sampled_from([{}, {}, {"comment": "x"}, {"path": "p"}]),
