@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -109,7 +109,9 @@ def _read(path: AnyPath, file: Path, options: JoinOptions, taken: Sequence[str])
             wanted = _columns(path, parquet.schema_arrow.names, options, taken)
             table = parquet.read([options.on, *wanted])
             table.validate(full=True)
-        return pl.DataFrame(table).lazy(), wanted
+            _check_names(table.schema)
+        without_metadata = pa.Table.from_arrays(table.columns, names=table.column_names)  # may not be UTF-8 either
+        return pl.DataFrame(without_metadata).lazy(), wanted
     if path.suffix.lower() not in (".csv", ".tsv"):
         raise UserError(f"{path}: neither a Parquet nor a CSV or TSV file.")
     separator = max("\t,;|", key=lambda sign: first.count(sign.encode()))
@@ -117,6 +119,13 @@ def _read(path: AnyPath, file: Path, options: JoinOptions, taken: Sequence[str])
     overrides = {options.on: pl.String}
     frame = pl.scan_csv(file, separator=separator, glob=False, infer_schema_length=None, schema_overrides=overrides)
     return frame, _columns(path, frame.collect_schema().names(), options, taken)
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError if a name, also of a nested field, is not UTF-8: polars would print a panic."""
+    for field in fields:
+        field.name  # noqa: B018 (decoded here)
+        _check_names(field.type.field(number) for number in range(field.type.num_fields))
 
 
 def _columns(path: AnyPath, names: Sequence[str], options: JoinOptions, taken: Sequence[str]) -> list[str]:
