@@ -10,12 +10,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aligncurate.dataset.record import COLUMNS, EXTRA, OWN_EMBEDDINGS
 from aligncurate.errors import UserError
 from aligncurate.io.files import local_copy
-from aligncurate.io.parquet import open_parquet
+from aligncurate.io.parquet import PARQUET_ERRORS
 from aligncurate.io.paths import AnyPath
 from aligncurate.sources.arrow_types import storable
 from aligncurate.verbs.join.options import JoinOptions
@@ -40,7 +41,7 @@ class Table:
                 frame, wanted = _read(path, file, options, taken)
                 whole = frame.select(pl.col(options.on).cast(pl.String).alias("on"), pl.struct(wanted).alias("rows"))
                 collected = whole.filter(pl.col("on").is_not_null()).collect()
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, *PARQUET_ERRORS) as error:
             raise UserError(f"{path}: cannot be read as a table ({str(error).strip().splitlines()[0]}).") from None
         wide = pl.selectors.by_dtype(pl.Int128, pl.UInt128)  # integers beyond 64 bits, which Arrow does not have
         self._on, self._rows = collected["on"], collected["rows"].struct.unnest().with_columns(wide.cast(pl.String))
@@ -105,7 +106,7 @@ def _read(path: AnyPath, file: Path, options: JoinOptions, taken: Sequence[str])
     with file.open("rb") as opened:
         first = opened.readline(_HEADER)
     if first.startswith(b"PAR1"):  # read by Arrow: of a damaged file, polars prints a panic
-        with open_parquet(str(file)) as parquet:
+        with pq.ParquetFile(file) as parquet:
             wanted = _columns(path, parquet.schema_arrow.names, options, taken)
             table = parquet.read([options.on, *wanted])
             table.validate(full=True)

@@ -133,7 +133,7 @@ def test_mistakes_are_named(tmp_path, dataset) -> None:
         ("clash.parquet", ("--columns", "caption"), "rename them in the table"),
         ("none.parquet", (), "none of the 200 rows of"),
         ("bare.parquet", (), "no column to add besides key"),
-        ("damaged.parquet", (), "damaged, or not a Parquet file"),
+        ("damaged.parquet", (), "damaged.parquet: cannot be read as a table"),
         ("uneven.csv", (), "cannot be read as a table"),
         ("empty.csv", (), "cannot be read as a table"),
     ):
