@@ -20,6 +20,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }  # UTF-32 first: its mark begins with that of UTF-16
 _HIGH = re.compile(rb"[\x80-\xff]+")
+_LIKELY = 3  # encodings that a message names
 _WESTERN = 0.7  # share of lone letters with accents among all runs of bytes that are not ASCII
 
 
@@ -44,6 +45,7 @@ class TextFile:
         self._uri, self._given = uri, encoding
         self._data: bytes | None = None
         self._valid = self._invalid = self._runs = self._lone = 0
+        self._sample = b""  # lines that are not UTF-8
         self.encoding, self.start = encoding or "utf-8", 0
         with storage.open_file(uri) as file:
             head = file.read(_HEAD)
@@ -85,6 +87,8 @@ class TextFile:
             self._valid += 1
         except UnicodeDecodeError:
             self._invalid += 1
+            if len(self._sample) < _HEAD:
+                self._sample += line[:_HEAD]
             runs = _HIGH.findall(line)
             self._runs += len(runs)
             self._lone += sum(len(run) == 1 for run in runs)
@@ -92,13 +96,21 @@ class TextFile:
     def settle(self) -> str | None:
         """Choose the encoding by all lines that were observed.
 
-        Returns what to tell the user: no line is UTF-8, so it is taken for a file from Windows in a Western language.
+        Returns what to tell the user, if anything: where no line is UTF-8, that the file is taken for one from Windows
+        in a Western language, or which encodings are likely; none of these is chosen.
         """
-        western = self._lone > _WESTERN * self._runs
-        if self._given is not None or not self._invalid or self._valid or self._data is not None or not western:
+        if self._given is not None or self._invalid <= self._valid or self._data is not None:
             return None
+        likely = _likely(self._sample)
+        if self._valid or self._lone <= _WESTERN * self._runs:
+            lines = f"{self._invalid:,} line{' is' if self._invalid == 1 else 's are'}"
+            if not likely:
+                return f"{self._uri}: {lines} not UTF-8; name the file's encoding with --encoding."
+            others = f" (or {', '.join(likely[1:])})" if likely[1:] else ""
+            return f"{self._uri}: {lines} not UTF-8; the file is likely --encoding {likely[0]}{others}."
         self.encoding = "cp1252"
-        return f"{self._uri}: not UTF-8; read as cp1252 (Western Windows). Set --encoding if accents are wrong."
+        other = f", for example to {likely[0]}" if likely and "cp1252" not in likely else ""
+        return f"{self._uri}: not UTF-8; read as cp1252 (Western Windows). Set --encoding{other} if accents are wrong."
 
     def decode_again(self, texts: Sequence[str]) -> list[str]:
         """Texts that were decoded as UTF-8, in the encoding that `settle` chose."""
@@ -123,6 +135,13 @@ def _is_known(name: str) -> bool:
         return isinstance("a".encode(name), bytes)
     except (LookupError, ValueError, TypeError):
         return False
+
+
+def _likely(sample: bytes) -> list[str]:
+    """Some encodings in which text is likely to have these bytes, the likeliest first."""
+    from charset_normalizer import from_bytes  # reads tables of all languages
+
+    return [match.encoding for match in from_bytes(sample, enable_fallback=False)][:_LIKELY]
 
 
 def _without_mark(head: bytes) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from aligncurate.dataset.record import COLUMNS, EXTRA, OWN_EMBEDDINGS
 from aligncurate.errors import UserError
 from aligncurate.io.files import local_copy
-from aligncurate.io.parquet import open_parquet
+from aligncurate.io.parquet import PARQUET_ERRORS
 from aligncurate.io.paths import AnyPath
 from aligncurate.sources.arrow_types import storable
 from aligncurate.verbs.join.options import JoinOptions
@@ -40,7 +41,7 @@ class Table:
                 frame, wanted = _read(path, file, options, taken)
                 whole = frame.select(pl.col(options.on).cast(pl.String).alias("on"), pl.struct(wanted).alias("rows"))
                 collected = whole.filter(pl.col("on").is_not_null()).collect()
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, *PARQUET_ERRORS) as error:
             raise UserError(f"{path}: cannot be read as a table ({str(error).strip().splitlines()[0]}).") from None
         wide = pl.selectors.by_dtype(pl.Int128, pl.UInt128)  # integers beyond 64 bits, which Arrow does not have
         self._on, self._rows = collected["on"], collected["rows"].struct.unnest().with_columns(wide.cast(pl.String))
@@ -105,11 +106,13 @@ def _read(path: AnyPath, file: Path, options: JoinOptions, taken: Sequence[str])
     with file.open("rb") as opened:
         first = opened.readline(_HEADER)
     if first.startswith(b"PAR1"):  # read by Arrow: of a damaged file, polars prints a panic
-        with open_parquet(str(file)) as parquet:
+        with pq.ParquetFile(file) as parquet:
             wanted = _columns(path, parquet.schema_arrow.names, options, taken)
             table = parquet.read([options.on, *wanted])
             table.validate(full=True)
-        return pl.DataFrame(table).lazy(), wanted
+            _check_names(table.schema)
+        without_metadata = pa.Table.from_arrays(table.columns, names=table.column_names)  # may not be UTF-8 either
+        return pl.DataFrame(without_metadata).lazy(), wanted
     if path.suffix.lower() not in (".csv", ".tsv"):
         raise UserError(f"{path}: neither a Parquet nor a CSV or TSV file.")
     separator = max("\t,;|", key=lambda sign: first.count(sign.encode()))
@@ -117,6 +120,13 @@ def _read(path: AnyPath, file: Path, options: JoinOptions, taken: Sequence[str])
     overrides = {options.on: pl.String}
     frame = pl.scan_csv(file, separator=separator, glob=False, infer_schema_length=None, schema_overrides=overrides)
     return frame, _columns(path, frame.collect_schema().names(), options, taken)
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError if a name, also of a nested field, is not UTF-8: polars would print a panic."""
+    for field in fields:
+        field.name  # noqa: B018 (decoded here)
+        _check_names(field.type.field(number) for number in range(field.type.num_fields))
 
 
 def _columns(path: AnyPath, names: Sequence[str], options: JoinOptions, taken: Sequence[str]) -> list[str]:

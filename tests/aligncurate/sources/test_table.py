@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
 import pytest
 
@@ -127,6 +128,44 @@ def test_other_encodings_are_named_by_the_user(folder, encoding) -> None:
     assert captions(folder / "a.csv", encoding=encoding) == [(text, "ok"), ("ok", "ok")]
     found = read_all(folder / "a.csv")  # not guessed: the row says what is wrong, the others are used
     assert [p.status for p in found] == ["ok" if encoding == "utf-7" else "invalid_caption", "ok"]
+
+
+LANGUAGES = {
+    "gbk": ["一只狗在草地上奔跑", "两个人骑着自行车穿过城市", "红色的汽车停在房子前面", "一个女孩在海边微笑"],
+    "cp1251": ["Собака бежит по траве", "Красная машина стоит перед домом", "Девочка улыбается у моря"],
+    "koi8-r": ["Собака бежит по траве", "Красная машина стоит перед домом", "Девочка улыбается у моря"],
+    "shift_jis": ["犬が草の上を走っている", "赤い車が家の前に止まっている", "海辺で微笑む女の子"],
+    "euc_kr": ["개가 풀밭에서 달리고 있다", "빨간 자동차가 집 앞에 서 있다", "바닷가에서 웃는 소녀"],
+    "big5": ["一隻狗在草地上奔跑", "紅色的汽車停在房子前面", "一個女孩在海邊微笑"],
+    "cp1253": ["Ένας σκύλος τρέχει στο γρασίδι", "Κόκκινο αυτοκίνητο μπροστά στο σπίτι"],
+    "cp1256": ["كلب يركض على العشب", "سيارة حمراء أمام المنزل"],
+}
+
+
+@pytest.mark.parametrize("encoding", LANGUAGES)
+def test_likely_encodings_are_named_and_not_taken(folder, encoding) -> None:
+    texts = LANGUAGES[encoding]
+    file = folder / "a.csv"
+    file.write_bytes(table([("image", "caption"), *(("0.jpg", text) for text in texts)]).encode(encoding))
+    (notice,) = open_source(str(file)).notices
+    named = re.fullmatch(rf"{file}: {len(texts)} lines are not UTF-8; the file is likely --encoding (\S+).*\.", notice)
+    assert named, notice
+    assert {pair.status for pair in read_all(file)} == {"invalid_caption"}
+    assert [caption for caption, _ in captions(file, encoding=named[1])] == texts
+    assert open_source(str(file), SourceOptions(encoding=named[1])).notices == []
+
+
+def test_an_encoding_that_is_taken_for_western_is_named(folder) -> None:
+    texts = ["Pes běží po trávě přes žlutý les", "Červené auto stojí před domem", "Příliš žluťoučký kůň"]
+    (folder / "a.csv").write_bytes(table([("image", "caption"), *(("0.jpg", t) for t in texts)]).encode("cp1250"))
+    (notice,) = open_source(str(folder / "a.csv")).notices
+    assert "read as cp1252" in notice and "Set --encoding, for example to cp1250 if accents are wrong" in notice
+
+
+def test_a_few_damaged_lines_among_many_get_no_advice(folder) -> None:
+    lines = [b"image,caption", *(f"0.jpg,café {n}".encode() for n in range(5)), b"0.jpg,caf\xe9\xff\xfe"]
+    (folder / "a.csv").write_bytes(b"\n".join(lines) + b"\n")
+    assert open_source(str(folder / "a.csv")).notices == []
 
 
 def test_line_endings_of_old_macs(folder) -> None:

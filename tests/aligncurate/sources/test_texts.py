@@ -452,12 +452,12 @@ def test_limits_count_captions_and_not_rows(tmp_path) -> None:
         assert sum(len(list(source.read(shard))) for shard in shards) == min(limit, sum(expected))
 
 
-INVISIBLE = r"\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufffe\0"
+UNSEEN = r"\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufffe\0"
 
 
 @given(
     st.text(st.one_of(st.sampled_from(" \t\n\x1c\x85\xa0\u2003\u200b\ufeff\0\u202eab<"), st.characters()), max_size=20)
 )
 def test_blanks_and_invisible_characters_at_the_ends_are_cut(text) -> None:
-    edges = re.compile(f"^[{INVISIBLE}]+|[{INVISIBLE}]+$")
+    edges = re.compile(f"^[{UNSEEN}]+|[{UNSEEN}]+$")
     assert clean(text) == edges.sub("", text.replace("\ufeff", ""))
