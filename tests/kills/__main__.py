@@ -225,7 +225,7 @@ class Bench:
                 file.unlink()
             elif kind == "swapped":
                 other = self.rng.choice([f for f in parts if f != file and f.exists()] or [file])
-                data, theirs = other.read_bytes(), data
+                data, theirs = bytearray(other.read_bytes()), data
                 file.unlink()
                 file.write_bytes(data)
                 other.unlink()
