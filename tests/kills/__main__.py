@@ -45,6 +45,7 @@ class Run:
 
     def __init__(self, work: Callable[[], None], log: Path, prepare: Callable[[], None] = lambda: None) -> None:
         self._log = log
+        log.touch()
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
