@@ -302,9 +302,9 @@ def _receive(source: BinaryIO, received: SimpleQueue[Any], stopped: Event) -> No
                 stopped.set()
                 received.put(None)
                 parent().stopped()
-    except EOFError:
-        os._exit(0)  # the parent is gone, perhaps killed; nothing may be written after it
-    except BaseException:  # a message that was cut off when the parent ended, or that cannot be unpickled here
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        os._exit(0)  # the parent is gone, perhaps killed amid a message; nothing may be written after it
+    except BaseException:  # a message that cannot be unpickled here
         print_exc()
         os._exit(1)
 

@@ -45,6 +45,7 @@ class Run:
 
     def __init__(self, work: Callable[[], None], log: Path, prepare: Callable[[], None] = lambda: None) -> None:
         self._log = log
+        log.touch()
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -225,7 +226,7 @@ class Bench:
                 file.unlink()
             elif kind == "swapped":
                 other = self.rng.choice([f for f in parts if f != file and f.exists()] or [file])
-                data, theirs = other.read_bytes(), data
+                data, theirs = bytearray(other.read_bytes()), data
                 file.unlink()
                 file.write_bytes(data)
                 other.unlink()

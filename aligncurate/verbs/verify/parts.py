@@ -105,8 +105,9 @@ def check_part(record: Record, index: int, *, deep: bool, check: Callable[[], No
         receipt = None
     info = receipt.part if receipt is not None else line
     assert info is not None
-    faults += [damage(file, problem, "part") for problem in _content(record, file, info)]
-    images, bad_images = check_images(record.folder, file, check) if deep else (0, [])
+    wrong = [damage(file, problem, "part") for problem in _content(record, file, info)]
+    images, bad_images = check_images(record.folder, file, check) if deep and not wrong else (0, [])
+    faults += wrong
     counts = info.facts.get(SCORE_COUNTS) if receipt is not None else None
     return PartCheck(info, counts, faults, images, bad_images)
 
