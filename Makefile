@@ -20,6 +20,7 @@ test: lint
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m tests.fuzz --cases 10000 --save
 	$(BIN)/python -m tests.kills --kills 100 --save
+	$(BIN)/python -m tests.support.s3_sweep
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

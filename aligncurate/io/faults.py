@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from aligncurate.errors import UserError
@@ -62,7 +63,8 @@ def fault_of(uri: str, error: Exception) -> OSError:
         return error if isinstance(error, FileNotFoundError) and error.errno else _absent(uri)
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # not certain: see `is_absent`
         return fault_of(uri, error.__cause__) if isinstance(error.__cause__, Exception) else _failed(uri, "unknown")
-    status = _status(error)
+    cause_of = error.__cause__ if isinstance(getattr(error.__cause__, "response", None), dict) else None
+    status = _status(error) or _status(cause_of)  # s3fs makes OSErrors of botocore's errors
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if type(error).__name__ in _NO_CREDENTIALS:
         return PermissionError(errno.EACCES, f"there are no credentials ({cause}); {_credentials(uri)}", uri)
@@ -82,7 +84,7 @@ def fault_of(uri: str, error: Exception) -> OSError:
         fault.errno = errno.EINVAL
         return fault
     if isinstance(error, OSError) and error.errno and text:
-        return error
+        return error if error.filename or uri in text else OSError(error.errno, error.strerror or text, uri)
     return _failed(uri, cause)
 
 
@@ -101,13 +103,15 @@ def _failed(uri: str, cause: str) -> OSError:
     return fault
 
 
-def _status(error: BaseException) -> int | None:
+def _status(error: BaseException | None) -> int | None:
     """The HTTP status that a network library's error carries."""
     response = getattr(error, "response", None)
-    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    found_in: Iterable[Any]
     if isinstance(response, dict):  # botocore
-        found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    return next((int(s) for s in found if isinstance(s, int) and 100 <= s < 600), None)
+        found_in = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    else:  # one by one: aiohttp warns of `code`, where there is `status`
+        found_in = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    return next((int(s) for s in found_in if isinstance(s, int) and 100 <= s < 600), None)
 
 
 def _code(error: BaseException) -> Any:

@@ -52,6 +52,8 @@ def as_path(given: str | AnyPath) -> AnyPath:
     text = str(given).removeprefix("file://")
     first, _, rest = text.partition("/")  # `Path("s3://bucket")` is `s3:/bucket`
     if _SCHEME.fullmatch(first) and not Path(first).exists():
+        if not rest.strip("/"):
+            raise UserError(f"{first}//: name a folder too, such as {first}//bucket/folder.")
         return RemotePath(check_name(f"{first}//{rest.lstrip('/')}"))
     check_name(os.path.abspath(text))
     return Path(text)

@@ -155,8 +155,8 @@ def read(uri: str) -> bytes:
     """All bytes of a file. Raises OSError, also if fewer arrive than it has."""
     try:
         data = _read_piece(uri, 0, _FIRST)  # before its size is asked for: there may be no such file
-    except OSError:
-        if info(uri).get("size") == 0:  # of an empty file, no range can be read
+    except OSError as error:
+        if error.errno == errno.EINVAL and info(uri).get("size") == 0:  # of an empty file, no range can be read
             return b""
         raise
     if len(data) < _FIRST:

@@ -11,7 +11,7 @@ import pytest
 
 import aligncurate
 from tests.support.inputs import cli, complaint, pairs, write_tar
-from tests.support.s3 import S3, serving
+from tests.support.s3 import S3, forget_file_systems, serving
 from tests.support.s3_sweep import fill, sweep
 
 OUT = "s3://bucket/"
@@ -133,3 +133,56 @@ def test_a_fault_at_a_request_changes_nothing(s3, fault, every) -> None:
 def test_a_fault_that_stays_gives_a_sentence_and_a_rerun_goes_on(s3) -> None:
     fill(s3)
     assert sweep(s3, 503, every=19, steady=True)["by a rerun"]
+
+
+def test_what_cannot_be_written_to_or_read_is_a_sentence_that_says_what_to_do(s3, tars) -> None:
+    missing = complaint(cli("ingest", tars, "--out", "s3://no-such-bucket/out"))
+    assert missing == (
+        "s3://no-such-bucket/out/manifest.json: the bucket does not exist; create it, or check its name."
+    )
+    assert complaint(cli("inspect", "s3://no-such-bucket/in")).startswith("s3://no-such-bucket/in: not a dataset")
+    assert "s3://bucket/no.tar: there is no such" in complaint(cli("ingest", OUT + "no.tar", "--out", OUT + "x"))
+    s3.always = 403
+    out = ("--out", OUT + "x")
+    for words in (("ingest", tars, *out), ("inspect", OUT + "x"), ("ingest", OUT + "a.tar", *out)):
+        found = complaint(cli(*words))
+        assert found.startswith("s3://bucket/") and "access refused" in found and "check the credentials" in found
+    s3.begin()
+    assert "use s3://, gs:// or a local folder" in complaint(cli("ingest", tars, "--out", f"http://{s3.address}/x"))
+    assert complaint(cli("ingest", tars, "--out", "s3://")).startswith("s3://: name a folder too")
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "words"),
+    [
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, 2, ("no credentials", "set AWS_ACCESS_KEY_ID")),
+        ({"AWS_PROFILE": "nobody"}, 2, ("no credentials", "nobody", "AWS_PROFILE")),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 1, ("Could not connect", "127.0.0.1:9", "check the network")),
+        ({"AWS_ENDPOINT_URL": "http://no-host.invalid"}, 1, ("no-host.invalid", "check the network")),
+    ],
+)
+def test_credentials_and_hosts_that_are_wrong_are_named(s3, tars, monkeypatch, variables, code, words) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in variables.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    forget_file_systems()
+    try:
+        found = complaint(cli("ingest", tars, "--out", OUT + "x"), code)
+        assert found.startswith("s3://bucket/x/") and all(word in found for word in words), found
+    finally:
+        monkeypatch.undo()
+        forget_file_systems()
+
+
+def test_a_missing_package_is_named_by_its_extra(tars, monkeypatch) -> None:
+    import fsspec
+
+    def absent(*_: object, **__: object) -> None:
+        raise ImportError("Install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    found = complaint(cli("ingest", tars, "--out", "gs://bucket/x"))
+    assert found.endswith("gs:// needs a package that is not installed; install aligncurate[gcs].")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -82,6 +82,8 @@ class Server:
         faults: by the number of the request, from 0: a status, `short` (half a body), `reset` or `hang`; for all others
             `always`.
         requests: (method, path) of all, so far.
+        ranges: whether parts of a file can be asked for.
+        tells_size: whether answers say how long they are.
     """
 
     def __init__(self) -> None:
@@ -89,6 +91,7 @@ class Server:
         self.faults: dict[int, int | str] = {}
         self.always: int | str | None = None
         self.requests: list[tuple[str, str]] = []
+        self.ranges = self.tells_size = True
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self.address = ""
@@ -121,16 +124,18 @@ def serving() -> Iterator[Server]:
             data = state.files.get(urlsplit(self.path).path)
             status = fault if isinstance(fault, int) else 404 if data is None else 200
             whole = data or b""
-            if status == 200 and (limits := self.headers.get("Range")):
+            if status == 200 and state.ranges and (limits := self.headers.get("Range")):
                 first, last = (int(n) for n in limits.removeprefix("bytes=").split("-"))
                 status, data = 206, whole[first : last + 1]
             self.send_response(status)
             body = b"" if status >= 400 else data or b""
-            self.send_header("Content-Length", str(len(body)))
+            if state.tells_size:
+                self.send_header("Content-Length", str(len(body)))
             self.send_header("ETag", f'"{sha256(whole).hexdigest()[:16]}"')
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body[: len(body) // 2] if fault == "short" else body)
+                with suppress(ConnectionError):  # the client may have given up
+                    self.wfile.write(body[: len(body) // 2] if fault == "short" else body)
 
         do_HEAD = do_GET
 
