@@ -142,7 +142,7 @@ class Tar(Target):
         (work / "x.tar").write_bytes(hurt.data)
         frame = ingest(work / "x.tar", work / "out")
         if frame is not None:
-            ok = set(frame.filter(pl.col("status") == "ok")["key"])
+            ok = set(frame.filter(pl.col("status") == "ok")["caption"])
             lost = [key for key, end in self.ends.items() if end <= hurt.first and key not in ok]
             if lost:
                 raise Finding(f"{hurt.what}: samples before the damage were lost: {lost}")
@@ -184,9 +184,9 @@ class Rows(Target):
         (work / f"x.{self.ending}").write_bytes(hurt.data)
         frame = ingest(work / f"x.{self.ending}", work / "out")
         if frame is not None and self.ending == "jsonl":
-            # The keys of lines that are still there, word for word.
+            # The captions of lines that are still there, word for word; their keys may occur twice now.
             lines = set(hurt.data.split(b"\n"))
-            whole = {json.loads(line)["id"] for line in self.good.splitlines() if line in lines}
+            whole = {json.loads(line)["caption"] for line in self.good.splitlines() if line in lines}
             lost = whole - set(frame.filter(pl.col("status") == "ok")["key"])
             if lost:
                 raise Finding(f"{hurt.what}: rows of whole lines were lost: {sorted(lost)}")
