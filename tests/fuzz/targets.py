@@ -142,7 +142,7 @@ class Tar(Target):
         (work / "x.tar").write_bytes(hurt.data)
         frame = ingest(work / "x.tar", work / "out")
         if frame is not None:
-            ok = set(frame.filter(pl.col("status") == "ok")["caption"])
+            ok = set(frame.filter(pl.col("status") == "ok")["key"])
             lost = [key for key, end in self.ends.items() if end <= hurt.first and key not in ok]
             if lost:
                 raise Finding(f"{hurt.what}: samples before the damage were lost: {lost}")
@@ -187,7 +187,7 @@ class Rows(Target):
             # The captions of lines that are still there, word for word; their keys may occur twice now.
             lines = set(hurt.data.split(b"\n"))
             whole = {json.loads(line)["caption"] for line in self.good.splitlines() if line in lines}
-            lost = whole - set(frame.filter(pl.col("status") == "ok")["key"])
+            lost = whole - set(frame.filter(pl.col("status") == "ok")["caption"])
             if lost:
                 raise Finding(f"{hurt.what}: rows of whole lines were lost: {sorted(lost)}")
         return hurt.what
