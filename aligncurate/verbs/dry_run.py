@@ -13,7 +13,7 @@ from aligncurate.dataset.record import IMAGE_EMBEDDING
 from aligncurate.encoders.device import find_device, scoring_environment
 from aligncurate.encoders.load import expected_identity, requested
 from aligncurate.encoders.model_choice import check_model, check_weights, resolve_names
-from aligncurate.io.files import as_path, check_free
+from aligncurate.io.files import absolute, as_path, check_free
 from aligncurate.io.paths import AnyPath
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import recorded
@@ -74,7 +74,7 @@ def dry_run(
         sizes = [file.get("bytes") for file in files]
         total = None if None in sizes else sum(sizes)
         inputs.append(Input(line["kind"], [file["uri"] for file in files], total))
-    folder = as_path(out)
+    folder = absolute(as_path(out))
     check_free(folder, [MANIFEST, RECEIPTS])
     before = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
     if isinstance(options, ScoreOptions):

@@ -50,8 +50,8 @@ def test_importing_is_light(name) -> None:
 
 def test_the_public_names() -> None:
     assert aligncurate.__all__ == [
-        "Dataset", "SourceOptions", "bucket", "export", "filter", "ingest", "inspect", "join", "merge",
-        "open_dataset", "open_source", "score",
+        "Dataset", "SourceOptions", "bucket", "export", "filter", "finish", "ingest", "inspect", "join", "merge",
+        "open_dataset", "open_source", "score", "verify",
     ]  # fmt: skip
     for name in aligncurate.__all__:
         assert getattr(aligncurate, name).__doc__
