@@ -149,8 +149,8 @@ class PartWriter:
                         self._parquet.close()
 
 
-def commit(folder: AnyPath, index: int, temporary: Path, receipt: Receipt) -> None:
-    """Publish part `index`, whose bytes are on disk as `temporary`, then its receipt.
+def commit(folder: AnyPath, index: int, temporary: AnyPath, receipt: Receipt) -> None:
+    """Publish part `index`, whose bytes are on disk as `temporary` (see `publish`), then its receipt.
 
     A power cut may lose what is not synced yet. A part without a receipt, or with an empty one, is made again, and a
     receipt without a part commits nothing, so receipts and the names of new parts are synced at the end

@@ -45,7 +45,7 @@ from aligncurate.dataset.receipt import (
 )
 from aligncurate.errors import UserError
 from aligncurate.io import storage
-from aligncurate.io.files import absolute, as_path, claim, link_or_copy, read_json, sync, unfinished, write_json
+from aligncurate.io.files import absolute, as_path, claim, duplicate, read_json, sync, write_json
 from aligncurate.io.paths import AnyPath, names, sizes
 from aligncurate.levels import Counts
 from aligncurate.progress import notice
@@ -217,20 +217,16 @@ class DatasetWriter:
         return PartWriter(self.path, index, self.schema, self._shard(index), self._digest)
 
     def take_over(self, index: int, file: AnyPath, info: PartInfo) -> None:
-        """Commit the part of another dataset as part `index`: a hard link where the file system has them, else a copy.
+        """Commit the part of another dataset as part `index`: a hard link, a copy that its store makes, or a copy.
 
         Args:
             file: the part; it has this dataset's schema.
             info: what it holds, from its own receipt or manifest.
         """
         name = part_name(index)
-        temporary = unfinished(self.path / name, self.path)
-        try:
-            link_or_copy(file, temporary)
-            sync(temporary)
-            commit(self.path, index, temporary, Receipt(replace(info, name=name), self._shard(index), self._digest))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with duplicate(file, self.path / name, self.path) as whole:
+            sync(whole)
+            commit(self.path, index, whole, Receipt(replace(info, name=name), self._shard(index), self._digest))
 
     def reopen(self) -> None:
         """Mark the dataset as unfinished before its parts change, so that a killed run leaves no wrong manifest."""

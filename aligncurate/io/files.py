@@ -182,12 +182,16 @@ def unfinished(path: AnyPath, folder: AnyPath | None = None) -> Path:
     return Path(name)
 
 
-def publish(temporary: Path, path: AnyPath, *, durable: bool = True) -> None:
-    """Make the file `temporary` the content of `path`: by renaming it, or with one upload.
+def publish(temporary: AnyPath, path: AnyPath, *, durable: bool = True) -> None:
+    """Make the file `temporary` the content of `path`: by renaming it, or with one upload; a remote one is copied.
 
     With `durable`, wait until its bytes and its name are on disk; else a power cut soon after may leave no file, or an
     empty one.
     """
+    if isinstance(temporary, RemotePath):
+        assert isinstance(path, RemotePath)
+        path.copy_from(temporary)
+        return
     if isinstance(path, RemotePath):
         path.write_from(temporary)
         temporary.unlink()
@@ -197,6 +201,20 @@ def publish(temporary: Path, path: AnyPath, *, durable: bool = True) -> None:
     temporary.replace(path)
     if durable:
         sync(path.parent)
+
+
+@contextmanager
+def duplicate(file: AnyPath, path: AnyPath, folder: AnyPath) -> Iterator[AnyPath]:
+    """What `publish` makes a copy of `file` at `path` from: itself, where one store has both, or a link or copy."""
+    if isinstance(file, RemotePath) and isinstance(path, RemotePath) and file.scheme == path.scheme:
+        yield file
+        return
+    temporary = unfinished(path, folder)
+    try:
+        link_or_copy(file, temporary)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def link_or_copy(file: AnyPath, target: Path) -> None:

@@ -42,6 +42,11 @@ class RemotePath:
         return RemotePath(self.uri.rpartition("/")[0])
 
     @property
+    def scheme(self) -> str:
+        """The kind of store, such as `s3`."""
+        return self.uri.partition(":")[0]
+
+    @property
     def name(self) -> str:
         return self.uri.rpartition("/")[2]
 
@@ -89,6 +94,10 @@ class RemotePath:
     def write_from(self, file: Path) -> None:
         """Make this a copy of a local file, at once: until it is whole, there is the old file or none."""
         remote.upload(self.uri, file)
+
+    def copy_from(self, file: RemotePath) -> None:
+        """Make this a copy of a file in the same store, which makes it, at once."""
+        remote.copy(file.uri, self.uri)
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         try:

@@ -172,6 +172,11 @@ def upload(uri: str, file: Path) -> None:
     request(uri, "put_file", str(file), size=file.stat().st_size)
 
 
+def copy(source: str, uri: str) -> None:
+    """Make `uri` a copy of `source`, which is in the same store. Raises OSError."""
+    request(uri, "cp_file", _filesystem(source)[1], size=info(source).get("size") or 0)
+
+
 def delete(uri: str) -> None:
     """Delete a file. Raises OSError; where there is none, some file systems raise FileNotFoundError."""
     request(uri, "rm_file")

@@ -113,6 +113,19 @@ def test_scores_and_levels_are_read_from_there_for_training(s3, tars, tmp_path) 
     assert [row.key for row in rows] == [f"s{n}" for n in range(12)]
 
 
+def test_parts_of_one_store_are_merged_without_passing_through_this_machine(s3, tars) -> None:
+    for name in ("one", "two"):
+        aligncurate.ingest(tars, f"{OUT}{name}", quiet=True)
+    s3.begin()
+    assert cli("merge", OUT + "one", OUT + "two", "--out", OUT + "both").exit_code == 0
+    uploads = [request for request in s3.requests if request.startswith("PUT /bucket/both/data")]
+    assert len(uploads) == 6
+    one, two, both = (s3.files(f"{name}/data/") for name in ("one", "two", "both"))
+    assert list(both.values()) == [*one.values(), *two.values()]
+    downloads = [request for request in s3.requests if request.startswith("GET") and ".parquet" in request]
+    assert len(downloads) <= 2  # for the columns
+
+
 def test_another_folder_is_refused_as_on_a_disk(s3, tars) -> None:
     s3.put("other/notes.txt", b"mine")
     found = complaint(cli("ingest", tars, "--out", OUT + "other"))
@@ -123,7 +136,7 @@ def test_another_folder_is_refused_as_on_a_disk(s3, tars) -> None:
     assert found.startswith("s3://bucket/nothing: not a dataset: no such folder; give")
 
 
-@pytest.mark.parametrize(("fault", "every"), [(503, 9), ("reset", 17), ("lost", 17), ("short", 17), ("wrong", 17)])
+@pytest.mark.parametrize(("fault", "every"), [(503, 13), ("reset", 29), ("lost", 29), ("short", 29), ("wrong", 29)])
 def test_a_fault_at_a_request_changes_nothing(s3, fault, every) -> None:
     """All faults at every request: `python -m tests.support.s3_sweep`."""
     fill(s3)
@@ -132,7 +145,7 @@ def test_a_fault_at_a_request_changes_nothing(s3, fault, every) -> None:
 
 def test_a_fault_that_stays_gives_a_sentence_and_a_rerun_goes_on(s3) -> None:
     fill(s3)
-    assert sweep(s3, 503, every=19, steady=True)["by a rerun"]
+    assert sweep(s3, 503, every=29, steady=True)["by a rerun"]
 
 
 def test_what_cannot_be_written_to_or_read_is_a_sentence_that_says_what_to_do(s3, tars) -> None:
