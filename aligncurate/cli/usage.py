@@ -57,7 +57,9 @@ def _hint(name: str, names: Iterable[str], help: str) -> str:
 
 
 def _name(param: Any) -> str:
-    return str(param.opts[0] if param.param_type_name == "option" else param.metavar.rstrip("."))
+    return str(
+        param.opts[0] if param.param_type_name == "option" else (param.metavar or param.name.upper()).rstrip(".")
+    )
 
 
 def _options(command: Any) -> list[str]:

@@ -207,6 +207,7 @@ def test_names_that_are_not_utf8(tmp_path, monkeypatch) -> None:
         ("inspect d --json=yes", "--json does not take a value."),
         ("merge a", "--out is missing; see `root merge --help`."),
         ("bucket --out x", "DATASET is missing; see `root bucket --help`."),
+        ("finish", "DATASET is missing; see `root finish --help`."),
         ("convert a", "DST is missing; see `root convert --help`."),
         ("models many", "got unexpected extra argument(s) (many); see `root models --help`."),
         ("bukcet d", "bukcet: there is no such command; did you mean bucket?"),
