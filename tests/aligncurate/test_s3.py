@@ -199,3 +199,28 @@ def test_a_missing_package_is_named_by_its_extra(tars, monkeypatch) -> None:
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     found = complaint(cli("ingest", tars, "--out", "gs://bucket/x"))
     assert found.endswith("gs:// needs a package that is not installed; install aligncurate[gcs].")
+
+
+def test_damage_there_is_found_and_mended(s3, tars) -> None:
+    aligncurate.ingest(tars, OUT + "v2/one", quiet=True)
+    aligncurate.filter(OUT + "v2/one", OUT + "v2/two", where="width > 0", quiet=True)
+    right = s3.files("v2/")
+    assert cli("verify", OUT + "v2/one", OUT + "v2/two", "--deep").exit_code == 0
+    part = "v2/two/data/part-00001.parquet"
+    damaged = bytearray(right[part])
+    damaged[len(damaged) // 2] ^= 1
+    s3.put(part, bytes(damaged))
+    s3.put("v2/one/.receipts/part-00002.json", b"{}")
+    result = cli("verify", OUT + "v2/one", OUT + "v2/two")
+    assert result.exit_code == 1
+    assert f"s3://bucket/{part}: its bytes have changed" in result.output
+    assert "s3://bucket/v2/one/.receipts/part-00002.json: " in result.output
+    assert cli("verify", OUT + "v2/one", OUT + "v2/two", "--repair").exit_code == 0
+    assert s3.files("v2/") == right
+
+
+def test_partitions_share_a_folder_there(s3, tars, tmp_path) -> None:
+    aligncurate.ingest(tars, tmp_path / "out", quiet=True)
+    for part in ("2/2", "1/2"):
+        aligncurate.ingest(tars, OUT + "shared", partition=part, quiet=True)
+    assert s3.files("shared/") == local_files(tmp_path / "out")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from aligncurate.dataset.manifest import (
@@ -29,6 +28,7 @@ from aligncurate.dataset.receipt import (
 from aligncurate.engines import threads
 from aligncurate.errors import UserError
 from aligncurate.io.files import read_json
+from aligncurate.io.paths import AnyPath, names
 from aligncurate.levels import Counts, Thresholds
 from aligncurate.progress import meter
 from aligncurate.verbs.verify.parts import PartCheck, Record, check_part
@@ -49,7 +49,7 @@ class Checked:
         infos: what intact parts without a true receipt hold, by number.
     """
 
-    folder: Path
+    folder: AnyPath
     manifest: dict[str, Any] | None = None
     parts: int = 0
     rows: int = 0
@@ -64,11 +64,11 @@ class Checked:
         self.damages.append(Damage(str(self.folder), str(self.folder / name), problem, mend))
 
 
-def check_dataset(folder: Path, *, deep: bool, workers: int, quiet: bool) -> Checked:
+def check_dataset(folder: AnyPath, *, deep: bool, workers: int, quiet: bool) -> Checked:
     """Check the dataset in `folder`; `deep` reads every image too. Raises UserError if it is no dataset."""
     checked = Checked(folder)
     checked.manifest = _read_manifest(checked)
-    receipts, files = _numbers(_names(folder / RECEIPTS)), _numbers(_names(folder / DATA))
+    receipts, files = _numbers(names(folder / RECEIPTS)), _numbers(names(folder / DATA))
     record = _record(checked, receipts)
     numbers = sorted({*record.lines, *receipts, *files})
     if record.complete and not receipts and record.receipts and record.lines:
@@ -180,7 +180,7 @@ def _options_changed(record: Record, receipts: Iterable[int]) -> bool:
     return own
 
 
-def _thresholds_problem(folder: Path, cut: Any, *, expected: bool) -> str | None:
+def _thresholds_problem(folder: AnyPath, cut: Any, *, expected: bool) -> str | None:
     file = folder / THRESHOLDS
     if not cut:
         return None
@@ -192,13 +192,9 @@ def _thresholds_problem(folder: Path, cut: Any, *, expected: bool) -> str | None
         return str(error).removeprefix(f"{file}: ").rpartition(";")[0]
 
 
-def _numbers(names: Iterable[str]) -> list[int]:
+def _numbers(files: Iterable[str]) -> list[int]:
     """The numbers in the names of parts or receipts; other files have none."""
-    return [int(match[1]) for name in names if (match := _NUMBER.fullmatch(name.rpartition("/")[2]))]
-
-
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(match[1]) for name in files if (match := _NUMBER.fullmatch(name.rpartition("/")[2]))]
 
 
 def _include(total: dict[str, Counts] | None, part: PartCheck) -> dict[str, Counts]:

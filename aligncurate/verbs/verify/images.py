@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from aligncurate.dataset.part import open_part
 from aligncurate.dataset.pointers import POINTER_COLUMNS, ChangedImageError, Pointer, read_images
 from aligncurate.dataset.record import Status
+from aligncurate.io.paths import AnyPath
 from aligncurate.verbs.verify.result import BadImage, ImageProblem
 
 _BATCH = 256  # rows at a time: they may hold their images
 
 
-def check_images(folder: Path, file: Path, check: Callable[[], None]) -> tuple[int, list[BadImage]]:
+def check_images(folder: AnyPath, file: AnyPath, check: Callable[[], None]) -> tuple[int, list[BadImage]]:
     """Read every image of a part: how many there are, and those that are not what the part says.
 
     Images without a sha256 are those of rows that failed, and are not read; a row that is `ok` has one.

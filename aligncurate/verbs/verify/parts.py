@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from aligncurate.dataset.part import open_part
 from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo, Receipt, part_name, read_receipt, receipt_name
 from aligncurate.dataset.record import usable_scores
 from aligncurate.errors import UserError
+from aligncurate.io import storage
+from aligncurate.io.paths import AnyPath
 from aligncurate.levels import Counts, Thresholds
 from aligncurate.verbs.verify.images import check_images
 from aligncurate.verbs.verify.result import BadImage, Damage, Mend
@@ -39,7 +40,7 @@ class Record:
         receipts: whether receipts are expected; earlier versions wrote none, and some copies lack them all.
     """
 
-    folder: Path
+    folder: AnyPath
     complete: bool = False
     lines: Mapping[int, PartInfo] = field(default_factory=dict)
     digest: str | None = None
@@ -74,7 +75,7 @@ def check_part(record: Record, index: int, *, deep: bool, check: Callable[[], No
     file = record.folder / (part_name(index) if line is None else line.name)
     receipt, fault = _receipt(record, index)
 
-    def damage(where: Path, problem: str, mend: Mend | None) -> Damage:
+    def damage(where: AnyPath, problem: str, mend: Mend | None) -> Damage:
         return Damage(str(record.folder), str(where), problem, mend, index)
 
     paper, manifest = record.folder / receipt_name(index), record.folder / MANIFEST
@@ -133,14 +134,14 @@ def _receipt(record: Record, index: int) -> tuple[Receipt | None, str | None]:
     return receipt, None
 
 
-def _cause(error: UserError, file: Path) -> str:
+def _cause(error: UserError, file: AnyPath) -> str:
     """What is wrong with a file, out of a sentence that begins with its name and ends with what to do."""
     return str(error).removeprefix(f"{file}: ").rpartition(";")[0]
 
 
-def _size_and_sha256(file: Path, check: Callable[[], None]) -> tuple[int, str]:
+def _size_and_sha256(file: AnyPath, check: Callable[[], None]) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
+    with storage.open_file(str(file)) as stream:
         while data := stream.read(_READ):
             check()
             digest.update(data)
@@ -157,7 +158,7 @@ def _what_changed(record: Record, found: tuple[int, str], said: PartInfo) -> str
     return "its bytes have changed (their sha256 is another)"
 
 
-def _content(record: Record, file: Path, info: PartInfo) -> Iterator[str]:
+def _content(record: Record, file: AnyPath, info: PartInfo) -> Iterator[str]:
     """What is wrong with the rows of a part whose bytes are those that were committed."""
     counted = info.facts.get(SCORE_COUNTS, {})
     try:

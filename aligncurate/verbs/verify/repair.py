@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from aligncurate.dataset.receipt import (
 )
 from aligncurate.dataset.record import usable_scores
 from aligncurate.io.files import atomic_file, claim, sync, write_json
+from aligncurate.io.paths import AnyPath
 from aligncurate.levels import Counts
 from aligncurate.verbs.verify.check import Checked
 from aligncurate.verbs.verify.rerun import Rerun
@@ -67,7 +67,7 @@ def _withdraw(checked: Checked, undo: _Undo) -> None:
     write_json(folder / MANIFEST, {**unfinished, SEAL: seal(unfinished)})
 
 
-def _counts(file: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _counts(file: AnyPath, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The counts of a part's scores, as the verb counted them."""
     with open_part(file) as part:
         columns = [f.name for f in part.schema_arrow if f.name.startswith("score") and pa.types.is_floating(f.type)]
@@ -80,7 +80,7 @@ def _counts(file: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 class _Undo:
     """The files of a folder as they were before they were changed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         self._folder = folder
         self._before: dict[str, bytes | None] = {}
 
@@ -101,7 +101,7 @@ class _Undo:
 
 
 @contextmanager
-def _undone_if_it_fails(folder: Path) -> Iterator[_Undo]:
+def _undone_if_it_fails(folder: AnyPath) -> Iterator[_Undo]:
     undo = _Undo(folder)
     try:
         yield undo

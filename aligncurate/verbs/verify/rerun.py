@@ -16,6 +16,7 @@ from typing import Any
 from aligncurate.dataset.manifest import THRESHOLDS
 from aligncurate.encoders.model_choice import HUB, TINY
 from aligncurate.errors import RunError, UserError
+from aligncurate.io.paths import AnyPath
 from aligncurate.scoring.options import IngestOptions, ScoreOptions
 from aligncurate.settings import field_types, option_name
 from aligncurate.sources.options import SourceOptions
@@ -48,7 +49,7 @@ class Rerun:
 
     verb: str
     inputs: list[str]
-    out: Path
+    out: AnyPath
     options: dict[str, Any]
     configs: dict[str, Any]
 
@@ -83,7 +84,7 @@ class Rerun:
         return shlex.join([*words, "--out", str(self.out), *flags])
 
 
-def rerun_of(folder: Path, manifest: Mapping[str, Any], files: Sequence[Path]) -> Rerun:
+def rerun_of(folder: AnyPath, manifest: Mapping[str, Any], files: Sequence[Path]) -> Rerun:
     """How the dataset in `folder` was made.
 
     Args:
@@ -103,7 +104,7 @@ def rerun_of(folder: Path, manifest: Mapping[str, Any], files: Sequence[Path]) -
     if verb == "bucket":
         options = dict(run.options)
         if options.pop("thresholds") == "frozen":
-            options = {"thresholds": folder / THRESHOLDS, "score_column": options["score_column"]}
+            options = {"thresholds": str(folder / THRESHOLDS), "score_column": options["score_column"]}
         return replace(run, options=options)
     if verb == "filter" and run.options.get("uids"):
         match = _UIDS.fullmatch(run.options["uids"])
@@ -116,7 +117,7 @@ def rerun_of(folder: Path, manifest: Mapping[str, Any], files: Sequence[Path]) -
     return run
 
 
-def _inputs(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _inputs(folder: AnyPath, manifest: Mapping[str, Any]) -> Iterator[str]:
     for line in manifest["inputs"]:
         if line["kind"] == "imagefolder":
             if "root" not in line:
@@ -166,7 +167,7 @@ def _is_known(model: str) -> bool:
     return model == TINY or model in open_clip.list_models()
 
 
-def _weights(folder: Path, encoder: Mapping[str, Any], files: Sequence[Path]) -> str:
+def _weights(folder: AnyPath, encoder: Mapping[str, Any], files: Sequence[Path]) -> str:
     """What --pretrained was: a tag, or a file; empty for a model that has its weights."""
     from open_clip.pretrained import list_pretrained_tags_by_model
 
@@ -178,7 +179,7 @@ def _weights(folder: Path, encoder: Mapping[str, Any], files: Sequence[Path]) ->
     return str(_file(folder, name, encoder["weights_sha256"], files))
 
 
-def _file(folder: Path, name: str, sha256: str, files: Sequence[Path]) -> Path:
+def _file(folder: AnyPath, name: str, sha256: str, files: Sequence[Path]) -> Path:
     """The file of this name and sha256, among those that were given or in the current folder."""
     for file in [*files, Path(name)]:
         if file.name == name and file.is_file():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from aligncurate.dataset.manifest import LOST, MANIFEST
 from aligncurate.errors import RunError, UserError
+from aligncurate.io.files import as_path
+from aligncurate.io.paths import AnyPath, RemotePath
 from aligncurate.progress import notice
 from aligncurate.sources.curated import CuratedSource
 from aligncurate.verbs.verify.check import Checked, check_dataset
@@ -18,7 +20,7 @@ from aligncurate.verbs.verify.result import VerifyResult
 
 
 def verify(
-    datasets: str | Path | Sequence[str | Path],
+    datasets: str | AnyPath | Sequence[str | AnyPath],
     *,
     deep: bool = False,
     repair: bool = False,
@@ -44,7 +46,7 @@ def verify(
         raise UserError(f"--workers {workers}: use a number of at least 1.")
     if inputs and not repair:
         raise UserError(f"--input {inputs[0]} is for --repair; add it.")
-    folders = [Path(d) for d in ([datasets] if isinstance(datasets, str | Path) else datasets)]
+    folders = [as_path(d) for d in ([datasets] if isinstance(datasets, str | Path | RemotePath) else datasets)]
     if not folders:
         raise UserError("no dataset given; name at least one dataset folder.")
     threads = workers or os.cpu_count() or 1
@@ -103,7 +105,7 @@ def _check_inputs(checked: Checked, workers: int, *, quiet: bool) -> None:
     assert checked.manifest is not None
     folders = [line["uri"] for line in checked.manifest["inputs"] if line.get("kind") == CuratedSource.kind]
     for folder in folders:
-        if check_dataset(Path(folder), deep=False, workers=workers, quiet=quiet).damages:
+        if check_dataset(as_path(folder), deep=False, workers=workers, quiet=quiet).damages:
             raise UserError(
                 f"{folder}, from which it was made, is damaged; first run `aligncurate verify {shlex.quote(folder)} "
                 "--repair`"
