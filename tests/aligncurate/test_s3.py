@@ -206,14 +206,14 @@ def test_damage_there_is_found_and_mended(s3, tars) -> None:
     aligncurate.filter(OUT + "v2/one", OUT + "v2/two", where="width > 0", quiet=True)
     right = s3.files("v2/")
     assert cli("verify", OUT + "v2/one", OUT + "v2/two", "--deep").exit_code == 0
-    part = "v2/two/data/part-00001.parquet"
+    part = "two/data/part-00001.parquet"
     damaged = bytearray(right[part])
     damaged[len(damaged) // 2] ^= 1
-    s3.put(part, bytes(damaged))
+    s3.put(f"v2/{part}", bytes(damaged))
     s3.put("v2/one/.receipts/part-00002.json", b"{}")
     result = cli("verify", OUT + "v2/one", OUT + "v2/two")
     assert result.exit_code == 1
-    assert f"s3://bucket/{part}: its bytes have changed" in result.output
+    assert f"s3://bucket/v2/{part}: its bytes have changed" in result.output
     assert "s3://bucket/v2/one/.receipts/part-00002.json: " in result.output
     assert cli("verify", OUT + "v2/one", OUT + "v2/two", "--repair").exit_code == 0
     assert s3.files("v2/") == right
