@@ -18,6 +18,7 @@ from aligncurate.dataset.pointers import POINTER_COLUMNS, read_images
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import IMAGE_EMBEDDING, TEXT_EMBEDDING
 from aligncurate.engines import processes, threads
+from aligncurate.errors import RunError
 from aligncurate.io import storage
 from aligncurate.io.files import atomic_file
 from aligncurate.io.parquet import page_buffer
@@ -49,7 +50,8 @@ def write_webdataset(
     write = _TarJob(dataset, done.path, per_level)
     results = []
     for outcome in (processes if workers > 1 else threads).run(write, tars, workers=max(1, workers)):
-        assert outcome.result is not None
+        if outcome.result is None:  # its workers kept dying
+            raise RunError(f"{outcome.error}; run again to go on.")
         tar, rows, _, failed, _ = outcome.result
         progress.add(tar.rows, rows, len(failed))
         results.append(outcome.result)
