@@ -90,6 +90,9 @@ class Tar:
     pieces: list[tuple[int, int, int]] = field(default_factory=list)
     rows: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.name}.tar"
+
 
 def plan_tars(dataset: Dataset, shard_size: int, per_level: bool) -> list[Tar]:
     """Assign rows to tars. The same dataset and options always give the same tars, so an export can be resumed."""
