@@ -110,13 +110,14 @@ class Towers:
         import torch
 
         # Not compiled: that would compile every batch size tried, each padded to `batch`.
-        plain = Towers(self.model, self._normalize, self.device, self.dtype, batch=24)
+        plain = Towers(self.model, self._normalize, self.device, self.dtype)
         peaks = []
         for rows in (8, 8, 24):  # the first also allocates what all later ones share
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             tokens = torch.zeros(rows, context, dtype=torch.long)
             tokens[:, -1] = self._end_token()  # texts of full length
+            plain.batch = rows
             plain.embed(torch.zeros(rows, 3, size, size, dtype=torch.uint8), tokens)
             peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
         torch.cuda.empty_cache()

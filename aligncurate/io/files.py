@@ -110,10 +110,17 @@ def claim(folder: AnyPath, own: Collection[str], *, deep: bool = False, shared: 
         if shared:
             yield
             return
-        for file in folder.rglob(f"{TEMPORARY}*") if deep else folder.glob(f"{TEMPORARY}*"):
-            if not file.is_dir():
-                file.unlink(missing_ok=True)
-        yield
+        _delete_unfinished(folder, deep=deep)
+        try:
+            yield
+        finally:
+            _delete_unfinished(folder, deep=deep)  # of workers that were killed
+
+
+def _delete_unfinished(folder: Path, *, deep: bool) -> None:
+    for file in folder.rglob(f"{TEMPORARY}*") if deep else folder.glob(f"{TEMPORARY}*"):
+        if not file.is_dir():
+            file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def test_compiled_towers_see_few_shapes(monkeypatch) -> None:
         )
     for found, expected in zip(compiled.embed(*inputs()), plain(net, *inputs()), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert shapes == {"image": {(4, 3, 32, 32)}, "text": {(4, 16), (4, 77)}}
+    assert shapes == {"image": {(4, 3, 32, 32)}, "text": {(4, 16), (1, 77)}}  # at most 64 tokens of text
 
 
 def test_a_batch_that_does_not_fit_is_done_in_smaller_ones(monkeypatch, capsys) -> None:
@@ -152,7 +152,7 @@ def test_memory_is_measured_with_full_texts_and_no_padding(monkeypatch, compiled
         monkeypatch.setattr(torch.cuda, name, fake)
     assert small.fitting_batch(32, 77) == 512
     assert seen["image"] == [(rows, 3, 32, 32) for rows in (8, 8, 24)]
-    assert seen["text"] == [(rows, 77) for rows in (8, 8, 24)]
+    assert seen["text"] == [(1, 77)] * 16 + [(4, 77)] * 6  # 16 tokens of text for each image
     assert small.batch == 32
 
 
