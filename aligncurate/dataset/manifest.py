@@ -15,7 +15,7 @@ from aligncurate import __version__
 from aligncurate.dataset.checked import check_depth, take, take_objects
 from aligncurate.dataset.receipt import SCORE_COUNTS, PartInfo
 from aligncurate.errors import UserError
-from aligncurate.io.files import read_json
+from aligncurate.io.files import parse_json
 from aligncurate.io.paths import AnyPath
 from aligncurate.levels import Thresholds
 
@@ -93,8 +93,9 @@ def read_manifest(folder: AnyPath) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     file = folder / MANIFEST
+    data = file.read_bytes()
     try:
-        manifest = read_json(file)
+        manifest = parse_json(data, file)
     except UserError as error:
         raise UserError(f"{str(error).rpartition(';')[0]}; {LOST}.") from None
     found = manifest.get("schema_version")
