@@ -13,6 +13,7 @@ from aligncurate.encoders.device import find_device, scoring_environment
 from aligncurate.encoders.load import load_all
 from aligncurate.engines import processes
 from aligncurate.engines.contract import Check, Outcome
+from aligncurate.engines.worker import parent
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.io import retries
@@ -89,11 +90,11 @@ class _Telling(Meter):
 
     def skip(self, rows: int) -> None:
         super().skip(rows)
-        processes.parent().tell(("skip", rows))
+        parent().tell(("skip", rows))
 
     def add(self, rows: int, ok: int, failed: int) -> None:
         super().add(rows, ok, failed)
-        processes.parent().tell(("add", rows, ok, failed))
+        parent().tell(("add", rows, ok, failed))
 
 
 @dataclass
@@ -125,7 +126,7 @@ class DeviceJob:
 
         retries.set_timeout(self.timeout)
         options = self.options
-        device = self.devices[processes.parent().number % len(self.devices)]
+        device = self.devices[parent().number % len(self.devices)]
         if device == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // len(self.devices)))
         environment = scoring_environment(find_device(device))
