@@ -89,11 +89,13 @@ class _Actor:
     """The parent's side of an actor.
 
     Attributes:
+        number: from 0; that of the actor that it replaces.
         handle: Ray's.
         started: a reference to the result of its start.
         failures: actors in a row, with those that it replaces, that did not start.
     """
 
+    number: int
     handle: Any
     started: Any
     failures: int = 0
@@ -122,15 +124,15 @@ class _Actors:
         self._stopped = False
         if num_gpus and not ray.cluster_resources().get("GPU"):
             notice("the Ray cluster has no GPU yet; the run starts when a machine with one joins.")
-        for _ in range(number):
-            self._add(0)
+        for i in range(number):
+            self._add(i)
 
-    def _add(self, failures: int) -> None:
+    def _add(self, number: int, failures: int = 0) -> None:
         with self._lock:
             if self._stopped:
                 return
             handle = self._make.remote()
-            actor = _Actor(handle, handle.start.remote(self._function, sys.path, __version__), failures)
+            actor = _Actor(number, handle, handle.start.remote(number, self._function, sys.path, __version__), failures)
             self._all[handle] = actor
         actor.started.future().add_done_callback(lambda _: self._free.put(actor))
 
@@ -145,7 +147,7 @@ class _Actors:
             except RayError as error:
                 self._lose(actor.handle)
                 check()  # a stopped run has ended its actors
-                self._add(0)
+                self._add(actor.number)
                 cause = f"Ray worker {_how(error)}"
             except BaseException:
                 self._free.put(actor)
@@ -169,7 +171,7 @@ class _Actors:
                 self._lose(actor.handle)
                 if actor.failures + 1 == TRIES:
                     raise WorkerError(f"a Ray worker {_how(error)} before it started") from None
-                self._add(actor.failures + 1)
+                self._add(actor.number, actor.failures + 1)
             except RayError as error:  # what it cannot load, or an environment that cannot be made
                 if cause := getattr(error, "cause", None):
                     error = cause
@@ -224,7 +226,7 @@ def _how(error: Exception) -> str:
 class _Worker:
     """The actor. Its function runs in a thread, so that what it tells can be sent meanwhile."""
 
-    def start(self, function: bytes, path: Sequence[str], version: str) -> None:
+    def start(self, number: int, function: bytes, path: Sequence[str], version: str) -> None:
         """Load the function. `path` is where the parent finds modules, `version` that of its aligncurate."""
         if version != __version__:
             raise WorkerError(f"it has aligncurate {__version__}, the driver {version}; install the same on all.")
@@ -233,7 +235,7 @@ class _Worker:
         self._sent: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
         self._stopped = Event()
         self._received.put(pickle.loads(function))
-        connect(Parent(self._send))
+        connect(Parent(self._send, number))
         self._thread = Thread(target=self._work, daemon=True)
         self._thread.start()
 

@@ -167,13 +167,7 @@ def test_actors_end_with_their_driver(cluster, tmp_path, how) -> None:
 def test_a_cluster_that_is_not_there() -> None:
     script = "from aligncurate.engines import ray; list(ray.run(print, [1], workers=1, address='127.0.0.1:1'))"
     env = {**os.environ, "PYTHONPATH": ROOT}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": ROOT},
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
     assert "UserError: no Ray cluster at 127.0.0.1:1" in done.stderr.strip().rpartition("\n")[2]
 
 
