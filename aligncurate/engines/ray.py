@@ -33,7 +33,7 @@ def run(
     function: Function[Item, Result],
     shards: Iterable[Item],
     *,
-    workers: int,
+    workers: int | None,
     heard: Callable[[Any], None] = lambda message: None,
     finish: Callable[[Sequence[Item]], bool] = lambda running: False,
     num_gpus: float = 0,
@@ -48,13 +48,14 @@ def run(
     Args:
         function: makes a result of a shard; it may tell `aligncurate.engines.worker.parent()` something.
         shards: what it is called with.
-        workers: number of actors; those without a place wait for one.
+        workers: number of actors; those without a place wait for one. None: as many as there are places now.
         heard: called with what actors tell, in one thread per actor.
         finish: after Ctrl-C, whether the shards in hand are waited for.
         num_gpus: GPUs of each actor.
         address: of the cluster, such as `auto`; by default Ray starts on this machine, unless it is running here.
     """
     with _connected(address):
+        workers = workers or _places(num_gpus)
         actors = _Actors(function, heard, workers, num_gpus)
         try:
             yield from threads.run(actors.call, shards, workers=workers, on_stop=actors.stop, finish=finish)
@@ -82,6 +83,15 @@ def _connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _places(num_gpus: float) -> int:
+    """How many actors the cluster has room for, at least one."""
+    import ray
+
+    resources = ray.cluster_resources()
+    places = resources.get("CPU", 0)
+    return max(1, int(min(places, resources.get("GPU", 0) / num_gpus) if num_gpus else places))
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,12 @@ class _Actors:
             if self._stopped:
                 return
             handle = self._make.remote()
-            actor = _Actor(number, handle, handle.start.remote(number, self._function, sys.path, __version__), failures)
+            actor = _Actor(
+                number,
+                handle,
+                handle.start.remote(number, self._function, sys.path, os.getcwd(), __version__),
+                failures,
+            )
             self._all[handle] = actor
         actor.started.future().add_done_callback(lambda _: self._free.put(actor))
 
@@ -226,11 +241,13 @@ def _how(error: Exception) -> str:
 class _Worker:
     """The actor. Its function runs in a thread, so that what it tells can be sent meanwhile."""
 
-    def start(self, number: int, function: bytes, path: Sequence[str], version: str) -> None:
-        """Load the function. `path` is where the parent finds modules, `version` that of its aligncurate."""
+    def start(self, number: int, function: bytes, path: Sequence[str], folder: str, version: str) -> None:
+        """Load the function. The parent finds modules in `path`, runs in `folder`, and has aligncurate `version`."""
         if version != __version__:
             raise WorkerError(f"it has aligncurate {__version__}, the driver {version}; install the same on all.")
-        sys.path.extend(folder for folder in path if folder not in sys.path)
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        with suppress(OSError):  # relative paths mean the same on machines that have the folder
+            os.chdir(folder)
         self._received: SimpleQueue[Any] = SimpleQueue()
         self._sent: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
         self._stopped = Event()
