@@ -4,8 +4,8 @@ The workers are plain subprocesses, not `multiprocessing`'s: those import the ca
 for scripts without `if __name__ == "__main__"`. A worker that dies, killed for its memory or by a decoder's fault, is
 replaced, and its shard is tried again.
 
-While it works on a shard, the function may call back (`parent`): `tell` its parent something, or `ask` it for what only
-the parent has, such as a GPU. Large arrays go through memory that both see.
+While it works on a shard, the function may call back (`aligncurate.engines.worker.parent`): `tell` its parent
+something, or `ask` it for what only the parent has, such as a GPU. Large arrays go through memory that both see.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import count
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from time import monotonic
-from traceback import format_exception, print_exc
+from traceback import print_exc
 from typing import Any, BinaryIO
 
 from aligncurate.engines import threads
 from aligncurate.engines.contract import Cancelled, Check, Function, Item, Outcome, Result
 from aligncurate.engines.shared_memory import SharedMemory
+from aligncurate.engines.worker import TRIES, Parent, Send, connect, work
 from aligncurate.errors import ShardError, WorkerError
 
 Memories = Sequence[SharedMemory]
 
-_TRIES = 3  # for a shard whose worker dies
 _STOP_SECONDS = 1.0  # that workers have to clean up after a run was stopped
 _EXIT_SECONDS = 5  # that a process has to end after it closed its pipe
 _START = """import sys
@@ -58,7 +57,7 @@ def run(
     start; a shard whose workers keep dying becomes an outcome with a ShardError.
 
     Args:
-        function: makes a result of a shard; it may call `parent()`.
+        function: makes a result of a shard; it may call `aligncurate.engines.worker.parent()`.
         shards: what it is called with.
         workers: number of processes.
         memories: how many shared memories each worker has.
@@ -74,7 +73,7 @@ def run(
     def call(shard: Item, check: Check) -> Result:
         worker = free.get()
         try:
-            for _ in range(_TRIES):
+            for _ in range(TRIES):
                 try:
                     result: Result = worker.call(function, shard)
                     return result
@@ -85,7 +84,7 @@ def run(
                     if code >= 0 and not worker.has_started:  # and never will
                         raise WorkerError(f"a {cause}") from None
                     worker.start()
-            raise ShardError(f"{shard}: its {cause}, in each of {_TRIES} tries")
+            raise ShardError(f"{shard}: its {cause}, in each of {TRIES} tries")
         finally:
             free.put(worker)
 
@@ -209,99 +208,42 @@ class _Worker:
                 pipe.close()
 
 
-class Parent:
-    """A worker's side of the connection to its parent; `number` is that of the worker, from 0."""
-
-    def __init__(self, answers: BinaryIO, number: int, memories: Memories) -> None:
-        self.number = number
-        self.memories = memories
-        self._to = answers
-        self._sending = Lock()
-        self._numbers = count()
-        self._asked: dict[int, Future[Any]] = {}
-
-    def tell(self, message: Any) -> None:
-        """Tell the parent something."""
-        self.send(_pickled("told", message))
-
-    def ask(self, question: Any) -> Future[Any]:
-        """Ask the parent; the answer comes later."""
-        number, future = next(self._numbers), Future[Any]()
-        self._asked[number] = future
-        self.send(_pickled("asked", number, question))
-        return future
-
-    def answered(self, number: int, answer: Any, error: BaseException | None) -> None:
-        future = self._asked.pop(number)
-        if error is None:
-            future.set_result(answer)
-        else:
-            future.set_exception(error)
-
-    def stopped(self) -> None:
-        """Nothing will be answered any more."""
-        for number in list(self._asked):
-            self.answered(number, None, Cancelled())
-
-    def send(self, message: bytes) -> None:
-        with self._sending:
-            self._to.write(message)
-            self._to.flush()
-
-
-_parent: Parent | None = None
-
-
-def parent() -> Parent:
-    """The connection to the parent; only in a worker process."""
-    assert _parent is not None
-    return _parent
-
-
 def serve(number: int, descriptors: Sequence[int]) -> None:
     """A worker's main loop: receives a function, then shards, and sends what the function returns or raises."""
-    global _parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    _parent = Parent(os.fdopen(os.dup(1), "wb"), number, [SharedMemory(descriptor) for descriptor in descriptors])
+    answers, sending = os.fdopen(os.dup(1), "wb"), Lock()
     os.dup2(2, 1)  # what a library prints must not end up among the answers
+
+    def send(kind: str, *message: Any) -> None:
+        pickled = _pickled(kind, *message)
+        with sending:
+            answers.write(pickled)
+            answers.flush()
+
+    parent = Parent(send, number, [SharedMemory(descriptor) for descriptor in descriptors])
+    connect(parent)
     stopped = Event()
     received: SimpleQueue[Any] = SimpleQueue()
-    Thread(target=_receive, args=(sys.stdin.buffer, received, stopped), daemon=True).start()
-
-    def check() -> None:
-        if stopped.is_set():
-            raise Cancelled
-
-    function = received.get()
-    while True:
-        shard = received.get()
-        if stopped.is_set():
-            break
-        try:
-            answer = _pickled("done", function(shard, check))
-        except Cancelled:
-            break
-        except Exception as error:
-            answer = _pickled_error(error)
-        _parent.send(answer)
+    Thread(target=_receive, args=(sys.stdin.buffer, received, send, parent, stopped), daemon=True).start()
+    work(received, send, stopped)
     os._exit(0)  # without waiting for threads that hang
 
 
-def _receive(source: BinaryIO, received: SimpleQueue[Any], stopped: Event) -> None:
+def _receive(source: BinaryIO, received: SimpleQueue[Any], send: Send, parent: Parent, stopped: Event) -> None:
     """Pass on what the parent sends, until it stops the run."""
     try:
         received.put(pickle.load(source))
-        parent().send(_pickled("started"))
+        send("started")
         while True:
             kind, *message = pickle.load(source)
             if kind == "answer":
-                parent().answered(*message)
+                parent.answered(*message)
             elif kind == "shard":
                 received.put(*message)
             else:
                 stopped.set()
                 received.put(None)
-                parent().stopped()
+                parent.stopped()
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
         os._exit(0)  # the parent is gone, perhaps killed amid a message; nothing may be written after it
     except BaseException:  # a message that cannot be unpickled here
@@ -311,13 +253,3 @@ def _receive(source: BinaryIO, received: SimpleQueue[Any], stopped: Event) -> No
 
 def _pickled(*message: Any) -> bytes:
     return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-
-
-def _pickled_error(error: Exception) -> bytes:
-    """The message for an error; its traceback as text if the error itself cannot be pickled and unpickled."""
-    try:
-        message = _pickled("failed", error)
-        pickle.loads(message)
-        return message
-    except Exception:
-        return _pickled("failed", RuntimeError("".join(format_exception(error))))

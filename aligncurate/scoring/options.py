@@ -38,6 +38,25 @@ class IngestOptions:
         shown="none",
         recorded=False,
     )
+    engine: Literal["local", "ray"] = setting(
+        "local: this machine; ray: actors on a Ray cluster.", "local", group="Cluster", recorded=False
+    )
+    address: str | None = setting(
+        "Ray cluster, such as auto: the one that this machine belongs to.",
+        None,
+        shown="Ray starts on this machine",
+        recorded=False,
+    )
+    num_gpus: float | None = setting(
+        "GPUs of each actor.", None, at_least=0, shown="1 if --device is a GPU, else 0", recorded=False
+    )
+    concurrency: int | None = setting(
+        "Actors at most; those without a place start when a machine joins.",
+        None,
+        at_least=1,
+        shown="as many as the cluster has places",
+        recorded=False,
+    )
 
     def __post_init__(self) -> None:
         check(self)

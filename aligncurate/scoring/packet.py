@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aligncurate.encoders.tokenizer import Tokenize
-from aligncurate.engines import processes
 from aligncurate.engines.processes import Memories
 from aligncurate.engines.shared_memory import Spec
+from aligncurate.engines.worker import parent
 from aligncurate.images.preprocess import Preprocess
 
 
@@ -125,21 +125,21 @@ class WorkerLink:
     _free: SimpleQueue[int] = field(default_factory=SimpleQueue)
 
     def __post_init__(self) -> None:
-        for number in range(len(processes.parent().memories)):
+        for number in range(len(parent().memories)):
             self._free.put(number)
 
     def arrays(self, specs: Sequence[Spec]) -> tuple[int, list[NDArray[Any]]]:
         number = self._free.get()
-        return number, processes.parent().memories[number].arrays(specs)
+        return number, parent().memories[number].arrays(specs)
 
     def submit(self, packet: Packet) -> Future[Scores]:
         specs = [(array.shape, array.dtype.str) for array in packet.pixels]
-        future = processes.parent().ask((replace(packet, pixels=[]), specs))
+        future = parent().ask((replace(packet, pixels=[]), specs))
         future.add_done_callback(lambda _: self._free.put(packet.memory))
         return future
 
     def report(self, progress: Progress) -> None:
-        processes.parent().tell(progress)
+        parent().tell(progress)
 
 
 def received(question: tuple[Packet, Sequence[Spec]], memories: Memories) -> Packet:

@@ -1,4 +1,4 @@
-"""Scoring on several devices of a machine: a process for each, which takes some shards at a time."""
+"""Scoring on several devices of a machine or a cluster: a process for each, which takes some shards at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.writer import DatasetWriter
 from aligncurate.encoders.device import find_device, scoring_environment
 from aligncurate.encoders.load import load_all
-from aligncurate.engines import processes
+from aligncurate.engines import processes, ray
 from aligncurate.engines.contract import Check, Outcome
+from aligncurate.engines.worker import parent
 from aligncurate.errors import ShardError, UserError
 from aligncurate.images.decode import no_decoder_warnings
 from aligncurate.io import retries
@@ -23,6 +24,7 @@ from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.sources.base import Shard, Source
 
 _CHUNKS = 8  # for each device: small enough to share the work well, large enough to start worker processes for
+_RAY_CHUNK = 16  # shards at most, for actors that come and go
 
 
 def device_names(given: str) -> list[str]:
@@ -89,22 +91,26 @@ class _Telling(Meter):
 
     def skip(self, rows: int) -> None:
         super().skip(rows)
-        processes.parent().tell(("skip", rows))
+        parent().tell(("skip", rows))
 
     def add(self, rows: int, ok: int, failed: int) -> None:
         super().add(rows, ok, failed)
-        processes.parent().tell(("add", rows, ok, failed))
+        parent().tell(("add", rows, ok, failed))
 
 
 @dataclass
 class DeviceJob:
-    """Makes the parts of chunks in a process of its own, with the encoders on one of `devices`, by its number."""
+    """Makes the parts of chunks in a process of its own, with the encoders on one of `devices`, by its number.
+
+    Without `scores` no encoder is loaded.
+    """
 
     source: Source
     writer: DatasetWriter
     options: ScoreOptions
     devices: Sequence[str]
     timeout: float
+    scores: bool
     _run: DeviceRun | None = field(default=None, init=False)
 
     def __call__(self, chunk: Chunk, check: Check) -> Chunked:
@@ -125,12 +131,15 @@ class DeviceJob:
 
         retries.set_timeout(self.timeout)
         options = self.options
-        device = self.devices[processes.parent().number % len(self.devices)]
+        if not self.scores:
+            return DeviceRun(self.source, self.writer, {}, options, _Telling())
+        device = self.devices[parent().number % len(self.devices)]
         if device == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // len(self.devices)))
         environment = scoring_environment(find_device(device))
         if environment not in self.writer.head["computed_with"]:
-            raise UserError(f"{device} is of another kind than the run's first device; add --mixed-devices.")
+            hint = "start the run on a machine like the workers'" if options.engine == "ray" else "add --mixed-devices"
+            raise UserError(f"{device} of a worker is of another kind than the run's first device; {hint}.")
         encoders = load_all(
             options.model,
             options.pretrained,
@@ -149,27 +158,51 @@ class DevicesRun:
 
     Args:
         source, writer, options, meter: as for `DeviceRun`.
-        devices: a process for each.
+        devices: a process for each; with `--engine ray`, what each actor uses.
+        scores: whether encoders are needed.
     """
 
     def __init__(
-        self, source: Source, writer: DatasetWriter, options: ScoreOptions, meter: Meter, devices: Sequence[str]
+        self,
+        source: Source,
+        writer: DatasetWriter,
+        options: ScoreOptions,
+        meter: Meter,
+        devices: Sequence[str],
+        *,
+        scores: bool,
     ) -> None:
-        each = max(1, options.worker_count // len(devices))
+        each = options.workers if options.engine == "ray" else max(1, options.worker_count // len(devices))
         self._source, self._meter, self._devices = source, meter, devices
-        self._job = DeviceJob(source, writer, replace(options, workers=each), devices, retries.timeout())
+        self._job = DeviceJob(source, writer, replace(options, workers=each), devices, retries.timeout(), scores)
         self._clock = StageClock()
 
     def parts(
         self, shards: Sequence[Shard], finish: Callable[[Sequence[Shard]], bool]
     ) -> Iterator[Outcome[Shard, PartInfo]]:
         """Make and commit the parts of some shards; see `DeviceRun.parts`. After Ctrl-C none are waited for."""
-        size = max(1, ceil(len(shards) / (len(self._devices) * _CHUNKS)))
-        chunks = [Chunk(tuple(shards[i : i + size])) for i in range(0, len(shards), size)]
-        number = min(len(self._devices), len(chunks))
-        if not number:
+        if not shards:
             return
-        for outcome in processes.run(self._job, chunks, workers=number, heard=self._hear):
+        options = self._job.options
+        on_ray = options.engine == "ray"
+        number = (options.concurrency or _RAY_CHUNK) if on_ray else len(self._devices)
+        size = max(1, ceil(len(shards) / (number * _CHUNKS)))
+        if on_ray:
+            size = min(size, _RAY_CHUNK)
+        chunks = [Chunk(tuple(shards[i : i + size])) for i in range(0, len(shards), size)]
+        outcomes = (
+            ray.run(
+                self._job,
+                chunks,
+                workers=options.concurrency and min(options.concurrency, len(chunks)),
+                heard=self._hear,
+                num_gpus=self._gpus(),
+                address=options.address,
+            )
+            if on_ray
+            else processes.run(self._job, chunks, workers=min(number, len(chunks)), heard=self._hear)
+        )
+        for outcome in outcomes:
             made = outcome.result or Chunked({}, {s.index: str(outcome.error) for s in outcome.shard.shards}, {}, [])
             self._clock.add(made.seconds)
             if made.counted:
@@ -177,6 +210,12 @@ class DevicesRun:
             for shard in outcome.shard.shards:
                 error = made.errors.get(shard.index)
                 yield Outcome(shard, made.parts.get(shard.index), None if error is None else ShardError(error))
+
+    def _gpus(self) -> float:
+        """GPUs of an actor."""
+        if (given := self._job.options.num_gpus) is not None:
+            return given
+        return float(self._job.scores and find_device(self._devices[0]).type == "cuda")
 
     def _hear(self, message: tuple[Any, ...]) -> None:
         what, *numbers = message

@@ -138,10 +138,10 @@ def make_dataset(
         progress = stack.enter_context(meter(verb, count_rows(source, mine), quiet=quiet))
         progress.skip(sum(part.rows for index, part in parts.items() if index % of == own))
         run: DeviceRun | DevicesRun
-        if devices:
-            first = None
+        if devices or options.engine == "ray":
+            first, scores = None, bool(encoders)
             encoders.clear()  # frees the device: they are loaded again, in a process for each
-            run = DevicesRun(source, writer, options, progress, devices)
+            run = DevicesRun(source, writer, options, progress, devices or [options.device], scores=scores)
         else:
             run = DeviceRun(source, writer, encoders, options, progress)
         stack.push(lambda kind, *_: run.close(wait=kind is not KeyboardInterrupt))

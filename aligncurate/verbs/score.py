@@ -61,6 +61,8 @@ def score(
         )
     if finished := _find_scored(opened, out, options, source):
         return nothing_to_do(finished)
+    if options.engine == "ray" and options.devices is not None:
+        raise UserError("--devices is for one machine; with --engine ray, use --num-gpus and --concurrency.")
     devices = device_names(options.devices) if options.devices is not None else []
     encoders = load_all(
         options.model,
