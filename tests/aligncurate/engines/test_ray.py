@@ -21,26 +21,15 @@ from aligncurate.engines.contract import Check
 from aligncurate.engines.worker import parent
 from aligncurate.errors import ShardError, UserError, WorkerError
 from tests.aligncurate.engines.test_engines import Unwelcome, Work
+from tests.support.ray_cluster import NODE, ROOT, ray_cluster
 
 ray = pytest.importorskip("ray")
-
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
-ROOT = str(Path(__file__).parents[3])
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one processor core each, to which this process is connected."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")]))
-        made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-        made.add_node(**NODE)
-        ray.init(made.address, log_to_driver=False, logging_level="error")
+    with ray_cluster() as made:
         yield made
-        ray.shutdown()
-        made.shutdown()
 
 
 @dataclass(frozen=True)
@@ -153,10 +142,10 @@ def test_actors_end_with_their_driver(cluster, tmp_path, how) -> None:
 
 
 def test_a_cluster_that_is_not_there() -> None:
-    script = "from aligncurate.engines import ray; list(ray.run(print, [1], workers=1, address='127.0.0.1:1'))"
+    script = "from aligncurate.engines import ray; list(ray.run(print, [1], workers=1, address='nowhere'))"
     env = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
-    assert "UserError: no Ray cluster at 127.0.0.1:1" in done.stderr.strip().rpartition("\n")[2]
+    assert "UserError: no Ray cluster at nowhere: " in done.stderr.strip().rpartition("\n")[2]
 
 
 def test_without_ray(monkeypatch) -> None:
