@@ -100,9 +100,10 @@ def test_workers_that_are_killed_are_replaced(tmp_path, tars, monkeypatch) -> No
     def kill_and_encode(run: DeviceRun, packet: Packet) -> Future[Scores]:
         if not killed:
             for file in Path("/proc/self/task").glob("*/children"):
-                killed.extend(map(int, file.read_text().split()))
-            for child in killed:
-                os.kill(child, signal.SIGKILL)
+                for child in file.read_text().split():
+                    if b"engines.processes" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        killed.append(int(child))
+                        os.kill(killed[-1], signal.SIGKILL)
         return real(run, packet)
 
     monkeypatch.setattr(DeviceRun, "_encode", kill_and_encode)
