@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -73,6 +74,7 @@ def _connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_listens(address)
     local = {"include_dashboard": False} if address is None and not os.environ.get("RAY_ADDRESS") else {}
     try:
         ray.init(address, log_to_driver=False, logging_level="error", **local)
@@ -83,6 +85,16 @@ def _connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_listens(address: str | None) -> None:
+    """Raises UserError for a `host:port` where nothing listens; Ray itself would try for minutes, then exit."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=30).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray cluster at {address}: {error}") from None
 
 
 def _places(num_gpus: float) -> int:

@@ -141,11 +141,12 @@ def test_actors_end_with_their_driver(cluster, tmp_path, how) -> None:
     wait_until(lambda: not any(alive(pid) for pid in pids), "an actor outlived its driver")
 
 
-def test_a_cluster_that_is_not_there() -> None:
-    script = "from aligncurate.engines import ray; list(ray.run(print, [1], workers=1, address='nowhere'))"
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there(address) -> None:
+    script = f"from aligncurate.engines import ray; list(ray.run(print, [1], workers=1, address={address!r}))"
     env = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
-    assert "UserError: no Ray cluster at nowhere: " in done.stderr.strip().rpartition("\n")[2]
+    assert f"UserError: no Ray cluster at {address}: " in done.stderr.strip().rpartition("\n")[2]
 
 
 def test_without_ray(monkeypatch) -> None:
