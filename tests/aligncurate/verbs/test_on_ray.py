@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.parquet"))}
 
 
-@pytest.mark.parametrize(("verb", "options"), [(score, {"model": "tiny"}), (ingest, {})])
-def test_the_same_bytes_as_in_one_process(cluster, tmp_path, monkeypatch, verb, options) -> None:
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [(score, {"model_config": "mini-clip.json", "pretrained": "mini-clip.safetensors"}), (ingest, {})],
+)
+def test_the_same_bytes_as_in_one_process(cluster, mini, tmp_path, monkeypatch, verb, options) -> None:
     monkeypatch.chdir(tmp_path)  # relative paths mean the same in actors
+    for file in mini.values():
+        shutil.copy(file, tmp_path)
     write_tars(Path("pairs"), 100, seed=21, shard_size=20)
     Path("pairs/00002.tar").write_bytes(b"")
     alone = verb("pairs", "alone", quiet=True, allow_missing=1, **options)
