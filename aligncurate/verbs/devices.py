@@ -148,6 +148,11 @@ class DeviceJob:
             options.precision,
             compiled=options.compiled,
         )
+        head = self.writer.head
+        if {c: e.identity for c, e in encoders.items()} != (head.get("encoders") or {"score": head["encoder"]}):
+            raise UserError(
+                "a worker has other weights or another config of the model; give all machines the same files."
+            )
         for encoder in encoders.values():
             encoder.towers.batch = options.batch_size or encoder.towers.batch
         return DeviceRun(self.source, self.writer, encoders, options, _Telling())
