@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -149,7 +150,8 @@ class DeviceJob:
             compiled=options.compiled,
         )
         head = self.writer.head
-        if {c: e.identity for c, e in encoders.items()} != (head.get("encoders") or {"score": head["encoder"]}):
+        identities = json.loads(json.dumps({column: encoder.identity for column, encoder in encoders.items()}))
+        if identities != (head.get("encoders") or {"score": head["encoder"]}):
             raise UserError(
                 "a worker has other weights or another config of the model; give all machines the same files."
             )

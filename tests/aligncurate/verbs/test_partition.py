@@ -13,6 +13,7 @@ import torch
 import aligncurate
 from aligncurate.dataset.reader import Dataset
 from aligncurate.dataset.record import Pair
+from aligncurate.encoders.load import Encoder, load_all
 from aligncurate.errors import ShardError, UserError
 from aligncurate.io.files import LOCK, claim
 from aligncurate.sources.base import Shard
@@ -124,6 +125,19 @@ def test_several_devices_give_the_bytes_of_one(tmp_path, tars, monkeypatch) -> N
     result = aligncurate.score(tars, tmp_path / "two", devices="cpu,cpu", **options)
     assert result.rows == 15 and not result.failures
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_device_with_other_weights_is_refused(tmp_path, tars, monkeypatch) -> None:
+    real = load_all
+
+    def other(*arguments: Any, **options: Any) -> dict[str, Encoder]:
+        encoders = real(*arguments, **options)
+        encoders["score"].identity["weights_sha256"] = "0" * 64  # of the driver, not of the device's process
+        return encoders
+
+    monkeypatch.setattr("aligncurate.encoders.load.load_all", other)
+    with pytest.raises(UserError, match="a worker has other weights"):
+        aligncurate.score(tars, tmp_path / "out", model="tiny", devices="cpu,cpu", batch_size=2, quiet=True)
 
 
 @pytest.mark.parametrize("devices", ["0,99", "all", "tpu", ""])
