@@ -65,6 +65,8 @@ class DeviceRun:
         self._source, self._writer, self._options, self._meter = source, writer, options, meter
         self._clock = StageClock()
         self._done: dict[int, int] = {}  # rows by shard
+        self.saved = 0
+        """Rows of parts that this run has committed."""
         self._service: EncodeService | None = None
         self._inputs = EncoderInputs((), (), (), options.batch_size)
         self._on_cpu = False
@@ -88,6 +90,7 @@ class DeviceRun:
         for outcome in self._made(shards, finish):
             made = outcome.result
             if made is not None:
+                self.saved += made.part.rows
                 self._clock.add(made.seconds)
                 if made.counted:
                     self._source.add_counts(made.counted)

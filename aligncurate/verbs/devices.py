@@ -123,6 +123,7 @@ class DeviceJob:
                 check()
                 if outcome.result is not None:
                     parts[outcome.shard.index] = outcome.result
+                    parent().tell(("saved", outcome.result.rows))
                 else:
                     errors[outcome.shard.index] = str(outcome.error)
         return Chunked(parts, errors, self._run.take_seconds(), self.source.take_counts())
@@ -183,6 +184,8 @@ class DevicesRun:
         self._source, self._meter, self._devices = source, meter, devices
         self._job = DeviceJob(source, writer, replace(options, workers=each), devices, retries.timeout(), scores)
         self._clock = StageClock()
+        self.saved = 0
+        """Rows of parts that this run has committed."""
 
     def parts(
         self, shards: Sequence[Shard], finish: Callable[[Sequence[Shard]], bool]
@@ -226,6 +229,9 @@ class DevicesRun:
 
     def _hear(self, message: tuple[Any, ...]) -> None:
         what, *numbers = message
+        if what == "saved":
+            self.saved += numbers[0]
+            return
         (self._meter.skip if what == "skip" else self._meter.add)(*numbers)
 
     def seconds_left(self, shards: Sequence[Shard]) -> float | None:

@@ -146,15 +146,14 @@ def make_dataset(
             run = DeviceRun(source, writer, encoders, options, progress)
         stack.push(lambda kind, *_: run.close(wait=kind is not KeyboardInterrupt))
         failures, failed = [], []
-        saved = progress.skipped
+        kept = progress.skipped
         try:
             for outcome in run.parts(todo, partial(_finish, run, quiet)):
                 if outcome.result is None:
                     failed.append(outcome)
                     failures.append(Failure(str(outcome.shard), str(outcome.error)))
-                else:
-                    saved += outcome.result.rows
         except KeyboardInterrupt:
+            saved = kept + run.saved
             share = f"{saved:,} of {progress.total:,}" if progress.total is not None else f"{saved:,}"
             raise KeyboardInterrupt(f"{share} pairs saved in {out}; rerun the same command to resume") from None
         if failures and len(failures) <= (options.allow_missing or 0):
