@@ -42,6 +42,14 @@ def choose_precision(precision: Precision, device: torch.device) -> Literal["fp3
     return "bf16" if native else "fp32"
 
 
+def has_bf16_units() -> bool:
+    """Whether this processor computes in bf16 itself (AMX, AVX512-BF16), which is faster than fp32 there."""
+    import torch
+
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
 def scoring_environment(device: torch.device) -> dict[str, Any]:
     """What scores depend on besides the encoder and the options, as the manifest records it in `computed_with`.
 

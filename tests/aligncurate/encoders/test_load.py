@@ -76,3 +76,14 @@ def test_an_empty_entry_of_the_weights_is_the_models_default(mini) -> None:
     assert resolve_names("tiny", None, None)[1] == str(TINY_FOLDER / "tiny.safetensors")
     for named in (None, DEFAULT_MODEL):
         assert resolve_names(named, None, None) == (DEFAULT_MODEL, DEFAULT_PRETRAINED, None)
+
+
+@pytest.mark.parametrize(
+    ("has_units", "precision", "told"), [(True, "auto", True), (True, "fp32", False), (False, "auto", False)]
+)
+def test_a_processor_with_bf16_units_is_told_of(monkeypatch, capsys, has_units, precision, told) -> None:
+    failing(monkeypatch, RuntimeError("enough for this test"))
+    monkeypatch.setattr("aligncurate.encoders.load.has_bf16_units", lambda: has_units)
+    with pytest.raises(UserError):
+        load("ViT-B-32", device="cpu", precision=precision, random_weights=True, quiet=False)
+    assert ("--precision bf16 is faster" in capsys.readouterr().err) == told
