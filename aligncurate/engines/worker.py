@@ -45,8 +45,9 @@ class Parent:
         self._send("told", message)
 
     def ask(self, question: Any) -> Future[Any]:
-        """Ask the parent; the answer comes later."""
+        """Ask the parent; the answer comes later, and cannot be cancelled: until then the parent reads the memories."""
         number, future = next(self._numbers), Future[Any]()
+        future.set_running_or_notify_cancel()
         self._asked[number] = future
         self._send("asked", number, question)
         return future

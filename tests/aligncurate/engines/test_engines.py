@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -15,6 +16,7 @@ import pytest
 
 from aligncurate.engines import processes, threads
 from aligncurate.engines.contract import Cancelled, Check
+from aligncurate.engines.worker import parent
 from aligncurate.errors import ShardError, UserError, WorkerError
 
 ENGINES = pytest.mark.parametrize("engine", [threads, processes], ids=["threads", "processes"])
@@ -165,3 +167,21 @@ def test_scripts_without_a_main_guard_and_workers_that_do_not_survive_them(tmp_p
         while any(Path(f"/proc/{pid}").exists() for pid in workers):
             assert time.monotonic() < deadline, "a worker outlived its parent"
             time.sleep(0.1)
+
+
+class Asking:
+    """Asks its parent something, and gives up waiting for the answer."""
+
+    def __call__(self, shard: int, check: Check) -> tuple[int, bool]:
+        question = parent().ask(shard)
+        question.cancel()
+        wait([parent().ask(-shard)])  # by then, the first has been answered
+        return os.getpid(), question.done()
+
+
+def test_an_answer_that_nobody_waits_for_ends_no_worker() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = lambda question, memories: pool.submit(int, question)  # noqa: E731
+        outcomes = list(processes.run(Asking(), [1, 2, 3], workers=1, answer=answer))
+    assert {outcome.error for outcome in outcomes} == {None}
+    assert len({outcome.result[0] for outcome in outcomes}) == 1  # one process did them all
