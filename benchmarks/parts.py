@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def make(folder: Path, parts: int) -> None:
-    """An unfinished dataset of so many parts, all of them committed."""
+    """Make a dataset whose parts are all committed, but whose manifest is not finished."""
     few = write_scores(folder / "few", _ROWS)
     receipt = read_receipt(few.path, 0)
     assert receipt is not None

@@ -46,7 +46,7 @@ def run(
     *,
     workers: int,
     memories: int = 0,
-    heard: Callable[[Any], None] = lambda message: None,
+    on_message: Callable[[Any], None] = lambda message: None,
     answer: Callable[[Any, Memories], Future[Any]] | None = None,
     finish: Callable[[Sequence[Item]], bool] = lambda running: False,
 ) -> Generator[Outcome[Item, Result]]:
@@ -61,11 +61,11 @@ def run(
         shards: what it is called with.
         workers: number of processes.
         memories: how many shared memories each worker has.
-        heard: called with what a worker tells, in one thread per worker.
+        on_message: called with what a worker tells, in one thread per worker.
         answer: called with what a worker asks and its memories, in one thread per worker.
         finish: after Ctrl-C, whether the shards in hand are waited for.
     """
-    processes = [_Worker(number, memories, heard, answer) for number in range(workers)]
+    processes = [_Worker(number, memories, on_message, answer) for number in range(workers)]
     free: SimpleQueue[_Worker] = SimpleQueue()
     for worker in processes:
         free.put(worker)
@@ -116,12 +116,12 @@ class _Worker:
         self,
         number: int,
         memories: int,
-        heard: Callable[[Any], None],
+        on_message: Callable[[Any], None],
         answer: Callable[[Any, Memories], Future[Any]] | None,
     ) -> None:
         self._number = number
         self._memories = [SharedMemory() for _ in range(memories)]
-        self._heard, self._answer = heard, answer
+        self._on_message, self._answer = on_message, answer
         self._sending = Lock()
         self.start()
 
@@ -149,7 +149,7 @@ class _Worker:
                 if message[0] == "started":
                     self.has_started = True
                 elif message[0] == "told":
-                    self._heard(*message[1:])
+                    self._on_message(*message[1:])
                 else:
                     self._ask(*message[1:])
         except (pickle.UnpicklingError, ValueError, BrokenPipeError):  # cut off, or closed by `stop`

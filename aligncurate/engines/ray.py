@@ -35,7 +35,7 @@ def run(
     shards: Iterable[Item],
     *,
     workers: int | None,
-    heard: Callable[[Any], None] = lambda message: None,
+    on_message: Callable[[Any], None] = lambda message: None,
     finish: Callable[[Sequence[Item]], bool] = lambda running: False,
     num_gpus: float = 0,
     address: str | None = None,
@@ -50,14 +50,14 @@ def run(
         function: makes a result of a shard; it may tell `aligncurate.engines.worker.parent()` something.
         shards: what it is called with.
         workers: number of actors; those without a place wait for one. None: as many as there are places now.
-        heard: called with what actors tell, in one thread per actor.
+        on_message: called with what actors tell, in one thread per actor.
         finish: after Ctrl-C, whether the shards in hand are waited for.
         num_gpus: GPUs of each actor.
         address: of the cluster, such as `auto`; by default Ray starts on this machine, unless it is running here.
     """
     with _connected(address):
         workers = workers or _places(num_gpus)
-        actors = _Actors(function, heard, workers, num_gpus)
+        actors = _Actors(function, on_message, workers, num_gpus)
         try:
             yield from threads.run(actors.call, shards, workers=workers, on_stop=actors.stop, finish=finish)
         finally:
@@ -127,7 +127,7 @@ class _Actors:
     """Actors that call one function; `call` is used by several threads."""
 
     def __init__(
-        self, function: Function[Any, Any], heard: Callable[[Any], None], number: int, num_gpus: float
+        self, function: Function[Any, Any], on_message: Callable[[Any], None], number: int, num_gpus: float
     ) -> None:
         import ray
 
@@ -139,7 +139,7 @@ class _Actors:
             runtime_env={"env_vars": {"PYTHONPATH": path}} if path else None,
         )
         self._function = ray.put(pickle.dumps(function))
-        self._heard = heard
+        self._on_message = on_message
         self._free: SimpleQueue[_Actor | None] = SimpleQueue()  # None: the run was stopped
         self._all: dict[Any, _Actor] = {}
         self._lock = Lock()
@@ -211,7 +211,7 @@ class _Actors:
         for told in handle.call.options(num_returns="streaming").remote(shard):
             for kind, message in map(pickle.loads, ray.get(told)):
                 if kind == "told":
-                    self._heard(message)
+                    self._on_message(message)
                 elif kind == "failed":
                     raise message
                 else:

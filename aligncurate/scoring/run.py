@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aligncurate.dataset.receipt import PartInfo
 from aligncurate.dataset.writer import DatasetWriter
@@ -16,8 +17,8 @@ from aligncurate.io import retries, storage
 from aligncurate.progress import Meter, notice
 from aligncurate.scoring.encode import EncodeService
 from aligncurate.scoring.options import ScoreOptions
-from aligncurate.scoring.packet import MEMORIES, EncoderInputs, LocalLink, Progress, received
-from aligncurate.scoring.shard import Made, ShardScorer, WorkerJob
+from aligncurate.scoring.packet import MEMORIES, EncoderInputs, LocalLink, Packet, Progress, Scores, received
+from aligncurate.scoring.shard import PartResult, ShardScorer, WorkerJob
 from aligncurate.scoring.timing import STAGES, StageClock, StageTimes
 from aligncurate.sources.base import Shard, Source
 
@@ -30,8 +31,13 @@ _MANY_ROWS = 10_000  # fewer are done before worker processes have started
 
 
 @dataclass(frozen=True)
-class Crew:
-    """Who reads and decodes: worker processes (0: this process) with so many threads each."""
+class WorkerPlan:
+    """What reads and decodes images: worker processes with some threads each, or the threads of this process.
+
+    Attributes:
+        processes: 0 for this process.
+        threads: in each process.
+    """
 
     processes: int
     threads: int
@@ -75,8 +81,7 @@ class DeviceRun:
             self._service = EncodeService(encoders, options.batch_size, self._clock, keep_embeddings=keep)
             self._inputs = self._service.inputs
             self._on_cpu = next(iter(encoders.values())).device.type == "cpu"
-        self._crew = Crew(0, options.worker_count)
-        self._scorer: ShardScorer | None = None
+        self._plan = WorkerPlan(0, options.worker_count)
 
     def parts(
         self, shards: Sequence[Shard], finish: Callable[[Sequence[Shard]], bool]
@@ -86,7 +91,7 @@ class DeviceRun:
         Args:
             finish: after Ctrl-C, whether the shards in hand are waited for.
         """
-        self._crew = self._choose_crew(len(shards))
+        self._plan = self._choose_plan(len(shards))
         for outcome in self._made(shards, finish):
             made = outcome.result
             if made is not None:
@@ -98,36 +103,43 @@ class DeviceRun:
 
     def _made(
         self, shards: Sequence[Shard], finish: Callable[[Sequence[Shard]], bool]
-    ) -> Iterator[Outcome[Shard, Made]]:
-        if self._crew.processes:
+    ) -> Iterator[Outcome[Shard, PartResult]]:
+        if self._plan.processes:
             job = self._job()
-            if _can_travel(job):
+            if _is_picklable(job):
                 yield from processes.run(
                     job,
                     shards,
-                    workers=self._crew.processes,
+                    workers=self._plan.processes,
                     memories=MEMORIES if self._service else 0,
-                    heard=self._advance,
+                    on_message=self._advance,
                     answer=lambda question, memories: self._encode(received(question, memories)),
                     finish=finish,
                 )
                 return
             notice("this encoder's preprocessing cannot be sent to worker processes, so one process reads.")
-            self._crew = Crew(0, self._options.worker_count)
+            self._plan = WorkerPlan(0, self._options.worker_count)
         link = LocalLink(self._encode, self._advance)
-        self._scorer = ShardScorer(
-            self._source, self._writer, self._inputs, self._options, self._crew.threads, link, self._clock
+        scorer = ShardScorer(
+            self._source, self._writer, self._inputs, self._options, self._plan.threads, link, self._clock
         )
-        yield from threads.run(self._scorer.part, shards, workers=_SHARDS, finish=finish)
+        interrupted = False
+        try:
+            yield from threads.run(scorer.part, shards, workers=_SHARDS, finish=finish)
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
+        finally:
+            scorer.close(wait=not interrupted)
 
-    def _encode(self, packet: Any) -> Any:
+    def _encode(self, packet: Packet) -> Future[Scores]:
         assert self._service is not None
         return self._service.submit(packet)
 
     def _job(self) -> WorkerJob:
-        return WorkerJob(self._source, self._writer, self._inputs, self._options, self._crew.threads, retries.timeout())
+        return WorkerJob(self._source, self._writer, self._inputs, self._options, self._plan.threads, retries.timeout())
 
-    def _choose_crew(self, shards: int) -> Crew:
+    def _choose_plan(self, shards: int) -> WorkerPlan:
         """Processes where there is enough to do: one process reads at most some 4,000 pairs per second.
 
         An encoder on the CPU is slower than that and needs the cores itself, so it gets processes only if the user asks
@@ -138,7 +150,7 @@ class DeviceRun:
         few = rows is not None and rows - self._meter.skipped < _MANY_ROWS
         alone = few or self._options.decode == "gpu" or (self._on_cpu and self._options.workers is None)
         number = 0 if alone else min(workers, shards // _SHARDS_EACH)
-        return Crew(number, max(1, workers // number)) if number > 1 else Crew(0, workers)
+        return WorkerPlan(number, max(1, workers // number)) if number > 1 else WorkerPlan(0, workers)
 
     def _advance(self, progress: Progress) -> None:
         self._meter.skip(progress.taken_over)
@@ -146,9 +158,7 @@ class DeviceRun:
         self._done[progress.shard] = self._done.get(progress.shard, 0) + progress.rows
 
     def close(self, *, wait: bool = True) -> None:
-        """End the threads; `wait` False leaves behind what hangs."""
-        if self._scorer is not None:
-            self._scorer.close(wait=wait)
+        """End the encoding thread; `wait` False leaves it behind if it hangs."""
         if self._service is not None:
             self._service.close(wait=wait)
 
@@ -177,10 +187,10 @@ class DeviceRun:
         return self._clock.take()
 
     def times(self, shards: int) -> StageTimes:
-        """How long the stages took, for a run over so many shards."""
-        crew = self._crew
-        own = max(1, min(shards, crew.shards))
-        pool = own * crew.threads if crew.processes else crew.threads
+        """How long each stage took in a run over this number of shards."""
+        plan = self._plan
+        own = max(1, min(shards, plan.shards))
+        pool = own * plan.threads if plan.processes else plan.threads
         # A shard's own thread finds its pairs, and this process decodes for a GPU; the others read and decode images.
         decoding = pool + (own if self._options.decode == "gpu" else 0)
         counts = dict.fromkeys(STAGES, own) | {"read": pool + own, "decode": decoding, "encode": 1}
@@ -189,7 +199,7 @@ class DeviceRun:
         return self._clock.times(self._meter.seconds, counts)
 
 
-def _can_travel(job: WorkerJob) -> bool:
+def _is_picklable(job: WorkerJob) -> bool:
     """Whether the job can be pickled: a transform of an encoder's own may hold anything."""
     try:
         pickle.dumps(job)

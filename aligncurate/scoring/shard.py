@@ -38,7 +38,7 @@ _BATCHES = 8  # per window
 
 
 @dataclass(frozen=True)
-class Made:
+class PartResult:
     """A part that was made, and what its process found out on the way since the last one.
 
     Attributes:
@@ -101,7 +101,7 @@ class ShardScorer:
         if self._pool is not None:
             self._pool.shutdown(wait, cancel_futures=True)
 
-    def part(self, shard: Shard, check: Callable[[], None]) -> Made:
+    def part(self, shard: Shard, check: Callable[[], None]) -> PartResult:
         """Make and commit the part of `shard`. Raises ShardError when its file cannot be read at all."""
         earlier, facts = earlier_rows(self._writer, shard) if self._options.retry_errors else (iter(()), {})
         encoding: deque[Window] = deque()
@@ -123,7 +123,7 @@ class ShardScorer:
             rows.finish()
             self._source.check_unchanged(shard)
         assert part.info is not None
-        return Made(part.info, {}, [])
+        return PartResult(part.info, {}, [])
 
     def _read(self, shard: Shard) -> Iterator[Pair]:
         try:
@@ -268,12 +268,12 @@ class WorkerJob:
     _scorer: ShardScorer | None = field(default=None, init=False)
     _clock: StageClock = field(default_factory=StageClock, init=False)
 
-    def __call__(self, shard: Shard, check: Callable[[], None]) -> Made:
+    def __call__(self, shard: Shard, check: Callable[[], None]) -> PartResult:
         if self._scorer is None:
             self._scorer = self._begin()
         with no_decoder_warnings():
             made = self._scorer.part(shard, check)
-        return Made(made.part, self._clock.take(), self.source.take_counts())
+        return PartResult(made.part, self._clock.take(), self.source.take_counts())
 
     def _begin(self) -> ShardScorer:
         retries.set_timeout(self.timeout)

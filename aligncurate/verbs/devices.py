@@ -75,7 +75,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Chunked:
+class ChunkResult:
     """What became of a chunk: parts by shard, errors by shard, seconds by stage, and what was counted."""
 
     parts: dict[int, PartInfo]
@@ -114,7 +114,7 @@ class DeviceJob:
     scores: bool
     _run: DeviceRun | None = field(default=None, init=False)
 
-    def __call__(self, chunk: Chunk, check: Check) -> Chunked:
+    def __call__(self, chunk: Chunk, check: Check) -> ChunkResult:
         if self._run is None:
             self._run = self._begin()
         parts, errors = {}, {}
@@ -126,15 +126,15 @@ class DeviceJob:
                     parent().tell(("saved", outcome.result.rows))
                 else:
                     errors[outcome.shard.index] = str(outcome.error)
-        return Chunked(parts, errors, self._run.take_seconds(), self.source.take_counts())
+        return ChunkResult(parts, errors, self._run.take_seconds(), self.source.take_counts())
 
     def _begin(self) -> DeviceRun:
-        import torch
-
         retries.set_timeout(self.timeout)
         options = self.options
         if not self.scores:
             return DeviceRun(self.source, self.writer, {}, options, _Telling())
+        import torch
+
         device = self.devices[parent().number % len(self.devices)]
         if device == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // len(self.devices)))
@@ -205,15 +205,17 @@ class DevicesRun:
                 self._job,
                 chunks,
                 workers=options.concurrency and min(options.concurrency, len(chunks)),
-                heard=self._hear,
+                on_message=self._on_message,
                 num_gpus=self._gpus(),
                 address=options.address,
             )
             if on_ray
-            else processes.run(self._job, chunks, workers=min(number, len(chunks)), heard=self._hear)
+            else processes.run(self._job, chunks, workers=min(number, len(chunks)), on_message=self._on_message)
         )
         for outcome in outcomes:
-            made = outcome.result or Chunked({}, {s.index: str(outcome.error) for s in outcome.shard.shards}, {}, [])
+            made = outcome.result or ChunkResult(
+                {}, {s.index: str(outcome.error) for s in outcome.shard.shards}, {}, []
+            )
             self._clock.add(made.seconds)
             if made.counted:
                 self._source.add_counts(made.counted)
@@ -227,7 +229,7 @@ class DevicesRun:
             return given
         return float(self._job.scores and find_device(self._devices[0]).type == "cuda")
 
-    def _hear(self, message: tuple[Any, ...]) -> None:
+    def _on_message(self, message: tuple[Any, ...]) -> None:
         what, *numbers = message
         if what == "saved":
             self.saved += numbers[0]

@@ -94,7 +94,7 @@ def test_actors_and_nodes_that_die_and_actors_without_a_place(cluster, tmp_path)
     """Four actors are asked for, and there is room for three: one is killed, one loses its node."""
     node = cluster.add_node(**NODE)
     go, told, outcomes = tmp_path / "go", [], []
-    running = in_thread(lambda: outcomes.extend(engine.run(Slow(str(go)), range(5), workers=4, heard=told.append)))
+    running = in_thread(lambda: outcomes.extend(engine.run(Slow(str(go)), range(5), workers=4, on_message=told.append)))
     wait_until(lambda: len(told) == 3, "no three actors at once")
     killed = [next(m[1] for m in told if (m[2] == node.node_id) == its) for its in (False, True)]
     os.kill(killed[0], signal.SIGKILL)
@@ -110,7 +110,7 @@ def test_actors_and_nodes_that_die_and_actors_without_a_place(cluster, tmp_path)
 
 def test_a_node_that_joins_gets_work(cluster, tmp_path) -> None:
     go, told, outcomes = tmp_path / "go", [], []
-    running = in_thread(lambda: outcomes.extend(engine.run(Slow(str(go)), range(3), workers=3, heard=told.append)))
+    running = in_thread(lambda: outcomes.extend(engine.run(Slow(str(go)), range(3), workers=3, on_message=told.append)))
     wait_until(lambda: len(told) == 2, "no two actors")
     node = cluster.add_node(**NODE)
     wait_until(lambda: len(told) == 3, "the new node got no work")
@@ -124,7 +124,7 @@ DRIVER = """
 import sys
 from tests.aligncurate.engines.test_ray import Slow
 from aligncurate.engines import ray
-ray_run = ray.run(Slow({go!r}), [1, 2], workers=2, heard=lambda m: print(m[1], flush=True), address={address!r})
+ray_run = ray.run(Slow({go!r}), [1, 2], workers=2, on_message=lambda m: print(m[1], flush=True), address={address!r})
 list(ray_run)
 """
 

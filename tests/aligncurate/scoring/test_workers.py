@@ -19,7 +19,7 @@ import aligncurate
 from aligncurate.engines.shared_memory import SharedMemory
 from aligncurate.scoring import run as runs
 from aligncurate.scoring.packet import Packet, Scores
-from aligncurate.scoring.run import Crew, DeviceRun
+from aligncurate.scoring.run import DeviceRun, WorkerPlan
 from aligncurate.sources.detect import open_source
 from aligncurate.sources.options import SourceOptions
 from tests.support.inputs import pairs, write_tar
@@ -51,33 +51,33 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def crews(monkeypatch) -> list[Crew]:
-    """The crews that runs choose from now on."""
-    seen: list[Crew] = []
-    real = DeviceRun._choose_crew
+def plans(monkeypatch) -> list[WorkerPlan]:
+    """The plans that runs choose from now on."""
+    seen: list[WorkerPlan] = []
+    real = DeviceRun._choose_plan
 
-    def choose(run: DeviceRun, shards: int) -> Crew:
+    def choose(run: DeviceRun, shards: int) -> WorkerPlan:
         seen.append(real(run, shards))
         return seen[-1]
 
-    monkeypatch.setattr(DeviceRun, "_choose_crew", choose)
+    monkeypatch.setattr(DeviceRun, "_choose_plan", choose)
     return seen
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tars, monkeypatch, decode) -> None:
-    chosen = crews(monkeypatch)
+    chosen = plans(monkeypatch)
     options = {"model": "tiny", "decode": decode, "embeddings": "fp16", "batch_size": 2, "quiet": True}
     for workers in (1, 2):
         aligncurate.score(tars, tmp_path / str(workers), workers=workers, **options)
-    assert chosen == [Crew(0, 1), Crew(2, 1)]
+    assert chosen == [WorkerPlan(0, 1), WorkerPlan(2, 1)]
     one = contents(tmp_path / "1")
     assert len(one) == 9  # 4 parts, their receipts, the manifest
     assert contents(tmp_path / "2") == one
 
 
 def test_ingest_with_workers(tmp_path, tars, monkeypatch, capsys) -> None:
-    chosen = crews(monkeypatch)
+    chosen = plans(monkeypatch)
     rows = [{"image": "no.jpg", "caption": ["one", "two"], "id": i // 2} for i in range(20)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for workers in (1, 2, 5):
@@ -85,7 +85,7 @@ def test_ingest_with_workers(tmp_path, tars, monkeypatch, capsys) -> None:
         aligncurate.ingest(
             [*tars, str(tmp_path / "rows.json")], tmp_path / str(workers), source=source, workers=workers
         )
-    assert chosen == [Crew(0, 1), Crew(2, 1), Crew(4, 1)]
+    assert chosen == [WorkerPlan(0, 1), WorkerPlan(2, 1), WorkerPlan(4, 1)]
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
     told = capsys.readouterr().err
     remarks = [line for line in told.splitlines() if "occurred before" in line or "captions" in line]
@@ -113,7 +113,7 @@ def test_workers_that_are_killed_are_replaced(tmp_path, tars, monkeypatch) -> No
 
 
 def test_a_transform_that_cannot_travel_is_used_in_this_process(tmp_path, tars, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(runs, "_can_travel", lambda job: False)
+    monkeypatch.setattr(runs, "_is_picklable", lambda job: False)
     aligncurate.score(tars, tmp_path / "out", model="tiny", workers=2)
     assert "so one process reads" in capsys.readouterr().err
 
